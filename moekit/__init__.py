@@ -1,0 +1,55 @@
+"""moekit: the whole life of a fine-grained Mixture-of-Experts language model.
+
+The public names are below; each is imported when it is first used, so that `import moekit` and `moekit --help` are fast.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from moekit.version import __version__
+
+if TYPE_CHECKING:
+    from moekit.config import ModelConfig, RunConfig, preset
+    from moekit.formats.checkpoint import load, save
+    from moekit.formats.tokenizer import load_tokenizer
+    from moekit.generate import generate
+    from moekit.nn.cache import KVCache
+    from moekit.nn.model import Model, ModelOutput
+    from moekit.ops.routing import Routing
+
+_WHERE = {
+    "KVCache": "moekit.nn.cache",
+    "Model": "moekit.nn.model",
+    "ModelConfig": "moekit.config",
+    "ModelOutput": "moekit.nn.model",
+    "Routing": "moekit.ops.routing",
+    "RunConfig": "moekit.config",
+    "generate": "moekit.generate",
+    "load": "moekit.formats.checkpoint",
+    "load_tokenizer": "moekit.formats.tokenizer",
+    "preset": "moekit.config",
+    "save": "moekit.formats.checkpoint",
+}
+
+__all__ = [
+    "KVCache",
+    "Model",
+    "ModelConfig",
+    "ModelOutput",
+    "Routing",
+    "RunConfig",
+    "__version__",
+    "generate",
+    "load",
+    "load_tokenizer",
+    "preset",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'moekit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,478 @@
+"""The `moekit` command: one sub-command a verb; parse, make a configuration, one library call.
+
+Results go to standard output, as a table or with --json as one document; everything else goes to standard error. Exit
+status: 0 done, 1 a check did not hold, 2 bad usage or input. Whatever is slow to import is imported inside the verb
+that needs it, so that --help answers at once.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from moekit.errors import ConfigError, MoekitError, nearest
+from moekit.version import __version__
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from moekit.config import RunConfig
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises our one-line error instead of printing a usage block, and takes an epilog that is made when shown."""
+
+    make_epilog: Callable[[], str] | None = None
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+    def format_help(self) -> str:
+        if self.make_epilog is not None:
+            self.epilog = f"{self.epilog}\n\n{self.make_epilog()}"
+            self.make_epilog = None
+        return super().format_help()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status of the command line `argv` (that of the process if None)."""
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    logging.getLogger("moekit").setLevel(logging.INFO)
+    try:
+        try:
+            status = _run(list(sys.argv[1:] if argv is None else argv))
+        except SystemExit as done:  # argparse's --help and --version
+            status = int(done.code or 0)
+        sys.stdout.flush()
+        return status
+    except MoekitError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        # the reader of our output has gone; what is still buffered must not raise again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        sys.stderr.write("\nmoekit: interrupted\n")
+        return 130
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"moekit: error: {' '.join(message.split())}\n")
+    return 2
+
+
+def _run(argv: list[str]) -> int:
+    parser, verbs = _parsers()
+    verb = next((word for word in argv if not word.startswith("-")), None)
+    if verb is None:
+        parser.parse_args(argv or ["--help"])
+        return 0
+    if argv[0] != verb:
+        raise ConfigError(f"{argv[0]} stands before the verb; write `moekit {verb} {argv[0]}`")
+    if verb not in verbs:
+        raise ConfigError(f"there is no verb {verb!r}{nearest(verb, verbs)}; verbs: {', '.join(verbs)}")
+    words, overrides = _take_overrides(verbs[verb], argv[1:])
+    args = verbs[verb].parse_args(words)
+    args.overrides = overrides
+    run: Callable[[argparse.Namespace], int] = args.run
+    return run(args)
+
+
+def _take_overrides(parser: _Parser, words: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Returns the words that are the parser's own, and the overrides, `--a.b v` or `--a.b=v`, wherever they stand.
+
+    A dotted name is an override where the verb takes them, and so is the name of any setting of a run.
+    """
+    known = {option for action in parser._actions for option in action.option_strings}
+    kept: list[str] = []
+    overrides: dict[str, str] = {}
+    rest = iter(words)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        if not option.startswith("--") or option in known:
+            kept.append(word)
+            continue
+        key = option[2:].replace("-", "_")
+        if not _is_override(parser, key):
+            raise ConfigError(f"unknown option {option}{_hint(parser, key, known)}; see `{parser.prog} --help`")
+        if not equals:
+            following = next(rest, None)
+            if following is None or following.startswith("--"):
+                raise ConfigError(f"{option} needs a value: `{option} VALUE`")
+            value = following
+        overrides[key] = value
+    return kept, overrides
+
+
+def _is_override(parser: _Parser, key: str) -> bool:
+    if parser.get_default("takes_overrides") is None:
+        return False
+    from moekit.config import RunConfig
+
+    return "." in key or key in RunConfig.model_fields
+
+
+def _hint(parser: _Parser, key: str, known: set[str]) -> str:
+    if near := nearest("--" + key.replace("_", "-"), known):
+        return near
+    if parser.get_default("takes_overrides") is None:
+        return ""
+    from moekit.config import where
+
+    return where(key)
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    parser = _Parser(
+        prog="moekit",
+        description="Plan, train and talk to fine-grained Mixture-of-Experts language models (DeepSeekMoE).",
+        epilog="start here:\n  moekit quickstart              train a tiny model on text that is included\n"
+        "  moekit presets                 the models that can be named\n"
+        "  moekit plan deepseekmoe-16b    what a model costs\n\n`moekit VERB --help` explains a verb.",
+    )
+    parser.add_argument("--version", action="version", version=f"moekit {__version__}")
+    subparsers = parser.add_subparsers(metavar="VERB", title="verbs", parser_class=_Parser)
+    verbs: dict[str, _Parser] = {}
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], text: str, example: str) -> _Parser:
+        verbs[name] = subparsers.add_parser(name, help=text, description=text, epilog=f"example:\n  {example}")
+        verbs[name].set_defaults(run=run)
+        verbs[name].add_argument("--json", action="store_true", help="one JSON document on standard output")
+        return verbs[name]
+
+    p = verb(
+        "quickstart", run_quickstart, "the main job, from text to report, in minutes", "moekit quickstart --out first"
+    )
+    p.add_argument("--out", type=Path, default=Path("moekit-quickstart"), help="directory to write (moekit-quickstart)")
+    p.add_argument("--minutes", type=_positive_float, help="shorten or lengthen the training to about this long")
+
+    verb("presets", run_presets, "list the models that can be named", "moekit presets --json")
+
+    p = verb(
+        "plan",
+        run_plan,
+        "count a model's parameters, FLOPs and bytes; no weights are made",
+        "moekit plan deepseekmoe-2b --model.ffn.n_routed_experts 127 --batch 8",
+    )
+    p.add_argument("source", metavar="PRESET|FILE", help="a preset, or a YAML file of a run or of a model")
+    p.add_argument("--sequence-length", type=_positive, help="tokens (the model's context, at most 4096)")
+    p.add_argument("--batch", type=_positive, default=1, help="sequences in one forward pass, for memory (1)")
+    p.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of the compute (bfloat16)")
+    p.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="whose states to count (adamw)")
+    p.add_argument("--recompute", action="store_true", help="activations are recomputed in the backward pass")
+    _takes_overrides(p, "model")
+
+    p = verb(
+        "prepare",
+        run_prepare,
+        "turn text into a tokenizer and tokenised shards; run again, it goes on where it stopped",
+        "moekit prepare books/ news.jsonl.gz --out data --vocab-size 8192",
+    )
+    p.add_argument(
+        "files", nargs="+", metavar="FILE", help="jsonl, txt or parquet, plain, .gz or .zst; or folders of them"
+    )
+    p.add_argument("--out", type=Path, required=True, metavar="DATA", help="directory to write")
+    p.add_argument("--valid", nargs="+", metavar="FILE", help="validation text; else a part of FILES is held out")
+    p.add_argument("--valid-fraction", type=float, default=0.01, help="documents held out without --valid (0.01)")
+    p.add_argument("--vocab-size", type=_positive, default=8192, help="of the tokenizer that is trained (8192)")
+    p.add_argument("--tokenizer", metavar="FILE|DIR", help="use this tokenizer.json instead of training one")
+    p.add_argument("--text-field", default="text", help="field of a record that holds its text (text)")
+    p.add_argument("--domain-field", default="domain", help="field that names its domain (domain)")
+
+    p = verb(
+        "train",
+        run_train,
+        "train a model, or go on with a run",
+        "moekit train tiny-deepseekmoe --data data --out run --steps 300 --optimizer.lr 1e-3\n"
+        "  moekit train --resume --out run",
+    )
+    p.add_argument(
+        "source", nargs="?", metavar="PRESET|FILE", help="a preset or a run's YAML file; not needed to resume"
+    )
+    p.add_argument("--data", metavar="DATA", help="directory that `moekit prepare` wrote; sets data.path")
+    p.add_argument("--out", type=Path, metavar="RUN", help="directory of the run; it must not exist, unless --resume")
+    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
+    p.add_argument("--quiet", action="store_true", help="no progress display")
+    _takes_overrides(p, "")
+
+    p = verb(
+        "generate",
+        run_generate,
+        "continue a text",
+        'moekit generate run --prompt "Once upon a time" --temperature 0.8',
+    )
+    p.add_argument("model", type=Path, metavar="DIR", help="a model directory or a run")
+    p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be repeated")
+    p.add_argument("--prompts-file", type=Path, metavar="FILE", help="one prompt per line")
+    p.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="(64)")
+    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)")
+    p.add_argument("--top-k", type=_positive, metavar="N", help="sample among the N likeliest tokens")
+    p.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest tokens of total probability P")
+    p.add_argument("--min-p", type=float, metavar="P", help="drop tokens below P times the likeliest one's probability")
+    p.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: avoid tokens seen (1)")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    p.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (as saved)")
+    return parser, verbs
+
+
+def _takes_overrides(parser: _Parser, root: str) -> None:
+    parser.add_argument(
+        "--print_config", "--print-config", action="store_true", help="print the resolved YAML and exit"
+    )
+    parser.add_argument_group("settings", f"--{root or 'model'}.x.y VALUE changes one; they are listed below")
+    parser.set_defaults(takes_overrides=root)
+    parser.make_epilog = lambda: _settings_help(root)
+
+
+def _settings_help(root: str) -> str:
+    """Returns all settings below `root`, by part, each as the option that changes it."""
+    from moekit.config import describe_keys
+
+    lines: list[str] = []
+    part = None
+    for key, kind, default, description in describe_keys():
+        if not key.startswith(root):
+            continue
+        if part != (part := key.rpartition(".")[0]):
+            lines.append(f"\n{part or 'run'}:")
+        lines += [f"  --{key} {kind.replace(' | ', '|')} ({default})", f"        {description}"]
+    return "settings, (default):" + "\n".join(["", *lines])
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def _emit(args: argparse.Namespace, document: Any, make_tables: Callable[[], Sequence["Table | str"]]) -> int:
+    """Writes the document with --json, else the tables; returns the exit status 0."""
+    if args.json:
+        sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        return 0
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    with console.capture() as text:  # rich would end the process by itself on a broken pipe
+        console.print(*make_tables(), sep="\n")
+    sys.stdout.write(text.get())
+    return 0
+
+
+def run_presets(args: argparse.Namespace) -> int:
+    """Lists the presets with their total and active parameters."""
+    from moekit.config import preset, preset_names, summary
+
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "parameters": {"total": config.num_parameters, "active": config.num_active_parameters},
+            "description": summary(config),
+        }
+        for name, config in ((name, preset(name)) for name in preset_names())
+    ]
+
+    def tables() -> list["Table | str"]:
+        table = _table("preset", ">total", ">active", "shape")
+        for row in rows:
+            total, active = row["parameters"].values()
+            table.add_row(row["name"], _short(total), _short(active), row["description"])
+        return [table, "active: parameters used for one token, both embeddings included"]
+
+    return _emit(args, {"presets": rows}, tables)
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """Shows what a model costs."""
+    from moekit.config import dump, load_model_config, plan, summary
+
+    config = load_model_config(args.source, args.overrides)
+    if args.print_config:
+        sys.stdout.write(dump(config, comments=True))
+        return 0
+    document = plan(config, args.sequence_length, args.batch, args.precision, args.optimizer, args.recompute)
+    return _emit(args, {"model": args.source, **document}, lambda: _plan_tables(args.source, summary(config), document))
+
+
+def _plan_tables(name: str, summary: str, document: dict[str, Any]) -> list["Table | str"]:
+    from rich.markup import escape
+
+    parameters, flops, memory, settings = (document[k] for k in ("parameters", "flops", "memory", "settings"))
+    roles = _table("parameters", ">total", ">active")
+    for role, count in parameters["by_role"].items():
+        if count["total"]:
+            roles.add_row(role, f"{count['total']:,}", f"{count['active']:,}")
+    roles.add_section()
+    roles.add_row("all", f"{parameters['total']:,}", f"{parameters['active']:,}", style="bold")
+    roles.add_row("without the input embedding", "", f"{parameters['active_without_embedding']:,}")
+
+    length = flops["sequence_length"]
+    compute = _table("training FLOPs", f">per {length:,} tokens", "what is counted")
+    compute.add_row("exact", _short(flops["exact"]), "the real matrices, 6 per weight and token, and full attention")
+    compute.add_row("paper", _short(flops["paper"]), "the paper's rule: nominal FFN sizes, every layer MoE, no router")
+
+    where = f"{settings['batch']} x {length:,} tokens, {settings['precision']}, {settings['optimizer']}"
+    space = _table("memory", ">GiB", where + (", recompute" if settings["recompute"] else ""))
+    for key, text in _MEMORY.items():
+        total = key.endswith("_total")
+        space.add_row(key.replace("_", " "), f"{memory[key] / 2**30:,.3f}", text, style="bold" if total else "")
+        if total:
+            space.add_section()
+    cache = f"KV cache: {document['kv_cache_bytes_per_token']:,} bytes per token (bfloat16)"
+    return [f"[bold]{escape(name)}[/bold]: {summary}", roles, compute, space, cache]
+
+
+_MEMORY = {
+    "weights": "float32",
+    "compute_copy": "matrices in bfloat16",
+    "gradients": "float32",
+    "optimizer": "float32 moments",
+    "activations": "what the backward pass needs",
+    "buffers": "selection bias, hash tables",
+    "training_total": "",
+    "generation_weights": "in the precision of the compute",
+    "kv_cache": "keys and values of all tokens",
+    "generation_total": "",
+}
+
+
+def run_prepare(args: argparse.Namespace) -> int:
+    """Turns text into a tokenizer and shards, with a bar per phase."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from moekit.data.prepare import prepare
+
+    columns = (TextColumn("{task.description:>10}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks = {}
+
+        def progress(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase)
+            bars.update(tasks[phase], completed=done, total=total)
+
+        manifest = prepare(
+            args.files,
+            args.out,
+            valid_paths=args.valid,
+            valid_fraction=args.valid_fraction,
+            vocab_size=args.vocab_size,
+            tokenizer=args.tokenizer,
+            text_field=args.text_field,
+            domain_field=args.domain_field,
+            progress=progress,
+        )
+
+    def tables() -> list["Table | str"]:
+        table = _table("split", "domain", ">documents", ">tokens", ">bytes")
+        for split, content in manifest["splits"].items():
+            for domain, count in content["domains"].items():
+                table.add_row(split, domain, *(f"{count[name]:,}" for name in ("documents", "tokens", "bytes")))
+        return [table, f"next: moekit train tiny-deepseekmoe --data {args.out} --out run"]
+
+    return _emit(args, manifest, tables)
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """Trains, or goes on with a run."""
+    from moekit.config import dump
+
+    config = _run_config(args)
+    if args.print_config:
+        sys.stdout.write(dump(config, comments=True))
+        return 0
+    if args.out is None:
+        raise ConfigError("--out is missing: the directory of the run")
+    from moekit.train import train
+
+    receipt = train(config, args.out, resume=args.resume)
+    return _emit(args, receipt, lambda: [f"{args.out} holds the run; next: moekit generate {args.out} --prompt ..."])
+
+
+def _run_config(args: argparse.Namespace) -> "RunConfig":
+    """Returns the configuration to train with; that of a resumed run keeps its model."""
+    from moekit.config import load_run_config
+
+    if args.data is not None and "data.path" in args.overrides:
+        raise ConfigError("--data and --data.path are both given; they are the same setting")
+    fixed = {} if args.data is None else {"data.path": args.data}
+    if not args.resume:
+        if args.source is None:
+            raise ConfigError("PRESET or FILE is missing: what to train; `moekit presets` lists the presets")
+        return load_run_config(args.source, args.overrides, **fixed)
+    if args.out is None:
+        raise ConfigError("--out is missing: the run to go on with")
+    saved = args.out / "config.yaml"
+    if not saved.is_file():
+        raise ConfigError(f"{saved} does not exist, so there is no run to go on with; leave out --resume to start one")
+    config = load_run_config(args.source or saved, args.overrides, **fixed)
+    if config.model != load_run_config(saved).model:
+        raise ConfigError(f"the model differs from the one in {saved}; a run goes on with its own model")
+    return config
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Continues each prompt."""
+    prompts = [*args.prompt, *(args.prompts_file.read_text(encoding="utf-8").splitlines() if args.prompts_file else ())]
+    if not prompts:
+        raise ConfigError("--prompt or --prompts-file is missing: the text to continue")
+    from moekit.formats.checkpoint import load
+    from moekit.formats.tokenizer import load_tokenizer
+    from moekit.generate import Settings, complete
+
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
+    settings = Settings(**{name: getattr(args, name) for name in names})
+    model = load(args.model, device=args.device, dtype=args.dtype)
+    texts = complete(model, load_tokenizer(args.model), prompts, settings, stream=None if args.json else sys.stdout)
+    return _emit(args, {"completions": texts}, lambda: [])
+
+
+def run_quickstart(args: argparse.Namespace) -> int:
+    """Runs the whole job on the included text."""
+    from moekit.quickstart import quickstart
+
+    result = quickstart(args.out, minutes=args.minutes)
+    return _emit(args, result, lambda: [f"open {args.out / 'report.html'}"])
+
+
+def _table(*headers: str) -> "Table":
+    """Returns an empty table; a header that begins with > is a column of numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in headers:
+        table.add_column(header.lstrip(">"), justify="right" if header.startswith(">") else "left")
+    return table
+
+
+def _short(count: float) -> str:
+    """Returns 16375728128 as 16.38B, 74.4e12 as 74.42T."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= size:
+            return f"{count / size:,.2f}{unit}"
+    return f"{count:g}"

@@ -1,0 +1,229 @@
+"""Parameters, FLOPs and bytes of a model: arithmetic on its config, nothing is allocated.
+
+The paper (arXiv 2401.06066) prints FLOPs without a rule. `rule="paper"` is the one that reproduces its figures:
+s (24 L d^2 + 12 L d s + 48 d^2 L r + 6 V d) for s tokens, where r is the active FFN width in standard FFNs.
+`rule="exact"` keeps its accounting (forward and backward, attention scores in full) and counts the real shapes.
+"""
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from moekit.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from moekit.config.model import AttentionConfig, ModelConfig
+
+Rule = Literal["exact", "paper"]
+Precision = Literal["float32", "bfloat16"]
+Optimizer = Literal["adamw", "muon"]
+
+LOGIT_BYTES = 64 * 2**20
+"""The loss is taken in chunks that hold at most this much of the logits."""
+
+
+class Count(NamedTuple):
+    """Parameters of one role: all of them, and those used for one token."""
+
+    total: int
+    active: int
+
+
+def parameters(config: "ModelConfig") -> dict[str, Count]:
+    """Returns the parameters by role: embedding, attention, router, routed, shared, dense, norm, head.
+
+    Every RMSNorm is `norm`, those on MLA's latents included. A tied head counts as embedding. Buffers are no
+    parameters: hash tables, and the selection bias, which no gradient trains (14,848 numbers at DeepSeek-V3).
+    """
+    d, layers, ffn = config.hidden_size, config.num_hidden_layers, config.ffn
+    matrices, norms = _attention(config.attention, d)
+    vocabulary, moe = config.vocab_size * d, len(config.moe_layers)
+    router = routed = active = shared = 0
+    if ffn.kind == "moe":
+        expert = 3 * d * ffn.moe_intermediate_size
+        router = 0 if ffn.topk_method == "hash" else ffn.n_routed_experts * d
+        routed, active, shared = (
+            n * expert for n in (ffn.n_routed_experts, ffn.num_experts_per_tok, ffn.n_shared_experts)
+        )
+    return {
+        "embedding": _always(vocabulary),
+        "attention": _always(layers * matrices),
+        "router": _always(moe * router),
+        "routed": Count(moe * routed, moe * active),
+        "shared": _always(moe * shared),
+        "dense": _always((layers - moe) * 3 * d * (ffn.intermediate_size or 0)),
+        "norm": _always(layers * (2 * d + norms) + d),
+        "head": _always(0 if config.tie_word_embeddings else vocabulary),
+    }
+
+
+def flops(config: "ModelConfig", sequence_length: int, rule: Rule = "exact") -> int:
+    """Returns the training FLOPs, forward and backward, of one sequence: 6 per matrix weight and token, plus attention.
+
+    No rule halves attention for causality. `paper` counts every layer as MoE, attention as full multi-head, each FFN at
+    its nominal size (`nominal_size`, or else its real width over 8/3 hidden_size), and leaves the router out.
+    """
+    if rule not in ("exact", "paper"):
+        raise ConfigError(f"rule is {rule!r}{nearest(rule, ('exact', 'paper'))}; allowed: exact, paper")
+    s, d, layers = sequence_length, config.hidden_size, config.num_hidden_layers
+    if rule == "paper":
+        weights = layers * (4 * d * d + 8 * d * d * _active_standard_ffns(config)) + config.vocab_size * d
+        return round(s * (6 * weights + 12 * layers * d * s))
+    active = {role: count.active for role, count in parameters(config).items()}
+    lookups = 0 if config.tie_word_embeddings else active["embedding"]
+    widths = sum(_head_widths(config.attention))
+    return s * (6 * (sum(active.values()) - lookups - active["norm"]) + 6 * layers * widths * s)
+
+
+def kv_cache_bytes_per_token(config: "ModelConfig", dtype_bytes: int = 2) -> int:
+    """Returns the bytes that generation keeps for each token: keys and values, or MLA's latent and rotated key."""
+    attention = config.attention
+    if attention.kind == "mla":
+        width = attention.kv_lora_rank + attention.qk_rope_head_dim
+    else:
+        width = 2 * attention.num_key_value_heads * attention.head_dim
+    return config.num_hidden_layers * width * dtype_bytes
+
+
+def buffer_bytes(config: "ModelConfig") -> int:
+    """Returns the bytes of buffers: a float32 selection bias, or an int64 hash table (vocab, k), per MoE layer."""
+    ffn = config.ffn
+    if ffn.kind == "dense":
+        return 0
+    bias = 4 * ffn.n_routed_experts if ffn.topk_method == "noaux_tc" else 0
+    table = 8 * config.vocab_size * ffn.num_experts_per_tok if ffn.topk_method == "hash" else 0
+    return len(config.moe_layers) * (bias + table)
+
+
+def memory(
+    config: "ModelConfig",
+    batch: int,
+    sequence_length: int,
+    precision: Precision = "bfloat16",
+    optimizer: Optimizer = "adamw",
+    recompute: bool = False,
+) -> dict[str, int]:
+    """Returns bytes: `training_total` and its parts, then `generation_total` and its parts, for `batch` sequences.
+
+    Training keeps float32 weights, gradients and optimiser states (AdamW two moments, Muon one momentum for the routed
+    experts), with bfloat16 a half-size copy of the matrices, and what the backward pass needs. In float32 that is:
+    - each norm: its input, also normalised; bfloat16 leaves this residual stream in float32;
+    - attention, fused (no matrix of scores): input, queries, keys, values and output; MLA: the latents too;
+    - dense and shared FFN: input, gate, up, silu(gate) and their product;
+    - router: logits and scores, always float32;
+    - routed experts, per choice: input row, gate, up, output row, and 28 bytes of ids, order and weight;
+    - the loss: the last norm, the gradients of its output and of the head, one chunk of logits;
+    - with `recompute`: the input of every block, and all of the above for one block.
+    In bfloat16 every matrix keeps its own half-size copy of a float32 input. Not counted: the allocator's slack, the
+    optimiser's temporaries, rows that grouped products add for alignment.
+    """
+    count = parameters(config)
+    total, size = config.num_parameters, 2 if precision == "bfloat16" else 4
+    matrices = total - sum(count[role].total for role in ("embedding", "norm", "router"))
+    tokens, d = batch * sequence_length, config.hidden_size
+    blocks = [_block_bytes(config, layer, size) for layer in range(config.num_hidden_layers)]
+    kept = max(blocks) + len(blocks) * 4 * d if recompute else sum(blocks)
+    head = size * config.vocab_size * d + min(4 * config.vocab_size * tokens, LOGIT_BYTES)
+    training = {
+        "weights": 4 * total,
+        "compute_copy": 2 * matrices if precision == "bfloat16" else 0,
+        "gradients": 4 * total,
+        "optimizer": 8 * total - (4 * count["routed"].total if optimizer == "muon" else 0),
+        "activations": tokens * (kept + 8 * d + size * d) + head,
+        "buffers": buffer_bytes(config),
+    }
+    generation = {
+        "generation_weights": size * total + training["buffers"],
+        "kv_cache": tokens * kv_cache_bytes_per_token(config, size),
+    }
+    return {
+        **training,
+        "training_total": sum(training.values()),
+        **generation,
+        "generation_total": sum(generation.values()),
+    }
+
+
+def plan(
+    config: "ModelConfig",
+    sequence_length: int | None = None,
+    batch: int = 1,
+    precision: Precision = "bfloat16",
+    optimizer: Optimizer = "adamw",
+    recompute: bool = False,
+) -> dict[str, Any]:
+    """Returns all counts of a model as one JSON document; the length defaults to the context, at most 4096 tokens."""
+    longest = config.max_position_embeddings
+    length = sequence_length or min(longest, 4096)
+    if length > longest:
+        raise ConfigError(f"sequence_length is {length} but model.max_position_embeddings is {longest}")
+    return {
+        "parameters": {
+            "total": config.num_parameters,
+            "active": config.num_active_parameters,
+            "active_without_embedding": config.num_active_parameters_without_embedding,
+            "by_role": {role: count._asdict() for role, count in parameters(config).items()},
+        },
+        "flops": {
+            "paper": flops(config, length, "paper"),
+            "exact": flops(config, length, "exact"),
+            "sequence_length": length,
+        },
+        "kv_cache_bytes_per_token": kv_cache_bytes_per_token(config),
+        "memory": memory(config, batch, length, precision, optimizer, recompute),
+        "settings": {"batch": batch, "precision": precision, "optimizer": optimizer, "recompute": recompute},
+    }
+
+
+def _always(count: int) -> Count:
+    return Count(count, count)
+
+
+def _attention(attention: "AttentionConfig", d: int) -> tuple[int, int]:
+    """Returns the weights of one attention's matrices and of its norms."""
+    heads = attention.num_attention_heads
+    if attention.kind == "mha":
+        return 2 * d * attention.head_dim * (heads + attention.num_key_value_heads), 0
+    nope, rope, value = attention.qk_nope_head_dim, attention.qk_rope_head_dim, attention.v_head_dim
+    latent, rank = attention.kv_lora_rank, attention.q_lora_rank
+    queries = d * heads * (nope + rope) if rank is None else rank * (d + heads * (nope + rope))
+    keys_values = d * (latent + rope) + latent * heads * (nope + value)
+    return queries + keys_values + heads * value * d, latent + (rank or 0)
+
+
+def _head_widths(attention: "AttentionConfig") -> tuple[int, int]:
+    """Returns the widths, over all heads, of queries and of attended values."""
+    heads = attention.num_attention_heads
+    if attention.kind == "mha":
+        return heads * attention.head_dim, heads * attention.head_dim
+    return heads * (attention.qk_nope_head_dim + attention.qk_rope_head_dim), heads * attention.v_head_dim
+
+
+def _active_standard_ffns(config: "ModelConfig") -> float:
+    """Returns r of the paper's rule: the active FFN width in standard FFNs."""
+    ffn = config.ffn
+    if ffn.kind == "dense":
+        return ffn.nominal_size or ffn.intermediate_size / config.standard_width
+    size = ffn.nominal_size or ffn.moe_intermediate_size / config.standard_width
+    return size * (ffn.n_shared_experts + ffn.num_experts_per_tok)
+
+
+def _block_bytes(config: "ModelConfig", layer: int, size: int) -> int:
+    """Returns the bytes per token that the backward pass of one block needs; see `memory`."""
+    d, attention, ffn, half = config.hidden_size, config.attention, config.ffn, size == 2
+    queries, values = _head_widths(attention)
+    norms = 2 * 2 * 4 * d
+    if attention.kind == "mha":
+        keys_values = 2 * attention.num_key_value_heads * attention.head_dim
+        kept = (3 if half else 1) * d
+    else:
+        ranks = attention.kv_lora_rank + (attention.q_lora_rank or 0)
+        norms += 2 * 4 * ranks
+        # values are a view of the up-projection's output, whose other half, the keys' unrotated part, is kept with them
+        keys_values = queries + values + attention.num_attention_heads * attention.qk_nope_head_dim
+        kept = (2 if half else 1) * d + ranks
+    kept += queries + keys_values + values
+    if ffn.kind == "dense" or not config.is_moe(layer):
+        return norms + size * (kept + (2 if half else 1) * d + 4 * (ffn.intermediate_size or 0))
+    width, k = ffn.moe_intermediate_size, ffn.num_experts_per_tok
+    kept += d + 4 * ffn.n_shared_experts * width + k * (2 * d + 2 * width)
+    router = 0 if ffn.topk_method == "hash" else 8 * ffn.n_routed_experts + (4 * d if half else 0)
+    return norms + size * kept + 28 * k + router

@@ -1,0 +1,253 @@
+"""What a model is: typed, frozen, strict. Leaf names are the DeepSeek checkpoints' own."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from moekit.config import counts
+
+
+class Strict(BaseModel):
+    """Base of every configuration: frozen, no unknown keys, no silent conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    default_kinds: ClassVar[dict[str, str]] = {}
+    """The `kind` of a part that does not name its own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_kinds(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for key, kind in cls.default_kinds.items():
+                part = values.get(key)
+                if isinstance(part, dict) and "kind" not in part:
+                    values = {**values, key: {"kind": kind, **part}}
+        return values
+
+
+class YarnConfig(Strict):
+    """YaRN context extension (DeepSeek-V2, arXiv 2405.04434, section 3.1.4)."""
+
+    factor: float = Field(gt=1.0, description="context extension: new length / original length")
+    original_max_position_embeddings: int = Field(gt=0, description="tokens of context before the extension")
+    beta_fast: float = Field(32.0, gt=0, description="rotations in the original context above which a frequency stays")
+    beta_slow: float = Field(1.0, gt=0, description="rotations below which a frequency is interpolated")
+    mscale: float = Field(1.0, ge=0, description="attention magnitude applied to cos and sin")
+    mscale_all_dim: float = Field(0.0, ge=0, description="attention magnitude applied to the softmax scale")
+
+
+class RopeConfig(Strict):
+    """Rotary position embedding."""
+
+    theta: float = Field(10000.0, gt=0, description="base of the rotation frequencies")
+    yarn: YarnConfig | None = Field(None, description="YaRN context extension, or null")
+
+
+class MHAConfig(Strict):
+    """Multi-head attention; grouped-query when there are fewer key-value heads."""
+
+    kind: Literal["mha"] = Field("mha", description="multi-head or grouped-query attention")
+    num_attention_heads: int = Field(gt=0, description="query heads")
+    num_key_value_heads: int = Field(gt=0, description="key-value heads; divides num_attention_heads")
+    head_dim: int = Field(gt=0, description="width of one head, even")
+    rope: RopeConfig = Field(RopeConfig(), description="rotary position embedding, half-split pairing")
+
+    @model_validator(mode="after")
+    def _check(self) -> "MHAConfig":
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads is {self.num_key_value_heads} but must divide "
+                f"num_attention_heads, {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim} but rotary embedding needs an even width")
+        return self
+
+
+class MLAConfig(Strict):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, Eq. 9-19)."""
+
+    kind: Literal["mla"] = Field("mla", description="multi-head latent attention")
+    num_attention_heads: int = Field(gt=0, description="heads")
+    kv_lora_rank: int = Field(gt=0, description="width of the compressed keys and values")
+    q_lora_rank: int | None = Field(None, gt=0, description="width of the compressed queries, or null for full queries")
+    qk_nope_head_dim: int = Field(gt=0, description="width of a query and key head without rotation")
+    qk_rope_head_dim: int = Field(gt=0, description="width of the rotated part, even")
+    v_head_dim: int = Field(gt=0, description="width of a value head")
+    rope: RopeConfig = Field(RopeConfig(), description="rotary position embedding, interleaved pairing")
+
+    @model_validator(mode="after")
+    def _check(self) -> "MLAConfig":
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim} but rotary embedding needs an even width")
+        return self
+
+
+class DenseConfig(Strict):
+    """A plain SwiGLU feed-forward network in every block."""
+
+    kind: Literal["dense"] = Field("dense", description="one SwiGLU network per block")
+    intermediate_size: int = Field(gt=0, description="intermediate width")
+    nominal_size: float | None = Field(
+        None, gt=0, description="in standard FFNs (8/3 hidden_size), for the paper's FLOPs rule; null: real width"
+    )
+
+
+class MoEConfig(Strict):
+    """The DeepSeekMoE layer (arXiv 2401.06066, Eq. 9-11), of which Switch, GShard and Hash are special cases."""
+
+    kind: Literal["moe"] = Field("moe", description="routed experts and shared experts")
+    n_routed_experts: int = Field(gt=0, description="routed experts, N' = mN - K_s")
+    n_shared_experts: int = Field(0, ge=0, description="experts that every token visits, K_s")
+    num_experts_per_tok: int = Field(gt=0, description="routed experts chosen per token, K' = mK - K_s")
+    moe_intermediate_size: int = Field(gt=0, description="intermediate width of one expert, d_ff / m")
+    intermediate_size: int | None = Field(None, gt=0, description="width of the dense layers; needed if there are any")
+    first_k_dense_replace: int = Field(0, ge=0, description="leading layers with a dense FFN")
+    moe_layer_freq: int = Field(1, gt=0, description="among the rest, every n-th layer is MoE")
+    nominal_size: float | None = Field(
+        None, gt=0, description="one expert in standard FFNs, for the paper's FLOPs rule; null: real width"
+    )
+
+    scoring_func: Literal["softmax", "sigmoid"] = Field("softmax", description="affinity of a token to the experts")
+    topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc", "hash"] = Field(
+        "greedy",
+        description="greedy; group_limited_greedy (V2: groups by best expert); noaux_tc (V3: selection bias, groups by "
+        "their two best); hash (fixed table from token id to experts, weights 1/k)",
+    )
+    n_group: int = Field(1, gt=0, description="groups of experts; each is a device to the device-level loss")
+    topk_group: int = Field(1, gt=0, description="groups that one token may use")
+    norm_topk_prob: bool = Field(False, description="renormalise the chosen weights to sum to 1")
+    routed_scaling_factor: float = Field(1.0, gt=0, description="constant on the routed weights")
+    hash_method: Literal["random", "balanced"] = Field(
+        "random", description="hash only: a random table, or one balanced by token frequency (needs counts)"
+    )
+
+    aux_loss_alpha: float = Field(0.0, ge=0, description="expert-level balance factor, alpha_1")
+    seq_aux: bool = Field(True, description="expert-level balance per sequence; false: over the micro-batch")
+    global_aux: bool = Field(
+        False, description="with seq_aux false: load counted over the optimiser step so far, all micro-batches"
+    )
+    device_aux_loss_alpha: float = Field(0.0, ge=0, description="device-level balance factor, alpha_2")
+    comm_aux_loss_alpha: float = Field(0.0, ge=0, description="communication balance factor, alpha_3")
+    z_loss_alpha: float = Field(0.0, ge=0, description="factor of the squared log-sum-exp of router logits")
+    bias_update_speed: float = Field(0.0, ge=0, description="noaux_tc: step of the selection bias, gamma")
+    capacity_factor: float | None = Field(
+        None, gt=0, description="training only: an expert takes at most factor * K T / N tokens; null: dropless"
+    )
+    drop_policy: Literal["position", "score"] = Field(
+        "position", description="whom a full expert refuses: late tokens, or those of low affinity"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "MoEConfig":
+        def refuse(text: str) -> None:
+            raise ValueError(text)
+
+        experts, k, groups = self.n_routed_experts, self.num_experts_per_tok, self.n_group
+        if k > experts:
+            refuse(f"num_experts_per_tok is {k} but n_routed_experts is {experts}; choose at most {experts}")
+        if experts % groups:
+            refuse(f"n_group is {groups} but must divide n_routed_experts, {experts}")
+        if self.topk_group > groups:
+            refuse(f"topk_group is {self.topk_group} but n_group is {groups}; choose at most {groups}")
+        if self.topk_group != groups and self.topk_method in ("greedy", "hash"):
+            refuse(
+                f"topk_group is {self.topk_group} of n_group {groups}, which topk_method {self.topk_method} ignores; "
+                "use group_limited_greedy or noaux_tc, or set topk_group equal to n_group"
+            )
+        if k > experts // groups * self.topk_group:
+            refuse(f"num_experts_per_tok is {k} but topk_group leaves {experts // groups * self.topk_group} experts")
+        if self.topk_method == "noaux_tc" and groups > 1 and experts // groups < 2:
+            refuse(f"n_group is {groups} but noaux_tc needs two experts in a group; choose at most {experts // 2}")
+        if self.bias_update_speed and self.topk_method != "noaux_tc":
+            refuse(f"bias_update_speed is {self.bias_update_speed} but only topk_method noaux_tc has a bias")
+        if self.topk_method == "hash":
+            losses = ("aux_loss_alpha", "device_aux_loss_alpha", "comm_aux_loss_alpha", "z_loss_alpha")
+            for name in (*losses, "norm_topk_prob"):
+                if getattr(self, name):
+                    refuse(f"{name} is {getattr(self, name)} but topk_method hash has no router to train; leave it out")
+            if self.scoring_func != "softmax":
+                refuse(f"scoring_func is {self.scoring_func} but topk_method hash has no scores; leave it out")
+            if groups > 1:
+                refuse(f"n_group is {groups} but topk_method hash knows no groups; leave it at 1")
+        elif self.hash_method != "random":
+            refuse(f"hash_method is {self.hash_method} but topk_method is {self.topk_method}; it is for hash only")
+        if self.global_aux and (self.seq_aux or not self.aux_loss_alpha):
+            refuse("global_aux is true but needs seq_aux false and aux_loss_alpha above 0")
+        if groups == 1 and (self.device_aux_loss_alpha or self.comm_aux_loss_alpha):
+            refuse("device_aux_loss_alpha and comm_aux_loss_alpha have no gradient with n_group 1; use more groups")
+        if self.drop_policy != "position" and self.capacity_factor is None:
+            refuse(f"drop_policy is {self.drop_policy} but capacity_factor is null, so nothing is dropped")
+        if self.first_k_dense_replace == 0 and self.moe_layer_freq == 1 and self.intermediate_size is not None:
+            refuse(f"intermediate_size is {self.intermediate_size} but no layer is dense; leave it out")
+        if (self.first_k_dense_replace or self.moe_layer_freq > 1) and self.intermediate_size is None:
+            refuse("intermediate_size is missing but first_k_dense_replace or moe_layer_freq leaves dense layers")
+        return self
+
+
+AttentionConfig = Annotated[MHAConfig | MLAConfig, Field(discriminator="kind")]
+FFNConfig = Annotated[DenseConfig | MoEConfig, Field(discriminator="kind")]
+
+
+class ModelConfig(Strict):
+    """A decoder-only language model: embedding, pre-norm blocks of attention and feed-forward, norm, head."""
+
+    default_kinds: ClassVar[dict[str, str]] = {"attention": "mha", "ffn": "moe"}
+
+    vocab_size: int = Field(gt=0, description="rows of the embedding")
+    hidden_size: int = Field(gt=0, description="width of the residual stream")
+    num_hidden_layers: int = Field(gt=0, description="blocks")
+    max_position_embeddings: int = Field(2048, gt=0, description="longest context, tokens")
+    attention: AttentionConfig = Field(description="attention, told apart by kind: mha or mla")
+    ffn: FFNConfig = Field(description="feed-forward, told apart by kind: dense or moe")
+    rms_norm_eps: float = Field(1e-6, gt=0, description="epsilon of RMSNorm")
+    tie_word_embeddings: bool = Field(False, description="the head uses the embedding's weight")
+    initializer_range: float = Field(0.006, gt=0, description="standard deviation of every initial weight matrix")
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        if isinstance(self.ffn, MoEConfig) and not any(map(self.is_moe, range(self.num_hidden_layers))):
+            raise ValueError(
+                f"ffn.first_k_dense_replace is {self.ffn.first_k_dense_replace} but num_hidden_layers is "
+                f"{self.num_hidden_layers}, so no layer is MoE; use ffn.kind dense"
+            )
+        return self
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether the block at index `layer` holds an MoE layer (the rule of the released DeepSeek code)."""
+        ffn = self.ffn
+        return isinstance(ffn, MoEConfig) and layer >= ffn.first_k_dense_replace and layer % ffn.moe_layer_freq == 0
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Indices of the blocks that hold an MoE layer."""
+        return [layer for layer in range(self.num_hidden_layers) if self.is_moe(layer)]
+
+    @property
+    def standard_width(self) -> float:
+        """Intermediate width of a standard FFN, 8/3 hidden_size: a SwiGLU of 8 hidden_size^2 parameters."""
+        return 8 / 3 * self.hidden_size
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters; the selection bias and hash tables are buffers and not counted."""
+        return sum(count.total for count in counts.parameters(self).values())
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Parameters used for one token, input embedding and head included (the paper's convention, 2.8B at 16B)."""
+        return sum(count.active for count in counts.parameters(self).values())
+
+    @property
+    def num_active_parameters_without_embedding(self) -> int:
+        """As above without the input embedding (DeepSeek-V2-Lite's 2.4B); a tied embedding is the head and counts."""
+        embedding = 0 if self.tie_word_embeddings else counts.parameters(self)["embedding"].active
+        return self.num_active_parameters - embedding
+
+    def flops(self, sequence_length: int, rule: counts.Rule = "exact") -> int:
+        """Training FLOPs, forward and backward, of one sequence; see `counts.flops`."""
+        return counts.flops(self, sequence_length, rule)
+
+    def kv_cache_bytes_per_token(self, dtype_bytes: int = 2) -> int:
+        """Bytes that generation keeps for each token of a sequence, all layers."""
+        return counts.kv_cache_bytes_per_token(self, dtype_bytes)

@@ -1,0 +1,34 @@
+"""The errors that a user can cause. Each message is one line: the field, what was found, what is allowed, what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MoekitError(Exception):
+    """Base of the errors below; the command line prints its message without a traceback and exits with 2."""
+
+
+class ConfigError(MoekitError):
+    """A setting is unknown, out of range, or cannot take effect."""
+
+
+class CheckpointError(MoekitError):
+    """A directory is not the checkpoint that it claims to be."""
+
+
+class DataError(MoekitError):
+    """Text or tokenised data cannot be read; the message names the file and the line."""
+
+
+class UnsupportedError(MoekitError):
+    """The request is sound but this machine or this version cannot carry it out."""
+
+
+class TrainingError(MoekitError):
+    """Training cannot go on (the loss is not finite, say); the message names the last good checkpoint."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns " (did you mean X?)" for the known name closest to `name`, or an empty string when none is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {matches[0]}?)" if matches else ""

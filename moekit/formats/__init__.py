@@ -1,0 +1,1 @@
+"""What is on disk: checkpoint directories, Hugging Face names, tokenizers."""

@@ -1,0 +1,35 @@
+"""Tensor names on disk: the DeepSeek checkpoints' own, one key an expert. One table, used both ways."""
+
+from typing import NamedTuple
+
+Index = tuple[int | slice, ...]
+
+RENAMED = {
+    ".mlp.router.weight": ".mlp.gate.weight",
+    ".mlp.router.expert_bias": ".mlp.gate.e_score_correction_bias",
+    ".mlp.router.table": ".mlp.gate.hash_table",
+}
+"""Our suffix -> theirs; what is not listed keeps its name."""
+
+
+class Piece(NamedTuple):
+    """One tensor on disk and the part of ours that it holds."""
+
+    key: str
+    index: Index
+
+
+def pieces(name: str, shape: tuple[int, ...]) -> list[Piece]:
+    """Returns the tensors on disk that together are the state-dict tensor `name`."""
+    key = name if name.startswith("lm_head.") else f"model.{name}"
+    for ours, theirs in RENAMED.items():
+        if key.endswith(ours):
+            return [Piece(key.removesuffix(ours) + theirs, ())]
+    if key.endswith(".experts.gate_up_proj"):
+        stem, ff = key.removesuffix("gate_up_proj"), shape[1] // 2
+        halves = (("gate_proj", slice(0, ff)), ("up_proj", slice(ff, 2 * ff)))
+        return [Piece(f"{stem}{e}.{half}.weight", (e, rows)) for e in range(shape[0]) for half, rows in halves]
+    if key.endswith(".experts.down_proj"):
+        stem = key.removesuffix("down_proj")
+        return [Piece(f"{stem}{e}.down_proj.weight", (e,)) for e in range(shape[0])]
+    return [Piece(key, ())]

@@ -1,0 +1,204 @@
+"""Text to token ids and back: a thin layer over `tokenizers` that reads and writes Hugging Face's tokenizer.json."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from moekit.errors import CheckpointError, ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+END_OF_TEXT = "<|endoftext|>"
+# Tried in this order where tokenizer_config.json names no token.
+EOS_NAMES = (END_OF_TEXT, "</s>", "<｜end▁of▁sentence｜>", "<|end_of_text|>", "<eos>")  # noqa: RUF001
+BOS_NAMES = ("<s>", "<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<bos>")  # noqa: RUF001
+PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<｜▁pad▁｜>")  # noqa: RUF001
+
+# Contractions; a word with one leading mark or space; one to three digits; punctuation; line ends; other white space.
+# The pattern is Llama 3's to the letter: runtimes that rebuild pre-tokenizers by name (GGUF) know it as llama-bpe.
+PRE_TOKENIZER = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer:
+    """A vocabulary. `data` is the content of a tokenizer.json, `config` that of the tokenizer_config.json beside it.
+
+    Text that happens to spell a special token is text: `encode("<|endoftext|>")` never gives `eos_id` unless asked to.
+    """
+
+    def __init__(self, data: bytes, config: dict[str, Any] | None = None, name: str = "tokenizer.json"):
+        try:
+            self._plain = tokenizers.Tokenizer.from_str(data.decode())
+        except Exception as error:  # the library raises bare Exception
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{name} is not a tokenizer.json that `tokenizers` can read: {reason}") from None
+        self._plain.no_truncation()  # a file may carry a length limit, which would cut documents without a word
+        self._plain.no_padding()
+        self._plain.encode_special_tokens = True
+        self.data, self.config = data, dict(config or {})
+        self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
+        self.bos_id = self._special("bos_token", BOS_NAMES, name)
+        pad_id = self._special("pad_token", PAD_NAMES, name)
+        eos_id = self._special("eos_token", EOS_NAMES, name)
+        if eos_id is None:
+            raise CheckpointError(
+                f"{name} has no known end-of-text token ({', '.join(EOS_NAMES)}); "
+                'put a tokenizer_config.json with "eos_token" beside it'
+            )
+        self.eos_id = eos_id
+        self.pad_id = eos_id if pad_id is None else pad_id
+
+    def _special(self, key: str, names: Sequence[str], where: str) -> int | None:
+        """Returns the id of the token that the config calls `key`, else of the first of `names` that exists."""
+        token = self.config.get(key)
+        if isinstance(token, dict):  # an AddedToken as transformers wrote it before version 5
+            token = token.get("content")
+        if token is None:
+            return next((i for i in map(self._plain.token_to_id, names) if i is not None), None)
+        if not isinstance(token, str) or (number := self._plain.token_to_id(token)) is None:
+            raise CheckpointError(f"tokenizer_config.json says {key} is {token!r}, which {where} does not contain")
+        return number
+
+    @cached_property
+    def _special_aware(self) -> tokenizers.Tokenizer:
+        """A second copy that finds special tokens in text: the switch is on the object, so threads need one each."""
+        copy = tokenizers.Tokenizer.from_str(self.data.decode())
+        copy.no_truncation()
+        copy.no_padding()
+        return copy
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Returns the ids of `text`; nothing is added. `allow_special` lets text name special tokens (chat prompts)."""
+        backend = self._special_aware if allow_special else self._plain
+        return list(backend.encode(_encodable(text), add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns `encode` of each text; the texts are shared out over the processor's cores."""
+        batch = self._plain.encode_batch_fast([_encodable(text) for text in texts], add_special_tokens=False)
+        return [encoding.ids for encoding in batch]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of `ids`, special tokens included; bytes that are not UTF-8 become U+FFFD."""
+        return str(self._plain.decode(list(ids), skip_special_tokens=False))
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of tokenizer.json: equal fingerprints give equal ids."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    def token_bytes(self) -> np.ndarray:
+        """Returns, for every id, how many UTF-8 bytes of text it stands for (int64); special tokens count 0.
+
+        Exact for byte-level BPE: over `encode(text)` the counts add up to the bytes of `text`. SentencePiece-like
+        vocabularies: `▁` is one space and `<0xAB>` one byte, so the sum is one larger where a leading space was put in.
+        Any other vocabulary: the bytes of the token as it is spelt, less a `##` prefix; spaces that it drops are lost.
+        """
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        parts = json.loads(self.data)
+        byte_level = '"ByteLevel"' in json.dumps([parts.get("pre_tokenizer"), parts.get("decoder")])
+        byte_fallback = parts["model"].get("byte_fallback", False)
+        for token, number in self._plain.get_vocab(with_added_tokens=False).items():
+            if byte_level:
+                lengths[number] = len(token)  # one character of the byte-level alphabet is one byte
+            elif byte_fallback and re.fullmatch("<0x[0-9A-F]{2}>", token):
+                lengths[number] = 1
+            else:
+                lengths[number] = len(token.removeprefix("##").replace("▁", " ").encode())
+        for number, added in self._plain.get_added_tokens_decoder().items():
+            lengths[number] = 0 if added.special else len(added.content.encode())
+        lengths[self.eos_id] = 0
+        return lengths
+
+    def files(self) -> dict[str, bytes]:
+        """Returns the two files that hold this tokenizer, by name."""
+        tokens = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        defaults = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,  # would change spaces before punctuation when decoding
+            **{key: None if number is None else self._plain.id_to_token(number) for key, number in tokens.items()},
+        }
+        config = {**defaults, **{key: value for key, value in self.config.items() if value is not None}}
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        return {"tokenizer.json": self.data, "tokenizer_config.json": text.encode()}
+
+    def save(self, directory: str | Path) -> None:
+        """Writes tokenizer.json, byte for byte as it was read or trained, and tokenizer_config.json."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            (Path(directory) / name).write_bytes(content)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Returns the tokenizer of a directory or of a tokenizer.json file.
+
+    Raises CheckpointError when there is none, when it cannot be read, or when its end-of-text token is unknown.
+    """
+    path = Path(path)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(f"{file} does not exist; give a tokenizer.json or a directory that holds one")
+    beside = file.parent / "tokenizer_config.json"
+    config: Any = {}
+    if beside.is_file():
+        try:
+            config = json.loads(beside.read_bytes())
+        except ValueError as error:
+            raise CheckpointError(f"{beside} is not JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{beside} holds a {type(config).__name__}, not an object")
+    return Tokenizer(file.read_bytes(), config, str(file))
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises ConfigError when a byte-level vocabulary cannot be so small."""
+    if vocab_size < 257:
+        raise ConfigError(f"vocab_size is {vocab_size} but 256 bytes and {END_OF_TEXT} need at least 257")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Returns a byte-level BPE vocabulary of at most `vocab_size` entries; equal texts give equal bytes.
+
+    Holds all 256 bytes, so any text survives encode and decode, and one special token, `<|endoftext|>`. Smaller than
+    asked for (a warning says so) when the texts offer fewer merges. Raises ConfigError when `vocab_size` is under 257.
+    """
+    check_vocab_size(vocab_size)
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRE_TOKENIZER), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(map(_encodable, texts), trainer)
+    if (found := backend.get_vocab_size()) < vocab_size:
+        logger.warning("the text gave a vocabulary of %d tokens, %d were asked for", found, vocab_size)
+    return Tokenizer(backend.to_str(pretty=True).encode())
+
+
+def _encodable(text: str) -> str:
+    """Returns `text`; raises DataError when it holds half a surrogate pair, which no UTF-8 file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"text holds a lone surrogate, U+{ord(text[error.start]):04X}, at character {error.start}"
+        ) from None
+    return text

@@ -1,0 +1,94 @@
+"""Text in, text out: stop strings, the end of the text, and streaming."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from moekit.errors import ConfigError
+from moekit.formats.tokenizer import Tokenizer
+from moekit.generate.decode import tokens
+from moekit.generate.sampling import SamplingSettings
+from moekit.nn.model import Model
+
+
+class Completion(NamedTuple):
+    """One prompt's continuation."""
+
+    prompt: str
+    text: str
+    """Without the prompt, the stop string and the end-of-text token."""
+    tokens: int
+    """New tokens, those of a stop string included."""
+    finish: str
+    """stop (a stop string), end (end of text) or length."""
+
+
+def complete(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    settings: SamplingSettings | None = None,
+    *,
+    max_new_tokens: int = 64,
+    stop: Sequence[str] = (),
+    stream: Callable[[int, str], None] | None = None,
+) -> list[Completion]:
+    """Returns one completion per prompt. An empty prompt starts a new document.
+
+    `stream` gets (prompt number, new text) as it becomes certain: whole characters, and nothing of a stop string.
+    """
+    if any(not text for text in stop):
+        raise ConfigError("a stop string is empty; leave it out")
+    encoded = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+    texts = [_Text(tokenizer, stop) for _ in prompts]
+    for chosen in tokens(model, encoded, settings or SamplingSettings(), max_new_tokens):
+        for number, (token, text) in enumerate(zip(chosen.tolist(), texts, strict=True)):
+            certain = text.add(token)
+            if stream is not None and certain:
+                stream(number, certain)
+        if all(text.finish for text in texts):
+            break
+    for number, text in enumerate(texts):
+        rest = text.close()
+        if stream is not None and rest:
+            stream(number, rest)
+    return [
+        Completion(prompt, text.text, len(text.ids), text.finish) for prompt, text in zip(prompts, texts, strict=True)
+    ]
+
+
+class _Text:
+    """The text of one sequence as it grows: what is certain, and what could still become a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self.tokenizer, self.stop = tokenizer, stop
+        self.ids: list[int] = []
+        self.text, self.finish = "", ""
+        self._given = 0
+
+    def add(self, token: int) -> str:
+        """Takes a token and returns the text that became certain."""
+        if self.finish:
+            return ""
+        if token == self.tokenizer.eos_id:
+            self.finish = "end"
+            return ""
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        found = min((at for at in map(text.find, self.stop) if at >= 0), default=-1)
+        if found >= 0:
+            self.text, self.finish = text[:found], "stop"
+            return self._give(len(self.text))
+        self.text = text
+        held = max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        # an unfinished character decodes to a replacement character at the end
+        return self._give(len(text) - max(held, len(text) - len(text.rstrip("\ufffd"))))
+
+    def close(self) -> str:
+        """Ends the text and returns what was held back."""
+        self.finish = self.finish or "length"
+        return self._give(len(self.text))
+
+    def _give(self, end: int) -> str:
+        new = self.text[self._given : end]
+        self._given = max(self._given, end)
+        return new

@@ -1,0 +1,98 @@
+"""The decoding loop: prompts in, tokens out, one step at a time."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from moekit.errors import ConfigError
+from moekit.generate.sampling import SamplingSettings, draw
+from moekit.nn.cache import KVCache
+from moekit.nn.model import Model
+
+
+@torch.no_grad()
+def tokens(
+    model: Model, prompts: Sequence[Sequence[int]], settings: SamplingSettings, max_new_tokens: int
+) -> Iterator[Int[Tensor, " batch"]]:
+    """Yields the next token of every sequence, `max_new_tokens` times. Prompts may differ in length.
+
+    The caller stops when all its sequences have ended. Raises ConfigError for an empty prompt, a token outside of the
+    vocabulary, or more tokens than the model has positions.
+    """
+    if not prompts or not all(prompts):
+        raise ConfigError("a prompt is empty; give at least one token (the end-of-text token starts a new document)")
+    _check(model, prompts, max_new_tokens)
+    was_training = model.training
+    model.eval()
+    device, dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
+    longest, batch = max(map(len, prompts)), len(prompts)
+    ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    mask = torch.arange(longest, device=device) < lengths.unsqueeze(1)
+    cache = KVCache(model.config, batch, longest + max_new_tokens, device, dtype)
+    seen = None
+    if settings.repetition_penalty != 1.0:
+        seen = torch.zeros(batch, model.config.vocab_size, dtype=torch.bool, device=device)
+        seen.scatter_(1, ids.where(mask, ids[:, :1]), True)
+    generators = [torch.Generator(device) for _ in prompts]
+    for number, generator in enumerate(generators):
+        if settings.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(settings.seed + number)
+    try:
+        last = model(ids, cache=cache, padding_mask=mask).logits[torch.arange(batch, device=device), lengths - 1]
+        for left in range(max_new_tokens, 0, -1):
+            chosen = draw(last, settings, seen, generators)
+            if seen is not None:
+                seen.scatter_(1, chosen.unsqueeze(1), True)
+            yield chosen
+            if left > 1:
+                last = model(chosen.unsqueeze(1), cache=cache).logits[:, -1]
+    finally:
+        model.train(was_training)
+
+
+def generate(
+    model: Model,
+    input_ids: Int[Tensor, "batch length"],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+) -> Int[Tensor, "batch total"]:
+    """Returns prompt and new tokens, (batch, length + max_new_tokens); greedy at temperature 0.
+
+    All sequences run to the full length; `complete` stops at the end of the text or at a stop string.
+    """
+    settings = SamplingSettings(
+        temperature=float(temperature),
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=float(repetition_penalty),
+        seed=seed,
+    )
+    new = list(tokens(model, input_ids.tolist(), settings, max_new_tokens)) if max_new_tokens else []
+    return torch.cat([input_ids, *(chosen.unsqueeze(1).to(input_ids.device) for chosen in new)], dim=1)
+
+
+def _check(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    vocab, limit = model.config.vocab_size, model.config.max_position_embeddings
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens} but must be at least 1")
+    worst = max(max(prompt) for prompt in prompts)
+    if worst >= vocab or min(min(prompt) for prompt in prompts) < 0:
+        raise ConfigError(f"a prompt holds token {worst} but the vocabulary has {vocab}; is this the model's tokenizer?")
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens > limit:
+        raise ConfigError(
+            f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more than "
+            f"max_position_embeddings, {limit}; ask for at most {max(limit - longest, 0)}"
+        )

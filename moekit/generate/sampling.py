@@ -1,0 +1,62 @@
+"""Logits to the next token."""
+
+from pydantic import Field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moekit.config import Strict
+
+
+class SamplingSettings(Strict):
+    """How the next token is drawn. Filters apply in this order: repetition, temperature, top-k, top-p, min-p."""
+
+    temperature: float = Field(0.0, ge=0, description="0: the likeliest token; 1: the model's own distribution")
+    top_k: int | None = Field(None, gt=0, description="only the k likeliest tokens")
+    top_p: float | None = Field(None, gt=0, le=1, description="the fewest tokens whose probability reaches p")
+    min_p: float | None = Field(None, ge=0, le=1, description="tokens of at least p times the likeliest's probability")
+    repetition_penalty: float = Field(1.0, gt=0, description="above 1: tokens seen before get less likely (CTRL)")
+    seed: int | None = Field(None, ge=0, description="of the draws; null: another text every time")
+
+
+def filtered(
+    logits: Float[Tensor, "batch vocab"], settings: SamplingSettings, seen: Bool[Tensor, "batch vocab"] | None = None
+) -> Float[Tensor, "batch vocab"]:
+    """Returns the logits to draw from, minus infinity where a token is ruled out; at least one token stays.
+
+    The repetition penalty divides positive logits of seen tokens and multiplies negative ones (CTRL, arXiv 1909.05858).
+    """
+    logits = logits.float()
+    if seen is not None and settings.repetition_penalty != 1.0:
+        penalty = settings.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if settings.temperature == 0:
+        return logits
+    logits = logits / settings.temperature
+    if settings.top_k is not None and settings.top_k < logits.shape[-1]:
+        least = logits.topk(settings.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if settings.top_p is not None and settings.top_p < 1:
+        ordered, order = logits.sort(descending=True, stable=True)
+        p = ordered.softmax(-1)
+        beyond = p.cumsum(-1) - p >= settings.top_p  # what stands before already reaches p
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
+    if settings.min_p:
+        p = logits.softmax(-1)
+        logits = logits.masked_fill(p < settings.min_p * p.amax(-1, keepdim=True), -torch.inf)
+    return logits
+
+
+def draw(
+    logits: Float[Tensor, "batch vocab"],
+    settings: SamplingSettings,
+    seen: Bool[Tensor, "batch vocab"] | None,
+    generators: list[torch.Generator],
+) -> Int[Tensor, " batch"]:
+    """Returns one token per sequence; each sequence has its own random stream, so a batch does not change a text."""
+    logits = filtered(logits, settings, seen)
+    if settings.temperature == 0:
+        return logits.argmax(-1)
+    p = logits.softmax(-1)
+    return torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators, strict=True)])

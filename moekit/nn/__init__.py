@@ -1,0 +1,1 @@
+"""Modules: parameters plus calls into `ops`."""

@@ -1,0 +1,78 @@
+"""Multi-head and grouped-query attention, and what MLA shares with it."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from moekit.config import MHAConfig
+from moekit.nn.cache import KVCache
+from moekit.nn.rope import Rotation, rotate, softmax_scale
+
+
+class Context(NamedTuple):
+    """What every block of one forward pass shares."""
+
+    rotation: Rotation
+    positions: Int[Tensor, "batch length"]
+    mask: Bool[Tensor, "batch 1 length keys"] | None
+    """Who may look at whom; None: plainly causal."""
+    cache: KVCache | None
+
+
+def attention_mask(
+    positions: Int[Tensor, "batch length"], keys: int, document_ids: Int[Tensor, "batch length"] | None
+) -> Bool[Tensor, "batch 1 length keys"]:
+    """Returns true where a query may look: at or before its own position, and in its own document where ids are given."""
+    seen = positions.unsqueeze(-1) >= torch.arange(keys, device=positions.device)
+    if document_ids is not None:
+        seen = seen & (document_ids.unsqueeze(-1) == document_ids.unsqueeze(-2))
+    return seen.unsqueeze(1)
+
+
+def attend(
+    q: Float[Tensor, "batch length heads head_dim"],
+    k: Float[Tensor, "batch keys kv_heads head_dim"],
+    v: Float[Tensor, "batch keys kv_heads value_dim"],
+    mask: Bool[Tensor, "batch 1 length keys"] | None,
+    scale: float,
+) -> Float[Tensor, "batch length heads value_dim"]:
+    """Returns softmax attention; causal when there is no mask."""
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return y.transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention without biases, half-split rotary embedding; grouped-query with fewer kv heads."""
+
+    def __init__(self, config: MHAConfig, dim: int, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.q_proj = nn.Linear(dim, heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, dim, bias=False)
+        self.scale = softmax_scale(config.rope, head_dim)
+
+    def forward(self, x: Float[Tensor, "batch length dim"], context: Context) -> Float[Tensor, "batch length dim"]:
+        split = (-1, self.config.head_dim)
+        q = rotate(self.q_proj(x).unflatten(-1, split), context.rotation, interleaved=False)
+        k = rotate(self.k_proj(x).unflatten(-1, split), context.rotation, interleaved=False)
+        v = self.v_proj(x).unflatten(-1, split)
+        if context.cache is not None:
+            new = torch.cat((k, v), dim=2).flatten(2)
+            kept = context.cache.extend(self.layer, new, context.positions).to(q.dtype).unflatten(-1, split)
+            k, v = kept.chunk(2, dim=2)
+        y: Tensor = self.o_proj(attend(q, k, v, context.mask, self.scale).flatten(2))
+        return y

@@ -1,0 +1,59 @@
+"""The key-value cache: one contiguous buffer a layer, one row a sequence, each sequence with its own length."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moekit.config import MHAConfig, ModelConfig
+from moekit.errors import ConfigError
+
+
+class KVCache:
+    """Holds what attention keeps of past tokens; sequences in a batch may have different lengths.
+
+    Multi-head attention keeps keys and values, 2 kv_heads head_dim per token and layer; MLA keeps the latent and the
+    rotated key, kv_lora_rank + qk_rope_head_dim (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        max_length: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        attention = config.attention
+        if isinstance(attention, MHAConfig):
+            width = 2 * attention.num_key_value_heads * attention.head_dim
+        else:
+            width = attention.kv_lora_rank + attention.qk_rope_head_dim
+        self.max_length = max_length
+        self.longest = 0
+        """Upper bound of all lengths, known without asking the device."""
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._layers = [
+            torch.zeros(batch, max_length, width, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
+        ]
+
+    def positions(self, length: int) -> Int[Tensor, "batch length"]:
+        """Returns where `length` new tokens of each sequence go."""
+        if self.longest + length > self.max_length:
+            raise ConfigError(
+                f"the cache holds {self.max_length} tokens per sequence but {self.longest + length} are asked for; "
+                "make it longer"
+            )
+        return self.lengths.unsqueeze(1) + torch.arange(length, device=self.lengths.device)
+
+    def extend(
+        self, layer: int, new: Float[Tensor, "batch length width"], positions: Int[Tensor, "batch length"]
+    ) -> Float[Tensor, "batch keys width"]:
+        """Writes the new tokens' entries and returns all entries up to the longest sequence."""
+        buffer = self._layers[layer]
+        buffer[torch.arange(len(buffer), device=buffer.device).unsqueeze(1), positions] = new.to(buffer.dtype)
+        return buffer[:, : self.longest + new.shape[1]]
+
+    def advance(self, counts: Int[Tensor, " batch"], at_most: int) -> None:
+        """Makes the last `counts` written tokens of each sequence permanent; what lies behind is written over later."""
+        self.lengths = self.lengths + counts
+        self.longest += at_most

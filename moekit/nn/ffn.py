@@ -1,0 +1,23 @@
+"""The SwiGLU feed-forward network (arXiv 2002.05202): a dense layer, or the shared experts as one."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class SwiGLU(nn.Module):
+    """down (silu(gate x) * up x), without biases.
+
+    K_s shared experts of width w are one network of width K_s w: the sum of the experts' outputs is the product with
+    their concatenated weights.
+    """
+
+    def __init__(self, dim: int, ff: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, ff, bias=False)
+        self.up_proj = nn.Linear(dim, ff, bias=False)
+        self.down_proj = nn.Linear(ff, dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
+        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y

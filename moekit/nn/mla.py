@@ -1,0 +1,62 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, Eq. 9-19)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moekit.config import MLAConfig
+from moekit.nn.attention import Context, attend
+from moekit.nn.norm import RMSNorm
+from moekit.nn.rope import rotate, softmax_scale
+
+
+class MLA(nn.Module):
+    """Attention whose keys and values are rebuilt from one small latent per token; interleaved rotary pairing.
+
+    Without a cache keys and values are expanded. With one, only the latent and the shared rotated key are kept, and
+    the up-projections are absorbed into query and output (section 2.1.2), so attention runs on the latent itself.
+    """
+
+    def __init__(self, config: MLAConfig, dim: int, layer: int, eps: float) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        heads, qk_dim = config.num_attention_heads, config.qk_nope_head_dim + config.qk_rope_head_dim
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(dim, heads * qk_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(dim, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * qk_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(dim, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps)
+        up = heads * (config.qk_nope_head_dim + config.v_head_dim)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, up, bias=False)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, dim, bias=False)
+        self.scale = softmax_scale(config.rope, qk_dim)
+
+    def forward(self, x: Float[Tensor, "batch length dim"], context: Context) -> Float[Tensor, "batch length dim"]:
+        config = self.config
+        q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.unflatten(-1, (config.num_attention_heads, -1))
+        q_nope, q_rope = q.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
+        q_rope = rotate(q_rope, context.rotation, interleaved=True)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        latent = self.kv_a_layernorm(latent)
+        k_rope = rotate(k_rope.unsqueeze(2), context.rotation, interleaved=True)
+        if context.cache is None:
+            kv = self.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))
+            k_nope, v = kv.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
+            k = torch.cat((k_nope, k_rope.expand(-1, -1, config.num_attention_heads, -1)), dim=-1)
+            y = attend(torch.cat((q_nope, q_rope), dim=-1), k, v, context.mask, self.scale)
+        else:
+            new = torch.cat((latent, k_rope.squeeze(2).to(latent.dtype)), dim=-1)
+            kept = context.cache.extend(self.layer, new, context.positions).to(q.dtype).unsqueeze(2)
+            up = self.kv_b_proj.weight.to(q.dtype).unflatten(0, (config.num_attention_heads, -1))
+            k_up, v_up = up.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
+            q_latent = torch.einsum("blhn,hnc->blhc", q_nope, k_up)
+            y = attend(
+                torch.cat((q_latent, q_rope), dim=-1), kept, kept[..., : config.kv_lora_rank], context.mask, self.scale
+            )
+            y = torch.einsum("blhc,hvc->blhv", y, v_up)
+        out: Tensor = self.o_proj(y.flatten(2))
+        return out

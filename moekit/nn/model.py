@@ -1,0 +1,199 @@
+"""Block and language model."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moekit.config import MHAConfig, ModelConfig, MoEConfig
+from moekit.errors import ConfigError
+from moekit.nn.attention import Attention, Context, attention_mask
+from moekit.nn.cache import KVCache
+from moekit.nn.ffn import SwiGLU
+from moekit.nn.mla import MLA
+from moekit.nn.moe import MoE
+from moekit.nn.norm import RMSNorm
+from moekit.nn.rope import rotation
+from moekit.nn.router import HashRouter, Router
+from moekit.ops.balance import LoadSums, updated_bias
+from moekit.ops.loss import IGNORED, TokenLoss, linear_cross_entropy
+from moekit.ops.routing import Routing
+
+
+class ModelOutput(NamedTuple):
+    """What a forward pass gives. The objective is `loss` plus every term of `aux`."""
+
+    logits: Float[Tensor, "batch length vocab"] | None
+    """None while training on a loss: the loss is formed without ever holding them."""
+    loss: Float[Tensor, ""] | None
+    """Mean over predicted tokens, nats, without the balance terms; 0 if no token is predicted."""
+    aux: dict[str, Float[Tensor, ""]]
+    """Balance terms by name, each times its factor and summed over layers."""
+    routing: list[Routing] | None
+    """One per MoE layer, if asked for."""
+    token_loss: TokenLoss | None
+    """The loss as a sum and a count, for exact means over micro-batches and ranks."""
+
+
+class Block(nn.Module):
+    """Pre-norm: x + attention(norm x), then x + ffn(norm x)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        dim, eps, ffn = config.hidden_size, config.rms_norm_eps, config.ffn
+        self.input_layernorm = RMSNorm(dim, eps)
+        if isinstance(config.attention, MHAConfig):
+            self.self_attn: nn.Module = Attention(config.attention, dim, layer)
+        else:
+            self.self_attn = MLA(config.attention, dim, layer, eps)
+        self.post_attention_layernorm = RMSNorm(dim, eps)
+        if isinstance(ffn, MoEConfig) and config.is_moe(layer):
+            self.mlp: nn.Module = MoE(ffn, dim, config.vocab_size, layer)
+        else:
+            width = ffn.intermediate_size
+            assert width is not None  # the configuration has checked it
+            self.mlp = SwiGLU(dim, width)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch length dim"],
+        context: Context,
+        token_ids: Int[Tensor, "batch length"],
+        mask: Bool[Tensor, "batch length"] | None,
+    ) -> tuple[Float[Tensor, "batch length dim"], Routing | None]:
+        x = x + self.self_attn(self.input_layernorm(x), context)
+        normed = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, MoE):
+            y, routing = self.mlp(normed, token_ids, mask)
+            return x + y, routing
+        return x + self.mlp(normed), None
+
+
+class Model(nn.Module):
+    """A decoder-only language model. An ordinary module: any optimiser, any loop, `torch.autocast`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = False
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws every weight matrix from a normal of std `initializer_range` (DeepSeekMoE, section 4.1.3); norms are 1."""
+        for module in self.modules():
+            if isinstance(module, HashRouter):
+                module.reset()
+            elif isinstance(module, Router) and module.expert_bias is not None:
+                module.expert_bias.zero_()
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, self.config.initializer_range)
+            else:
+                parameter.fill_(1)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch length"],
+        labels: Int[Tensor, "batch length"] | None = None,
+        cache: KVCache | None = None,
+        return_routing: bool = False,
+        *,
+        targets: Int[Tensor, "batch length"] | None = None,
+        padding_mask: Bool[Tensor, "batch length"] | None = None,
+        document_ids: Int[Tensor, "batch length"] | None = None,
+        prior_load: Sequence[LoadSums] | None = None,
+    ) -> ModelOutput:
+        """Returns logits, loss, balance terms and routing of a batch.
+
+        `labels` are the input ids themselves, shifted here (transformers' convention); `targets` are shifted already:
+        targets[t] follows input_ids[t]. -100 is not predicted. `padding_mask` is true for real tokens; padding comes
+        after them, and counts nowhere. `document_ids` keep attention inside a document. `prior_load` is one sum per
+        MoE layer for `global_aux`. With a cache, input_ids continue each sequence at its own length.
+        """
+        if labels is not None:
+            if targets is not None:
+                raise ConfigError("labels and targets are both given; labels are shifted by the model, targets are not")
+            targets = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)), dim=1)
+        if targets is not None and padding_mask is not None:
+            targets = targets.masked_fill(~padding_mask, IGNORED)
+        if cache is not None and document_ids is not None:
+            raise ConfigError("document_ids cannot be used with a cache; generate one document per sequence")
+        context = self._context(input_ids, cache, document_ids)
+        x = self.embed_tokens(input_ids)
+        routings: list[Routing] = []
+        aux: dict[str, Tensor] = {}
+        for block in self.layers:
+            if self.recompute and self.training and cache is None:
+                x, routing = checkpoint(block, x, context, input_ids, padding_mask, use_reentrant=False)
+            else:
+                x, routing = block(x, context, input_ids, padding_mask)
+            if routing is not None:
+                if targets is not None or self.training:
+                    prior = None if prior_load is None else prior_load[len(routings)]
+                    for name, loss in block.mlp.balance_losses(routing, prior).items():
+                        aux[name] = aux[name] + loss if name in aux else loss
+                routings.append(routing)
+        if cache is not None:
+            length = input_ids.shape[1]
+            counts = torch.full_like(cache.lengths, length) if padding_mask is None else padding_mask.sum(1)
+            cache.advance(counts, length)
+        x = self.norm(x)
+        token_loss = loss_mean = logits = None
+        if targets is not None:
+            token_loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            loss_mean = token_loss.total / token_loss.tokens.clamp(min=1)
+        if targets is None or not self.training:
+            logits = self.lm_head(x)
+        return ModelOutput(logits, loss_mean, aux, routings if return_routing else None, token_loss)
+
+    def _context(self, input_ids: Tensor, cache: KVCache | None, document_ids: Tensor | None) -> Context:
+        batch, length = input_ids.shape
+        limit = self.config.max_position_embeddings
+        reached = length + (cache.longest if cache is not None else 0)
+        if reached > limit:
+            raise ConfigError(f"the sequence has {reached} tokens but max_position_embeddings is {limit}")
+        mask = None
+        if cache is None:
+            positions = torch.arange(length, device=input_ids.device).expand(batch, length)
+            if document_ids is not None:
+                mask = attention_mask(positions, length, document_ids)
+        else:
+            positions = cache.positions(length)
+            if cache.longest:
+                mask = attention_mask(positions, cache.longest + length, None)
+        attention = self.config.attention
+        width = attention.head_dim if isinstance(attention, MHAConfig) else attention.qk_rope_head_dim
+        return Context(rotation(attention.rope, width, positions), positions, mask, cache)
+
+    @property
+    def moe_layers(self) -> list[MoE]:
+        """The MoE layers, in the order of `ModelOutput.routing`."""
+        return [module for module in self.modules() if isinstance(module, MoE)]
+
+    @torch.no_grad()
+    def update_expert_bias(self, tokens_per_expert: Sequence[Int[Tensor, " experts"]]) -> None:
+        """Moves each selection bias by `bias_update_speed`, given each MoE layer's load over the whole global batch.
+
+        Call it once after each optimiser step; layers without a bias are passed over.
+        """
+        for layer, load in zip(self.moe_layers, tokens_per_expert, strict=True):
+            if isinstance(layer.router, Router) and layer.router.expert_bias is not None:
+                bias = layer.router.expert_bias
+                bias.copy_(updated_bias(bias, load.to(bias.device), layer.config.bias_update_speed))
+
+    def balance_hash(self, token_counts: Int[Tensor, " vocab"]) -> None:
+        """Fills the hash tables that are to be balanced by token frequency."""
+        for layer in self.moe_layers:
+            if isinstance(layer.router, HashRouter) and layer.config.hash_method == "balanced":
+                layer.router.balance(token_counts)

@@ -1,0 +1,75 @@
+"""The DeepSeekMoE layer (arXiv 2401.06066, Eq. 9-11) = router + routed experts + shared experts."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from moekit.config import MoEConfig
+from moekit.nn.experts import Experts
+from moekit.nn.ffn import SwiGLU
+from moekit.nn.router import HashRouter, Router
+from moekit.ops import balance, dispatch
+from moekit.ops.balance import LoadSums
+from moekit.ops.routing import Routing, limit_capacity
+
+
+class MoEOutput(NamedTuple):
+    y: Float[Tensor, "batch length dim"]
+    routing: Routing
+
+
+class MoE(nn.Module):
+    """Shared experts see every token with weight 1; each token's routed experts are weighed by their gate values.
+
+    The residual connection is the block's. Dropless unless `capacity_factor` is set, and always at evaluation.
+    """
+
+    def __init__(self, config: MoEConfig, dim: int, vocab_size: int, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.router = HashRouter(config, vocab_size, layer) if config.topk_method == "hash" else Router(config, dim)
+        self.experts = Experts(config.n_routed_experts, dim, config.moe_intermediate_size)
+        self.shared_experts = (
+            SwiGLU(dim, config.n_shared_experts * config.moe_intermediate_size) if config.n_shared_experts else None
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch length dim"],
+        token_ids: Int[Tensor, "batch length"],
+        mask: Bool[Tensor, "batch length"] | None = None,
+    ) -> MoEOutput:
+        tokens = x.flatten(0, 1)
+        routing: Routing = self.router(tokens, token_ids.flatten(), len(x), None if mask is None else mask.flatten())
+        if self.config.capacity_factor is not None and self.training:
+            k, experts = self.config.num_experts_per_tok, self.config.n_routed_experts
+            # a tensor: padding takes no capacity, and asking the device for the number of real tokens would wait for it
+            capacity = (self.config.capacity_factor * k * routing.units.sum().double() / experts).ceil()
+            routing = limit_capacity(routing, capacity, self.config.drop_policy)
+        if torch.is_autocast_enabled(x.device.type):
+            tokens = tokens.to(torch.get_autocast_dtype(x.device.type))  # once, before k copies of it are gathered
+        plan = dispatch.plan(routing.expert_ids, self.config.n_routed_experts)
+        rows = dispatch.gather(tokens, plan, self.config.num_experts_per_tok)
+        y = dispatch.combine(self.experts(rows, plan.tokens_per_expert), routing.weights, plan)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(tokens)
+        return MoEOutput(y.view(x.shape), routing)
+
+    def balance_losses(self, routing: Routing, prior: LoadSums | None) -> dict[str, Float[Tensor, ""]]:
+        """Returns each balance loss that has a factor, times its factor. `prior` is used by `global_aux` only."""
+        config, losses = self.config, {}
+        if config.aux_loss_alpha or config.device_aux_loss_alpha or config.comm_aux_loss_alpha:
+            measured = balance.measure(routing, config.seq_aux, prior if config.global_aux else None)
+            if config.aux_loss_alpha:
+                losses["expert_balance"] = config.aux_loss_alpha * balance.expert_loss(measured)
+            if config.device_aux_loss_alpha:
+                losses["device_balance"] = config.device_aux_loss_alpha * balance.device_loss(measured, config.n_group)
+            if config.comm_aux_loss_alpha:
+                losses["communication_balance"] = config.comm_aux_loss_alpha * balance.communication_loss(
+                    routing, measured, config.topk_group, config.seq_aux
+                )
+        if config.z_loss_alpha:
+            losses["router_z"] = config.z_loss_alpha * balance.z_loss(routing)
+        return losses

@@ -1,0 +1,77 @@
+"""Rotary position embedding (arXiv 2104.09864) with YaRN (arXiv 2309.00071, as DeepSeek-V2 uses it)."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moekit.config import RopeConfig
+
+
+class Rotation(NamedTuple):
+    """cos and sin of every position's angles, computed once per forward pass and shared by all layers."""
+
+    cos: Float[Tensor, "batch length half_rope"]
+    sin: Float[Tensor, "batch length half_rope"]
+
+
+def inverse_frequencies(rope: RopeConfig, dim: int) -> list[float]:
+    """Returns theta^(-2i/dim) for i < dim/2, blended with its interpolation where YaRN is on."""
+    extrapolated = [rope.theta ** (-2 * i / dim) for i in range(dim // 2)]
+    yarn = rope.yarn
+    if yarn is None:
+        return extrapolated
+
+    def dimension(rotations: float) -> float:
+        """The (fractional) index whose wave turns `rotations` times over the original context."""
+        turns = yarn.original_max_position_embeddings / (2 * math.pi * rotations)
+        return dim * math.log(turns) / (2 * math.log(rope.theta))
+
+    low = max(math.floor(dimension(yarn.beta_fast)), 0)
+    high = min(math.ceil(dimension(yarn.beta_slow)), dim - 1)
+    span = max(high - low, 0.001)
+    frequencies = []
+    for i, frequency in enumerate(extrapolated):
+        keep = 1 - min(max((i - low) / span, 0), 1)
+        frequencies.append(frequency * keep + frequency / yarn.factor * (1 - keep))
+    return frequencies
+
+
+def magnitude(factor: float, mscale: float) -> float:
+    """Returns YaRN's attention magnitude 0.1 mscale ln(factor) + 1."""
+    return 0.1 * mscale * math.log(factor) + 1
+
+
+def softmax_scale(rope: RopeConfig, head_dim: int) -> float:
+    """Returns 1/sqrt(head_dim), times the squared all-dimension magnitude of YaRN."""
+    scale = head_dim**-0.5
+    if rope.yarn is not None and rope.yarn.mscale_all_dim:
+        scale *= magnitude(rope.yarn.factor, rope.yarn.mscale_all_dim) ** 2
+    return scale
+
+
+def rotation(rope: RopeConfig, dim: int, positions: Int[Tensor, "batch length"]) -> Rotation:
+    """Returns cos and sin in float32; with YaRN times magnitude(mscale) / magnitude(mscale_all_dim)."""
+    frequencies = torch.tensor(inverse_frequencies(rope, dim), device=positions.device)
+    angles = positions.unsqueeze(-1).float() * frequencies
+    factor = 1.0
+    if rope.yarn is not None:
+        factor = magnitude(rope.yarn.factor, rope.yarn.mscale) / magnitude(rope.yarn.factor, rope.yarn.mscale_all_dim)
+    return Rotation(angles.cos() * factor, angles.sin() * factor)
+
+
+def rotate(
+    x: Float[Tensor, "batch length heads rope"], rotation: Rotation, interleaved: bool
+) -> Float[Tensor, "batch length heads rope"]:
+    """Returns x with each pair turned by its angle.
+
+    Pairs are (2i, 2i + 1) when interleaved (DeepSeek-V2's MLA) and (i, i + rope/2) otherwise (the V1 models).
+    """
+    cos, sin = rotation.cos.unsqueeze(2).to(x.dtype), rotation.sin.unsqueeze(2).to(x.dtype)
+    if interleaved:
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

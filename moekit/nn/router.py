@@ -1,0 +1,107 @@
+"""The router: the experts' centroids, or a hash table, and the selection bias."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from moekit.config import MoEConfig
+from moekit.errors import ConfigError
+from moekit.ops import routing
+from moekit.ops.routing import Routing
+
+
+class Router(nn.Module):
+    """A bias-free linear map to the experts' affinities (DeepSeekMoE, Eq. 10-11), computed in float32."""
+
+    def __init__(self, config: MoEConfig, dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, dim))
+        self.expert_bias: Tensor | None = None
+        if config.topk_method == "noaux_tc":
+            self.register_buffer("expert_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        """Moves as any module does, but `model.to(dtype)` leaves the bias in float32: bf16 would round its steps."""
+        bias = self.expert_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.expert_bias is not None and self.expert_bias.dtype != bias.dtype:
+            self.expert_bias = bias.to(self.expert_bias.device)
+        return self
+
+    def forward(
+        self,
+        x: Float[Tensor, "tokens dim"],
+        token_ids: Int[Tensor, " tokens"],
+        sequences: int,
+        mask: Bool[Tensor, " tokens"] | None,
+    ) -> Routing:
+        config = self.config
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            return routing.route(
+                x.to(dtype) @ self.weight.to(dtype).T,
+                config.num_experts_per_tok,
+                scoring_func=config.scoring_func,
+                norm_topk_prob=config.norm_topk_prob,
+                routed_scaling_factor=config.routed_scaling_factor,
+                expert_bias=self.expert_bias,
+                n_group=config.n_group,
+                topk_group=config.topk_group,
+                group_best=2 if config.topk_method == "noaux_tc" else 1,
+                sequences=sequences,
+                mask=mask,
+            )
+
+
+class HashRouter(nn.Module):
+    """A fixed table from token id to experts (Hash Layers, arXiv 2106.04426), saved with the weights."""
+
+    def __init__(self, config: MoEConfig, vocab_size: int, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.table: Tensor
+        shape = (vocab_size, config.num_experts_per_tok)
+        self.register_buffer("table", torch.full(shape, routing.DROPPED, dtype=torch.int64))
+        self.ready = False
+        self.layer = layer
+
+    def reset(self) -> None:
+        """Fills a random table, another one for each layer; a balanced one waits for the tokens' counts."""
+        if self.config.hash_method == "random":
+            self.fill(routing.random_hash_table(len(self.table), self.config.n_routed_experts, self.table.shape[1], self.layer))
+
+    def balance(self, token_counts: Int[Tensor, " vocab"]) -> None:
+        """Fills the table balanced by how often each token occurs."""
+        if len(token_counts) != len(self.table):
+            raise ConfigError(f"token_counts has {len(token_counts)} entries but vocab_size is {len(self.table)}")
+        self.fill(routing.balanced_hash_table(token_counts, self.config.n_routed_experts, self.table.shape[1]))
+
+    def fill(self, table: Int[Tensor, "vocab k"]) -> None:
+        with torch.no_grad():
+            self.table.copy_(table)
+        self.ready = not self.table.is_meta
+
+    def forward(
+        self,
+        x: Float[Tensor, "tokens dim"],
+        token_ids: Int[Tensor, " tokens"],
+        sequences: int,
+        mask: Bool[Tensor, " tokens"] | None,
+    ) -> Routing:
+        if not self.ready:
+            if bool((self.table == routing.DROPPED).any()):
+                raise ConfigError("ffn.hash_method is balanced but no token counts were given; call model.balance_hash(counts)")
+            self.ready = True
+        config = self.config
+        return routing.route_by_hash(
+            token_ids,
+            self.table,
+            config.n_routed_experts,
+            routed_scaling_factor=config.routed_scaling_factor,
+            sequences=sequences,
+            mask=mask,
+            dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
+        )

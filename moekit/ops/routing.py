@@ -1,0 +1,202 @@
+"""Scores to `Routing`: who computes what, with which weight, and the small sums that balancing needs.
+
+Everything here is float32 (float64 for a float64 input) whatever the model's dtype: a bf16 router flips near ties.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+DROPPED = -1
+"""The expert id of a choice that no expert computes: padding, or a token that a full expert refused."""
+
+
+class Routing(NamedTuple):
+    """One layer's routing result. `weights`, `scores` and the sums of scores carry gradients; counts do not.
+
+    The sums are taken per sequence over real units only; balance losses, load health and the bias update need no more.
+    """
+
+    expert_ids: Int[Tensor, "units k"]
+    weights: Float[Tensor, "units k"]
+    scores: Float[Tensor, "units experts"] | None
+    tokens_per_expert: Int[Tensor, "sequences experts"]
+    """Choices before any capacity limit: the demand."""
+    tokens_per_group: Int[Tensor, "sequences groups"]
+    """Tokens with at least one chosen expert in the group (DeepSeek-V2, Eq. 31)."""
+    score_sums: Float[Tensor, "sequences experts"] | None
+    """Sums of the affinities, normalised to sum 1 over the experts of each unit."""
+    squared_lse_sums: Float[Tensor, " sequences"] | None
+    units: Int[Tensor, " sequences"]
+    """Real units in each sequence; padding is not counted."""
+
+
+def router_scores(
+    logits: Float[Tensor, "units experts"], scoring_func: Literal["softmax", "sigmoid"]
+) -> Float[Tensor, "units experts"]:
+    """Returns the affinities s: softmax over all experts (DeepSeekMoE, Eq. 11) or sigmoid (DeepSeek-V3, Eq. 15)."""
+    return logits.softmax(-1) if scoring_func == "softmax" else logits.sigmoid()
+
+
+def top_k(choice: Float[Tensor, "units experts"], k: int) -> Int[Tensor, "units k"]:
+    """Returns the ids of the k largest, best first; among equals the lower id wins, on every device."""
+    return choice.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def limit_groups(
+    choice: Float[Tensor, "units experts"], n_group: int, topk_group: int, best: int
+) -> Float[Tensor, "units experts"]:
+    """Returns `choice` with all but the `topk_group` best groups at minus infinity.
+
+    A group scores the sum of its `best` highest entries: 1 in DeepSeek-V2 (the maximum), 2 in DeepSeek-V3.
+    """
+    if topk_group == n_group:
+        return choice
+    grouped = choice.unflatten(-1, (n_group, -1))
+    kept = top_k(grouped.topk(best, dim=-1).values.sum(-1), topk_group)
+    allowed = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=choice.device).scatter_(1, kept, True)
+    return grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(1)
+
+
+def route(
+    logits: Float[Tensor, "units experts"],
+    k: int,
+    *,
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax",
+    norm_topk_prob: bool = False,
+    routed_scaling_factor: float = 1.0,
+    expert_bias: Float[Tensor, " experts"] | None = None,
+    n_group: int = 1,
+    topk_group: int = 1,
+    group_best: int = 1,
+    sequences: int = 1,
+    mask: Bool[Tensor, " units"] | None = None,
+) -> Routing:
+    """Returns the top-k routing of `units` that form `sequences` equal, contiguous sequences (padding masked false).
+
+    DeepSeekMoE (arXiv 2401.06066), Eq. 9-11: the weight is the raw affinity, not renormalised over the chosen, unless
+    `norm_topk_prob`. Switch is k = 1, GShard k = 2. `expert_bias` chooses but does not weigh (DeepSeek-V3, Eq. 16).
+    Differs from the paper: DeepSeek-V2's code scales only weights that are not renormalised; no released model has
+    both, and we always scale, as DeepSeek-V3 does.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    scores = router_scores(logits, scoring_func)
+    choice = scores.detach() if expert_bias is None else scores.detach() + expert_bias
+    expert_ids = top_k(limit_groups(choice, n_group, topk_group, group_best), k)
+    weights = scores.gather(1, expert_ids)
+    if norm_topk_prob:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    weights = weights * routed_scaling_factor
+
+    length = len(logits) // max(sequences, 1)
+    shares = scores if scoring_func == "softmax" else scores / (scores.sum(-1, keepdim=True) + 1e-20)
+    squared_lse = logits.logsumexp(-1).square()
+    if mask is not None:
+        expert_ids, weights = _mask_choices(expert_ids, weights, mask)
+        shares, squared_lse = shares * mask.unsqueeze(-1), squared_lse * mask
+    counts, groups, units = _count(expert_ids, logits.shape[1], n_group, sequences, mask)
+    return Routing(
+        expert_ids,
+        weights,
+        scores,
+        counts,
+        groups,
+        shares.unflatten(0, (sequences, length)).sum(1),
+        squared_lse.unflatten(0, (sequences, length)).sum(1),
+        units,
+    )
+
+
+def route_by_hash(
+    token_ids: Int[Tensor, " units"],
+    table: Int[Tensor, "vocab k"],
+    n_experts: int,
+    *,
+    routed_scaling_factor: float = 1.0,
+    sequences: int = 1,
+    mask: Bool[Tensor, " units"] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Routing:
+    """Returns the routing of a fixed table from token id to experts; weights 1/k (Hash Layers, arXiv 2106.04426).
+
+    There is nothing to learn, hence no scores and no balance loss.
+    """
+    expert_ids = table[token_ids]
+    weights = torch.full(expert_ids.shape, routed_scaling_factor / table.shape[1], dtype=dtype, device=table.device)
+    if mask is not None:
+        expert_ids, weights = _mask_choices(expert_ids, weights, mask)
+    counts, groups, units = _count(expert_ids, n_experts, 1, sequences, mask)
+    return Routing(expert_ids, weights, None, counts, groups, None, None, units)
+
+
+def random_hash_table(vocab_size: int, n_experts: int, k: int, seed: int) -> Int[Tensor, "vocab k"]:
+    """Returns k distinct random experts for every token id, the same for a seed on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(vocab_size, n_experts, generator=generator, device="cpu")
+    return noise.argsort(dim=1, stable=True)[:, :k].contiguous()
+
+
+def balanced_hash_table(token_counts: Int[Tensor, " vocab"], n_experts: int, k: int) -> Int[Tensor, "vocab k"]:
+    """Returns k distinct experts for every token id, filled greedily from the most frequent token on.
+
+    Each token goes to the experts with the least load so far (Hash Layers, section 3.1, "balanced assignment"), so the
+    loads differ by at most the largest count of one token. Ties go to the lower id.
+    """
+    load = [0] * n_experts
+    counts = token_counts.tolist()
+    table = torch.empty(len(counts), k, dtype=torch.int64, device="cpu")
+    for token in sorted(range(len(counts)), key=lambda token: -counts[token]):
+        chosen = sorted(range(n_experts), key=lambda expert: (load[expert], expert))[:k]
+        table[token] = torch.tensor(chosen, device="cpu")
+        for expert in chosen:
+            load[expert] += max(counts[token], 1)  # tokens never seen are spread too
+    return table
+
+
+def limit_capacity(
+    routing: Routing, capacity: int | Float[Tensor, ""], policy: Literal["position", "score"]
+) -> Routing:
+    """Returns the routing with every choice beyond `capacity` tokens per expert dropped (id -1, weight 0).
+
+    `position` keeps the first tokens, and first choices before second ones (GShard, arXiv 2006.16668, Algorithm 1);
+    `score` keeps the highest weights (DeepSeek-V2, section 2.2.4). Counts are left as demanded.
+    """
+    ids, weights = routing.expert_ids.T.flatten(), routing.weights.detach().T.flatten()  # first choices first
+    order = torch.arange(len(ids), device=ids.device)
+    if policy == "score":
+        order = weights.argsort(descending=True, stable=True)
+    order = order[ids[order].argsort(stable=True)]  # by expert, priority kept inside
+    by_expert = ids[order]
+    first_row = torch.searchsorted(by_expert.contiguous(), by_expert.contiguous())
+    rank = torch.empty_like(ids).scatter_(0, order, torch.arange(len(ids), device=ids.device) - first_row)
+    kept = (rank < capacity).view(routing.expert_ids.shape[::-1]).T
+    return routing._replace(
+        expert_ids=routing.expert_ids.masked_fill(~kept, DROPPED), weights=routing.weights * kept
+    )
+
+
+def _mask_choices(
+    expert_ids: Int[Tensor, "units k"], weights: Float[Tensor, "units k"], mask: Bool[Tensor, " units"]
+) -> tuple[Int[Tensor, "units k"], Float[Tensor, "units k"]]:
+    return expert_ids.masked_fill(~mask.unsqueeze(-1), DROPPED), weights * mask.unsqueeze(-1)
+
+
+def _count(
+    expert_ids: Int[Tensor, "units k"], n_experts: int, n_group: int, sequences: int, mask: Bool[Tensor, " units"] | None
+) -> tuple[Int[Tensor, "sequences experts"], Int[Tensor, "sequences groups"], Int[Tensor, " sequences"]]:
+    """Returns choices per expert, tokens per group and real units, each per sequence; dropped ids fall outside."""
+    ids = torch.where(expert_ids == DROPPED, n_experts, expert_ids)
+    length = len(ids) // max(sequences, 1)
+    sequence = torch.arange(sequences, device=ids.device).repeat_interleave(length).unsqueeze(-1)
+    slots = (sequence * (n_experts + 1) + ids).flatten()
+    counts = slots.bincount(minlength=sequences * (n_experts + 1)).view(sequences, n_experts + 1)[:, :n_experts]
+    if n_group == 1:
+        groups = (ids[:, :1] < n_experts).view(sequences, length).sum(1, keepdim=True)
+    else:
+        reached = F.one_hot(ids // (n_experts // n_group), n_group + 1).amax(1)[:, :n_group]
+        groups = reached.unflatten(0, (sequences, length)).sum(1)
+    units = torch.full((sequences,), length, device=ids.device) if mask is None else mask.view(sequences, length).sum(1)
+    return counts, groups, units

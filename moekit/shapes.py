@@ -1,0 +1,23 @@
+"""The legend of axis names. Signatures spell shapes with jaxtyping, `Float[Tensor, "tokens dim"]`, in these words only.
+
+| axis | meaning |
+| --- | --- |
+| batch | sequences in a batch |
+| length | positions in a sequence |
+| keys | positions that a query can look at (cached and new) |
+| tokens | positions of all sequences, flattened: batch * length |
+| units | routing units: tokens, segments, sequences or tasks |
+| rows | (token, chosen expert) pairs, sorted by expert |
+| dim | width of the residual stream, `hidden_size` |
+| heads, kv_heads | attention heads; heads of keys and values |
+| head_dim | width of one head |
+| latent | width of MLA's compressed keys and values, `kv_lora_rank` |
+| rope | width of the rotated part of a head |
+| ff | intermediate width of one FFN or expert |
+| experts | routed experts, `n_routed_experts` |
+| k | experts chosen per unit, `num_experts_per_tok` |
+| groups | groups of experts (devices), `n_group` |
+| sequences | sequences over which balance is measured |
+| layers | MoE layers |
+| vocab | entries of the vocabulary |
+"""

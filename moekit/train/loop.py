@@ -1,0 +1,347 @@
+"""The training loop. A step is a function of weights, optimiser state and (seed, step): resuming is exact."""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moekit import receipts
+from moekit.config import RunConfig, dump, load_run_config
+from moekit.data import Batch, Sampler, TokenDataset, open_dataset
+from moekit.errors import ConfigError, TrainingError
+from moekit.formats.tokenizer import Tokenizer, load_tokenizer
+from moekit.nn.model import Model
+from moekit.train import hardware as machine
+from moekit.train import health, metrics, optimizer, schedule, state
+from moekit.train.validation import validate
+
+logger = logging.getLogger(__name__)
+
+MUST_MATCH = ("model", "optimizer", "schedule", "steps", "seed", "grad_clip")
+"""Settings that a resumed run cannot change; of `data` all but the micro-batch."""
+
+
+def train(
+    config: RunConfig, out: str | Path, *, resume: bool = False, sinks: Sequence[metrics.Sink] = ()
+) -> dict[str, Any]:
+    """Trains a model and returns the run's receipt; its "status" is done or interrupted.
+
+    `out` gets config.yaml, metrics.jsonl, checkpoints/ and receipt.json. A killed run continues with `resume` from its
+    newest whole checkpoint and ends with the same bits as a straight one, on one device. SIGTERM and SIGINT save and
+    return. Raises ConfigError for a run that exists (without `resume`) or that was started with other settings, and
+    TrainingError when the loss or the gradient is not finite.
+    """
+    run = Path(out)
+    _claim(run, config, resume)
+    with _deterministic():
+        return _Run(config, run, sinks).train()
+
+
+def _claim(run: Path, config: RunConfig, resume: bool) -> None:
+    """Makes the run's directory and config.yaml, or checks that they belong to this run."""
+    file = run / "config.yaml"
+    if resume:
+        if not file.is_file():
+            raise ConfigError(f"{run} has no config.yaml, so there is no run to resume; leave out --resume to start one")
+        before = load_run_config(file)
+        for name in MUST_MATCH:
+            if getattr(before, name) != getattr(config, name):
+                raise ConfigError(f"{name} differs from {file}; a resumed run must keep it, start a new one instead")
+        for name in ("sequence_length", "batch_size", "cross_document_attention"):
+            if getattr(before.data, name) != getattr(config.data, name):
+                raise ConfigError(f"data.{name} differs from {file}; a resumed run must keep it, start a new one instead")
+    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise ConfigError(f"{run} exists already; use --resume to continue it, or choose another --out")
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "checkpoints").mkdir(exist_ok=True)
+    file.write_text(dump(config), encoding="utf-8")
+
+
+class _Run:
+    """What one run holds between its steps."""
+
+    def __init__(self, config: RunConfig, run: Path, sinks: Sequence[metrics.Sink]) -> None:
+        self.config, self.run = config, run
+        self.hardware = machine.choose(config.device, config.precision)
+        self.dataset: TokenDataset = open_dataset(config.data.path, "train")
+        self.valid: TokenDataset | None = (
+            open_dataset(config.data.path, "valid") if "valid" in self.dataset.manifest.splits else None
+        )
+        self.tokenizer: Tokenizer = load_tokenizer(config.data.path)
+        if self.dataset.vocab_size > config.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size is {config.model.vocab_size} but the tokenizer of {config.data.path} has "
+                f"{self.dataset.vocab_size} entries; use --model.vocab_size {self.dataset.vocab_size}"
+            )
+        self.token_bytes = self.tokenizer.token_bytes()
+        self.sampler = Sampler(self.dataset, config.data.sequence_length, config.data.batch_size, config.seed)
+        torch.manual_seed(config.seed)
+        self.model = Model(config.model)
+        counts = torch.zeros(config.model.vocab_size, dtype=torch.int64)
+        counts[: self.dataset.vocab_size] = torch.from_numpy(self.dataset.token_counts())
+        self.model.balance_hash(counts)
+        self.model.recompute = config.recompute
+        self.model.to(self.hardware.device).train()
+        self.optimizers = optimizer.build(self.model, config.optimizer)
+        layers = self.model.moe_layers
+        self.shape = (len(layers), layers[0].config.n_routed_experts if layers else 1)
+        self.window = health.LoadWindow(*self.shape)
+        self.last_health: dict[str, Any] = {}
+        self.dead = health.DeadExperts(*self.shape, after=config.dead_after)
+        self.sums: dict[str, float] = {}
+        """Sums over the log window: loss, grad_norm, steps, and each balance term."""
+        self.step = 0
+        self.seconds = 0.0
+        self.last_scores: dict[str, Any] = {}
+        self._restore()
+        if config.compile:
+            for block in self.model.layers:
+                block.compile()
+        self.matmul_flops = machine.matmul_flops(self.hardware)
+        self.sinks: list[metrics.Sink] = [metrics.JsonLines(run, self.step), *sinks]
+        if config.tensorboard:
+            self.sinks.append(metrics.TensorBoard(run))
+
+    def train(self) -> dict[str, Any]:
+        config, asked_to_stop = self.config, []
+        self.clock = time.perf_counter()
+        self.logged_at, self.logged_step = self.clock, self.step
+        with _signals(asked_to_stop):
+            try:
+                while self.step < config.steps and not asked_to_stop:
+                    self._one_step(self.sampler.batch(self.step))
+                    self.step += 1
+                    last = self.step == config.steps
+                    if self.step % config.log_every == 0 or last:
+                        self._log()
+                    if self.valid and (last or (config.eval_every and self.step % config.eval_every == 0)):
+                        self._validate(self.valid)
+                    if last or asked_to_stop or (config.save_every and self.step % config.save_every == 0):
+                        self._save()
+                return self._finish(asked_to_stop)
+            finally:
+                for sink in self.sinks:
+                    sink.close()
+
+    def _one_step(self, batch: Batch) -> None:
+        """Forward and backward over the micro-batches, then one optimiser step and one bias update."""
+        config = self.config
+        factor = schedule.factor(config.schedule, self.step, config.steps)
+        self.lr = optimizer.set_factor(self.optimizers, factor)
+        size = config.data.micro_batch_size or config.data.batch_size
+        parts = config.data.batch_size // size
+        targets = batch.labels.size
+        step_load = health.LoadWindow(*self.shape)
+        measured: dict[str, torch.Tensor] = {}
+        for part in range(parts):
+            rows = slice(part * size, (part + 1) * size)
+            out = self._forward(batch, rows, step_load)
+            share = {"loss": out.token_loss.total / targets}
+            share |= {name: term / parts for name, term in out.aux.items()}
+            torch.stack(list(share.values())).sum().backward()
+            step_load.add(out.routing)
+            for name, value in share.items():
+                measured[name] = measured.get(name, 0) + value.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
+        values = {name: float(value) for name, value in measured.items()} | {"grad_norm": float(norm)}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                self._stop_not_finite(name, value)
+        for one in self.optimizers:
+            one.step()
+            one.zero_grad(set_to_none=True)
+        self.model.update_expert_bias(list(step_load.tokens_per_expert) if self.shape[0] else [])
+        self.window.add_window(step_load)
+        for name, value in (values | {"steps": 1.0}).items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def _forward(self, batch: Batch, rows: slice, step_load: health.LoadWindow) -> Any:
+        device = self.hardware.device
+        documents = None
+        if not self.config.data.cross_document_attention:
+            documents = torch.from_numpy(batch.document_ids[rows]).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.hardware.autocast):
+            return self.model(
+                torch.from_numpy(batch.input_ids[rows]).to(device),
+                targets=torch.from_numpy(batch.labels[rows]).to(device),
+                document_ids=documents,
+                return_routing=True,
+                prior_load=step_load.sums(),
+            )
+
+    def _log(self) -> None:
+        now = time.perf_counter()
+        config, steps = self.config, self.sums.pop("steps")
+        per_step = config.data.batch_size * config.data.sequence_length
+        speed = (self.step - self.logged_step) * per_step / (now - self.logged_at)
+        flops = config.model.flops(config.data.sequence_length) / config.data.sequence_length
+        means = {name: value / steps for name, value in self.sums.items()}
+        self.last_health = health.as_json(self.window.health()) if self.shape[0] else {}
+        tokens_per_expert = self.window.tokens_per_expert.cpu()
+        self._record(
+            {
+                "kind": "train",
+                "step": self.step,
+                "tokens": self.step * per_step,
+                "loss": means.pop("loss"),
+                "grad_norm": means.pop("grad_norm"),
+                "aux": means,
+                "lr": self.lr,
+                "seconds": round(self.seconds + now - self.clock, 3),
+                "tokens_per_second": round(speed, 1),
+                "matmul_share": round(speed * flops / self.matmul_flops, 4),
+                "peak_memory_bytes": machine.peak_memory(self.hardware.device),
+                "load": self.last_health,
+                "tokens_per_expert": tokens_per_expert.tolist() if self.shape[0] else [],
+            }
+        )
+        if self.shape[0]:
+            for layer, expert in self.dead.update(tokens_per_expert):
+                block = config.model.moe_layers[layer]
+                text = (
+                    f"expert {expert} of layer {block} has had no token for {config.dead_after * config.log_every} steps; "
+                    "raise ffn.aux_loss_alpha, or use topk_method noaux_tc with a bias_update_speed"
+                )
+                logger.warning(text)
+                self._record({"kind": "alarm", "step": self.step, "layer": block, "expert": expert, "text": text})
+        self.sums, self.window = {}, health.LoadWindow(*self.shape)
+        self.logged_at, self.logged_step = time.perf_counter(), self.step
+
+    def _validate(self, dataset: TokenDataset) -> None:
+        start = time.perf_counter()
+        data = self.config.data
+        scores = validate(
+            self.model,
+            dataset,
+            self.token_bytes,
+            sequence_length=data.sequence_length,
+            max_tokens=self.config.eval_tokens,
+            batch_size=data.micro_batch_size or data.batch_size,
+            hardware=self.hardware,
+            cross_document_attention=data.cross_document_attention,
+        )
+        self.last_scores = {name: {"loss": s.loss, "bits_per_byte": s.bits_per_byte} for name, s in scores.items()}
+        self._record(
+            {
+                "kind": "eval",
+                "step": self.step,
+                "tokens": self.step * data.batch_size * data.sequence_length,
+                "loss": sum(s.loss for s in scores.values()) / len(scores),
+                "bits_per_byte": sum(s.bits_per_byte for s in scores.values()) / len(scores),
+                "domains": {name: s._asdict() for name, s in scores.items()},
+            }
+        )
+        spent = time.perf_counter() - start  # validation is not training time
+        self.logged_at, self.clock = self.logged_at + spent, self.clock + spent
+
+    def _save(self) -> None:
+        start = time.perf_counter()
+        state.write(
+            self.run,
+            self.model,
+            self.optimizers,
+            self.tokenizer,
+            self._receipt("train", {}),
+            {
+                "step": self.step,
+                "sampler": {"seed": self.config.seed, "step": self.step},
+                "seconds": round(self.seconds + start - self.clock, 3),
+                "sums": self.sums,
+                "data": self.dataset.tokenizer_fingerprint,
+                "health": self.last_health,
+                "scores": self.last_scores,
+            },
+            {f"window/{name}": value for name, value in self.window.state().items()} | {"idle": self.dead.idle},
+            self.config.keep_checkpoints,
+        )
+        spent = time.perf_counter() - start
+        self.logged_at, self.clock = self.logged_at + spent, self.clock + spent
+
+    def _restore(self) -> None:
+        state.clean(self.run)
+        folder = state.newest(self.run)
+        if folder is None:
+            return
+        saved, tensors = state.read(folder, self.model, self.optimizers)
+        if saved["data"] != self.dataset.tokenizer_fingerprint:
+            raise ConfigError(f"data.path {self.config.data.path} has another tokenizer than the run was started with")
+        self.step, self.seconds, self.sums = saved["step"], saved["seconds"], saved["sums"]
+        self.last_health, self.last_scores = saved["health"], saved["scores"]
+        self.dead.idle = tensors.pop("idle")
+        self.window.load_state({name.removeprefix("window/"): value for name, value in tensors.items()})
+        logger.info("resuming after step %d from %s", self.step, folder)
+
+    def _finish(self, signals: list[int]) -> dict[str, Any]:
+        done = self.step == self.config.steps
+        folder = state.folder_of(self.run, self.step)
+        outputs = {f"checkpoints/{folder.name}": receipts.sha256(folder / "manifest.json")}
+        receipt = self._receipt("train", outputs) | {"status": "done" if done else "interrupted", "step": self.step}
+        if signals:
+            receipt["signal"] = signals[0]
+        receipts.write_json(self.run / receipts.FILE, receipt)
+        return receipt
+
+    def _receipt(self, action: str, outputs: dict[str, Any]) -> dict[str, Any]:
+        return receipts.make(
+            action,
+            config=self.config.model_dump(mode="json"),
+            model=self.config.model,
+            inputs={"data": self.config.data.path, "tokenizer": self.dataset.tokenizer_fingerprint},
+            outputs=outputs,
+            health=self.last_health | {"validation": self.last_scores},
+            seed=self.config.seed,
+            device=str(self.hardware.device),
+            seconds=round(self.seconds + time.perf_counter() - self.clock, 3),
+        )
+
+    def _stop_not_finite(self, name: str, value: float) -> None:
+        good = state.newest(self.run)
+        where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        raise TrainingError(
+            f"{name} is {value} at step {self.step + 1}, before the weights were changed; {where}; "
+            "lower optimizer.lr or grad_clip, or look at the data of that step"
+        )
+
+    def _record(self, record: dict[str, Any]) -> None:
+        for sink in self.sinks:
+            sink.record(record)
+
+
+@contextmanager
+def _signals(caught: list[int]) -> Iterator[None]:
+    """Lets SIGTERM and SIGINT end the run after the step in progress; a second one acts as usual."""
+
+    def note(number: int, frame: Any) -> None:
+        caught.append(number)
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+    before: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # not in the main thread: the caller has the signals
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Asks CUDA for kernels whose sums do not differ from run to run; on a CPU only the number of threads matters."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

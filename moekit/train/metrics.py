@@ -1,0 +1,85 @@
+"""Where measurements go: metrics.jsonl always, the terminal and TensorBoard on request."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from moekit.errors import UnsupportedError
+
+FILE = "metrics.jsonl"
+
+
+class Sink(Protocol):
+    """Takes every record of a run. `kind` is train, eval or alarm."""
+
+    def record(self, record: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """RUN/metrics.jsonl, one record a line, each line written through at once."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        """Opens the file; lines after `step`, which a killed run left behind, are removed in one atomic step."""
+        self.path = run / FILE
+        if self.path.exists():
+            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
+            temporary = self.path.with_suffix(".jsonl.writing")
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(temporary, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def record(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """RUN/tensorboard: losses, rates and load as scalars."""
+
+    def __init__(self, run: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UnsupportedError("tensorboard is true but the package is missing; pip install 'moekit[track]'") from None
+        self._writer = SummaryWriter(str(run / "tensorboard"))
+
+    def record(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "alarm":
+            self._writer.add_text("alarm", record["text"], record["step"])
+            return
+        for name, value in _scalars(record):
+            self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """Returns all records of a run."""
+    return [json.loads(line) for line in (run / FILE).read_text(encoding="utf-8").splitlines()]
+
+
+def _step(line: str) -> float:
+    """Returns the step of a line; infinity for one that a kill cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _scalars(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yields every number of a record under its path; layers become path elements, single experts are left out."""
+    for key, value in record.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, list) and key != "tokens_per_expert":
+            yield from ((f"{prefix}{key}/layer{i}", float(number)) for i, number in enumerate(value))
+        elif isinstance(value, int | float) and key != "step":
+            yield prefix + key, float(value)

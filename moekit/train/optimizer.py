@@ -1,0 +1,120 @@
+"""AdamW for everything, or Muon for the experts' matrices and AdamW for the rest."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from moekit.config import AdamWConfig, MuonConfig
+from moekit.nn.experts import Experts
+from moekit.nn.model import Model
+
+
+class ExpertMuon(Optimizer):
+    """Muon (Jordan et al., 2024) on stacked expert matrices, each expert's gate, up and down orthogonalised by itself.
+
+    Nesterov momentum, five Newton-Schulz steps, then lr * sqrt(max(1, rows / columns)) times the result: each matrix
+    moves by the same spectral norm whatever its gradient. An expert without tokens coasts on its momentum.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float, ns_steps: int, weight_decay: float):
+        super().__init__(
+            parameters, {"lr": lr, "momentum": momentum, "ns_steps": ns_steps, "weight_decay": weight_decay, "split": 1}
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                update = parameter.grad.lerp(momentum, group["momentum"])
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                for part, matrices in zip(
+                    parameter.chunk(group["split"], dim=1), update.chunk(group["split"], dim=1), strict=True
+                ):
+                    scale = max(1.0, part.shape[1] / part.shape[2]) ** 0.5
+                    part.add_(orthogonalise(matrices, group["ns_steps"]), alpha=-group["lr"] * scale)
+
+
+def orthogonalise(matrices: Float[Tensor, "experts rows columns"], steps: int) -> Float[Tensor, "experts rows columns"]:
+    """Returns each matrix with its singular values moved near 1 (0.68 to 1.13) by a quintic Newton-Schulz iteration."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # steepest at 0 that still stays near 1: Jordan's coefficients
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.clone()
+    transposed = x.shape[1] > x.shape[2]
+    if transposed:
+        x = x.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if transposed else x).to(matrices.dtype)
+
+
+def build(model: Model, config: AdamWConfig) -> list[Optimizer]:
+    """Returns the optimisers of a run. Weight decay is for matrices: norms are not decayed."""
+    experts = [module for module in model.modules() if isinstance(module, Experts)] if isinstance(config, MuonConfig) else []
+    taken = {id(parameter) for module in experts for parameter in module.parameters()}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizers: list[Optimizer] = [
+        AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    ]
+    if isinstance(config, MuonConfig) and experts:
+        muon = ExpertMuon(
+            [m.down_proj for m in experts], config.muon_lr, config.momentum, config.ns_steps, config.weight_decay
+        )
+        muon.add_param_group({"params": [m.gate_up_proj for m in experts], "split": 2})
+        optimizers.append(muon)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def set_factor(optimizers: list[Optimizer], factor: float) -> float:
+    """Sets every rate to `factor` of its peak and returns the first, AdamW's."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+    return float(optimizers[0].param_groups[0]["lr"])
+
+
+def state_tensors(model: Model, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    """Returns the optimisers' state as named tensors: "exp_avg/layers.0.mlp..."."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        f"{key}/{names[id(parameter)]}": value
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_state_tensors(model: Model, optimizers: list[Optimizer], tensors: dict[str, Tensor]) -> None:
+    """Puts back what `state_tensors` gave."""
+    grouped: dict[str, dict[str, Any]] = {}
+    for label, value in tensors.items():
+        key, name = label.split("/", 1)
+        grouped.setdefault(name, {})[key] = value
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                state = grouped.get(names[id(parameter)])
+                if state is not None:
+                    optimizer.state[parameter] = {key: _place(value, parameter, key) for key, value in state.items()}
+
+
+def _place(value: Tensor, parameter: nn.Parameter, key: str) -> Tensor:
+    return value.to(parameter.device)  # fused AdamW keeps its step count beside the parameter

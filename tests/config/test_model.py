@@ -1,0 +1,77 @@
+"""Strict types and the settings that cannot take effect."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from moekit.config import MHAConfig, MLAConfig, ModelConfig, MoEConfig, load_model_config, preset
+from moekit.errors import ConfigError
+
+
+def _refused(**changes: Any) -> str:
+    """Returns what is said about tiny-deepseekmoe with these keys of its FFN changed."""
+    with pytest.raises(ConfigError) as error:
+        load_model_config("tiny-deepseekmoe", {f"model.ffn.{key}": str(value) for key, value in changes.items()})
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_experts_per_tok": 64}, "model.ffn.num_experts_per_tok is 64 but n_routed_experts is 63"),
+        ({"n_group": 4}, "n_group is 4 but must divide n_routed_experts, 63"),
+        ({"n_group": 7, "topk_group": 8}, "topk_group is 8 but n_group is 7"),
+        ({"n_group": 7, "topk_group": 3}, "which topk_method greedy ignores"),
+        ({"bias_update_speed": 0.001}, "only topk_method noaux_tc has a bias"),
+        ({"topk_method": "hash"}, "aux_loss_alpha is 0.01 but topk_method hash has no router"),
+        ({"topk_method": "hash", "aux_loss_alpha": 0, "scoring_func": "sigmoid"}, "topk_method hash has no scores"),
+        ({"topk_method": "hash", "aux_loss_alpha": 0, "n_group": 3, "topk_group": 3}, "hash knows no groups"),
+        ({"hash_method": "balanced"}, "it is for hash only"),
+        ({"global_aux": "true"}, "needs seq_aux false"),
+        ({"device_aux_loss_alpha": 0.05}, "have no gradient with n_group 1"),
+        ({"drop_policy": "score"}, "capacity_factor is null, so nothing is dropped"),
+        ({"intermediate_size": 256}, "no layer is dense"),
+        ({"first_k_dense_replace": 1}, "intermediate_size is missing"),
+        ({"first_k_dense_replace": 4, "intermediate_size": 256}, "so no layer is MoE"),
+        ({"capacity_factor": -1}, "capacity_factor is -1 but must be greater than 0"),
+        ({"aux_loss_alpha": ".inf"}, "must be a finite number"),
+    ],
+)
+def test_a_setting_that_cannot_take_effect_is_refused(changes: dict[str, Any], said: str) -> None:
+    assert said in _refused(**changes)
+
+
+def test_heads_must_fit() -> None:
+    with pytest.raises(ValidationError, match="must divide num_attention_heads, 10"):
+        MHAConfig(num_attention_heads=10, num_key_value_heads=3, head_dim=8)
+    with pytest.raises(ValidationError, match="even width"):
+        MHAConfig(num_attention_heads=2, num_key_value_heads=1, head_dim=7)
+    with pytest.raises(ValidationError, match="qk_rope_head_dim is 5"):
+        MLAConfig(num_attention_heads=2, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=5, v_head_dim=4)
+
+
+def test_a_config_is_frozen_and_moe_and_mha_need_not_name_their_kind() -> None:
+    config = preset("tiny-deepseekmoe")
+    with pytest.raises(ValidationError, match="frozen"):
+        config.hidden_size = 1  # type: ignore[misc]
+    tree = config.model_dump()
+    del tree["attention"]["kind"], tree["ffn"]["kind"]
+    assert ModelConfig.model_validate(tree) == config
+    assert "kind" not in tree["ffn"]
+
+
+def test_moe_layers_follow_the_rule_of_the_released_code() -> None:
+    config = preset("deepseekmoe-16b")
+    assert config.moe_layers == list(range(1, 28))
+    assert isinstance(config.ffn, MoEConfig)
+    ffn = config.ffn.model_copy(update={"first_k_dense_replace": 3, "moe_layer_freq": 2})
+    assert config.model_copy(update={"ffn": ffn, "num_hidden_layers": 9}).moe_layers == [4, 6, 8]
+
+
+def test_the_configuration_imports_no_torch() -> None:
+    code = "import sys, moekit.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

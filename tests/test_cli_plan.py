@@ -1,0 +1,168 @@
+"""The command line: plan and presets as a user runs them, and how every verb answers bad usage."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moekit.cli import main
+from moekit.config import describe_keys, load_model_config, load_run_config, preset, preset_names
+
+
+def _json(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    assert main([*words, "--json"]) == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    return json.loads(output.out)
+
+
+def _error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(words) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("moekit: error: ")
+    assert output.err.count("\n") == 1
+    return output.err
+
+
+def test_plan_prints_the_figures_of_the_paper_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    document = _json(capsys, "plan", "deepseekmoe-16b")
+    assert document["parameters"]["total"] == 16_375_728_128
+    assert document["parameters"]["active"] == 2_828_650_496
+    assert document["parameters"]["active_without_embedding"] == 2_828_650_496 - 102400 * 2048
+    assert document["parameters"]["by_role"]["routed"]["total"] == 27 * 64 * 3 * 2048 * 1408
+    assert document["flops"]["sequence_length"] == 4096
+    assert round(document["flops"]["paper"] / 1e12, 1) == 74.4
+    assert round(document["flops"]["exact"] / 1e12, 1) == 75.9
+    assert document["kv_cache_bytes_per_token"] == 229_376
+    assert document["memory"]["weights"] == 4 * 16_375_728_128
+
+
+def test_plan_prints_the_same_figures_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "deepseekmoe-16b"]) == 0
+    output = capsys.readouterr().out
+    for figure in ("16,375,728,128", "2,828,650,496", "74.42T", "75.90T", "229,376"):
+        assert figure in output
+
+
+def test_overrides_may_stand_anywhere_and_take_both_forms(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = _json(capsys, "plan", "tiny-deepseekmoe")
+    first = _json(capsys, "plan", "--model.ffn.n_routed_experts", "31", "tiny-deepseekmoe")
+    last = _json(capsys, "plan", "tiny-deepseekmoe", "--model.ffn.n-routed-experts=31")
+    assert first == last
+    dropped = 4 * 32 * (96 + 3 * 96 * 64)
+    assert plain["parameters"]["total"] - first["parameters"]["total"] == dropped
+
+
+def test_plan_options_change_length_batch_precision_and_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--sequence-length", "64", "--batch", "4", "--precision", "float32", "--optimizer", "muon", "--recompute"]
+    document = _json(capsys, "plan", "tiny-deepseekmoe", *words)
+    assert document["flops"]["sequence_length"] == 64
+    assert document["flops"]["exact"] == preset("tiny-deepseekmoe").flops(64)
+    assert document["memory"]["kv_cache"] == 4 * 64 * preset("tiny-deepseekmoe").kv_cache_bytes_per_token(4)
+    expected = {"batch": 4, "precision": "float32", "optimizer": "muon", "recompute": True}
+    assert document["settings"] == expected
+
+
+@pytest.mark.parametrize("option", ["--print_config", "--print-config"])
+def test_printed_configs_load_again(option: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["plan", "tiny-gshard", "--model.hidden_size", "48", option]) == 0
+    (tmp_path / "model.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+    assert load_model_config(tmp_path / "model.yaml").hidden_size == 48
+    assert main(["train", "tiny-gshard", "--data", "1e3", "--steps", "70", "--optimizer.lr=1e-4", option]) == 0
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+    run = load_run_config(tmp_path / "run.yaml")
+    assert (run.data.path, run.steps, run.optimizer.lr) == ("1e3", 70, 1e-4)
+    assert _json(capsys, "plan", str(tmp_path / "run.yaml"))["model"] == str(tmp_path / "run.yaml")
+
+
+def test_presets_lists_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = _json(capsys, "presets")["presets"]
+    assert [row["name"] for row in rows] == preset_names()
+    assert main(["presets"]) == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in preset_names())
+
+
+def test_train_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"--{key.key} " in text and key.description in text for key in describe_keys())
+
+
+@pytest.mark.parametrize("verb", ["quickstart", "presets", "plan", "prepare", "train", "generate"])
+def test_every_verb_has_an_example_in_its_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "example:" in text
+    assert f"moekit {verb}" in text.split("example:")[1]
+    assert "--json" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("pln", "there is no verb 'pln' (did you mean plan?)"),
+        ("--json plan tiny-dense", "--json stands before the verb"),
+        ("--vrsion", "--vrsion"),
+        ("plan", "PRESET|FILE"),
+        ("plan tiny-dens", "no preset or file 'tiny-dens' (did you mean tiny-dense"),
+        ("plan tiny-dense --jsn", "unknown option --jsn (did you mean --json?)"),
+        ("plan tiny-dense --sequence-lenght 3", "(did you mean --sequence-length?)"),
+        ("plan tiny-dense --n_routed_experts 3", "n_routed_experts is model.ffn.n_routed_experts"),
+        ("plan tiny-dense --model.hiden_size 3", "model.hiden_size is not a setting (did you mean hidden_size?)"),
+        ("plan tiny-dense --model.hidden_size", "--model.hidden_size needs a value"),
+        ("plan tiny-dense --model.hidden_size --json", "--model.hidden_size needs a value"),
+        ("plan tiny-dense --steps 3", "--steps is no setting of a model"),
+        ("plan tiny-dense --batch 0", "'0' is not a whole number above 0"),
+        ("plan tiny-dense --batch 1_0", "'1_0' is not a whole number above 0"),
+        ("plan tiny-dense --precision float8", "invalid choice: 'float8'"),
+        ("plan tiny-dense --sequence-length 257", "sequence_length is 257 but model.max_position_embeddings is 256"),
+        ("plan tiny-dense more", "unrecognized arguments: more"),
+        ("presets --model.hidden_size 3", "unknown option --model.hidden_size"),
+        ("quickstart --minutes soon", "'soon' is not a number above 0"),
+        ("train --data d --out r", "PRESET or FILE is missing"),
+        ("train tiny-dense --out r", "data.path is missing"),
+        ("train tiny-dense --data d", "--out is missing"),
+        ("train tiny-dense --data d --data.path e --out r", "--data and --data.path are both given"),
+        ("train tiny-dense --data d --out r --stepps 3", "unknown option --stepps (did you mean steps?)"),
+        ("train tiny-dense --data d --out r --grad-clip -1", "grad_clip is -1 but must be greater than 0"),
+        ("train --resume", "--out is missing: the run to go on with"),
+        ("train --resume --out nowhere", "config.yaml does not exist"),
+        ("generate somewhere", "--prompt or --prompts-file is missing"),
+        ("generate somewhere --prompts-file nowhere.txt", "nowhere.txt: No such file or directory"),
+    ],
+)
+def test_bad_usage_is_one_line_and_status_2(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in _error(capsys, *words.split())
+
+
+def test_a_resumed_run_keeps_its_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["train", "tiny-dense", "--data", "d", "--print_config"]) == 0
+    (tmp_path / "config.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+    resume = ["train", "--resume", "--out", str(tmp_path)]
+    said = _error(capsys, *resume, "--model.hidden_size", "48")
+    assert "a run goes on with its own model" in said
+    assert "a run goes on with its own model" in _error(capsys, *resume, "tiny-gshard", "--data", "d")
+    assert main([*resume, "--steps", "900", "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["steps"] == 900
+
+
+def test_without_words_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "moekit quickstart" in capsys.readouterr().out
+
+
+def test_a_reader_that_leaves_early_causes_no_traceback() -> None:
+    for words in (["plan", "tiny-dense"], ["presets", "--json"], ["--help"]):
+        read, write = os.pipe()
+        os.close(read)
+        command = [sys.executable, "-m", "moekit", *words]
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+        os.close(write)
+        assert (done.returncode, done.stderr) == (141, "")
