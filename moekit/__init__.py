@@ -1,6 +1,6 @@
 """moekit: the whole life of a fine-grained Mixture-of-Experts language model.
 
-The public names are below; each is imported when it is first used, so that `import moekit` and `moekit --help` are fast.
+The public names are below; each is imported when it is first used, so `import moekit` and `moekit --help` are fast.
 """
 
 import importlib
@@ -50,6 +50,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'moekit' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_WHERE[name]), name)
-    globals()[name] = value
-    return value
+    module = importlib.import_module(_WHERE[name])
+    return globals().setdefault(
+        name, getattr(module, name)
+    )  # `generate` is set already: the folder, which can be called

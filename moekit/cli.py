@@ -155,7 +155,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "quickstart", run_quickstart, "the main job, from text to report, in minutes", "moekit quickstart --out first"
     )
     p.add_argument("--out", type=Path, default=Path("moekit-quickstart"), help="directory to write (moekit-quickstart)")
-    p.add_argument("--minutes", type=_positive_float, help="shorten or lengthen the training to about this long")
+    p.add_argument("--steps", type=_positive, help="training steps of each model (the recipe's, about four minutes)")
 
     verb("presets", run_presets, "list the models that can be named", "moekit presets --json")
 
@@ -177,7 +177,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "prepare",
         run_prepare,
         "turn text into a tokenizer and tokenised shards; run again, it goes on where it stopped",
-        "moekit prepare books/ news.jsonl.gz --out data --vocab-size 8192",
+        "moekit prepare books/ news.jsonl.gz --out data --vocab-size 4096",
     )
     p.add_argument(
         "files", nargs="+", metavar="FILE", help="jsonl, txt or parquet, plain, .gz or .zst; or folders of them"
@@ -185,7 +185,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--out", type=Path, required=True, metavar="DATA", help="directory to write")
     p.add_argument("--valid", nargs="+", metavar="FILE", help="validation text; else a part of FILES is held out")
     p.add_argument("--valid-fraction", type=float, default=0.01, help="documents held out without --valid (0.01)")
-    p.add_argument("--vocab-size", type=_positive, default=8192, help="of the tokenizer that is trained (8192)")
+    p.add_argument("--vocab-size", type=_positive, default=4096, help="of the tokenizer that is trained (4096)")
     p.add_argument("--tokenizer", metavar="FILE|DIR", help="use this tokenizer.json instead of training one")
     p.add_argument("--text-field", default="text", help="field of a record that holds its text (text)")
     p.add_argument("--domain-field", default="domain", help="field that names its domain (domain)")
@@ -258,16 +258,6 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
-
-
 def _emit(args: argparse.Namespace, document: Any, make_tables: Callable[[], Sequence["Table | str"]]) -> int:
     """Writes the document with --json, else the tables; returns the exit status 0."""
     if args.json:
@@ -285,6 +275,7 @@ def _emit(args: argparse.Namespace, document: Any, make_tables: Callable[[], Seq
 def run_presets(args: argparse.Namespace) -> int:
     """Lists the presets with their total and active parameters."""
     from moekit.config import preset, preset_names, summary
+    from moekit.tables import presets_tables
 
     rows: list[dict[str, Any]] = [
         {
@@ -295,68 +286,20 @@ def run_presets(args: argparse.Namespace) -> int:
         for name, config in ((name, preset(name)) for name in preset_names())
     ]
 
-    def tables() -> list["Table | str"]:
-        table = _table("preset", ">total", ">active", "shape")
-        for row in rows:
-            total, active = row["parameters"].values()
-            table.add_row(row["name"], _short(total), _short(active), row["description"])
-        return [table, "active: parameters used for one token, both embeddings included"]
-
-    return _emit(args, {"presets": rows}, tables)
+    return _emit(args, {"presets": rows}, lambda: presets_tables(rows))
 
 
 def run_plan(args: argparse.Namespace) -> int:
     """Shows what a model costs."""
     from moekit.config import dump, load_model_config, plan, summary
+    from moekit.tables import plan_tables
 
     config = load_model_config(args.source, args.overrides)
     if args.print_config:
         sys.stdout.write(dump(config, comments=True))
         return 0
     document = plan(config, args.sequence_length, args.batch, args.precision, args.optimizer, args.recompute)
-    return _emit(args, {"model": args.source, **document}, lambda: _plan_tables(args.source, summary(config), document))
-
-
-def _plan_tables(name: str, summary: str, document: dict[str, Any]) -> list["Table | str"]:
-    from rich.markup import escape
-
-    parameters, flops, memory, settings = (document[k] for k in ("parameters", "flops", "memory", "settings"))
-    roles = _table("parameters", ">total", ">active")
-    for role, count in parameters["by_role"].items():
-        if count["total"]:
-            roles.add_row(role, f"{count['total']:,}", f"{count['active']:,}")
-    roles.add_section()
-    roles.add_row("all", f"{parameters['total']:,}", f"{parameters['active']:,}", style="bold")
-    roles.add_row("without the input embedding", "", f"{parameters['active_without_embedding']:,}")
-
-    length = flops["sequence_length"]
-    compute = _table("training FLOPs", f">per {length:,} tokens", "what is counted")
-    compute.add_row("exact", _short(flops["exact"]), "the real matrices, 6 per weight and token, and full attention")
-    compute.add_row("paper", _short(flops["paper"]), "the paper's rule: nominal FFN sizes, every layer MoE, no router")
-
-    where = f"{settings['batch']} x {length:,} tokens, {settings['precision']}, {settings['optimizer']}"
-    space = _table("memory", ">GiB", where + (", recompute" if settings["recompute"] else ""))
-    for key, text in _MEMORY.items():
-        total = key.endswith("_total")
-        space.add_row(key.replace("_", " "), f"{memory[key] / 2**30:,.3f}", text, style="bold" if total else "")
-        if total:
-            space.add_section()
-    cache = f"KV cache: {document['kv_cache_bytes_per_token']:,} bytes per token (bfloat16)"
-    return [f"[bold]{escape(name)}[/bold]: {summary}", roles, compute, space, cache]
-
-
-_MEMORY = {
-    "weights": "float32",
-    "compute_copy": "matrices in bfloat16",
-    "gradients": "float32",
-    "optimizer": "float32 moments",
-    "activations": "what the backward pass needs",
-    "buffers": "selection bias, hash tables",
-    "training_total": "",
-    "generation_weights": "in the precision of the compute",
-    "kv_cache": "keys and values of all tokens",
-    "generation_total": "",
-}
+    return _emit(args, {"model": args.source, **document}, lambda: plan_tables(args.source, summary(config), document))
 
 
 def run_prepare(args: argparse.Namespace) -> int:
@@ -365,6 +308,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from moekit.data.prepare import prepare
+    from moekit.tables import prepare_tables
 
     columns = (TextColumn("{task.description:>10}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bars:
@@ -387,14 +331,7 @@ def run_prepare(args: argparse.Namespace) -> int:
             progress=progress,
         )
 
-    def tables() -> list["Table | str"]:
-        table = _table("split", "domain", ">documents", ">tokens", ">bytes")
-        for split, content in manifest["splits"].items():
-            for domain, count in content["domains"].items():
-                table.add_row(split, domain, *(f"{count[name]:,}" for name in ("documents", "tokens", "bytes")))
-        return [table, f"next: moekit train tiny-deepseekmoe --data {args.out} --out run"]
-
-    return _emit(args, manifest, tables)
+    return _emit(args, manifest, lambda: prepare_tables(manifest, str(args.out)))
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -408,8 +345,12 @@ def run_train(args: argparse.Namespace) -> int:
     if args.out is None:
         raise ConfigError("--out is missing: the directory of the run")
     from moekit.train import train
+    from moekit.train.progress import TerminalProgress
 
-    receipt = train(config, args.out, resume=args.resume)
+    receipt = train(config, args.out, resume=args.resume, sinks=[] if args.quiet else [TerminalProgress(config)])
+    if receipt["status"] != "done":
+        _emit(args, receipt, lambda: [f"saved; `moekit train --resume --out {args.out}` goes on"])
+        return 130
     return _emit(args, receipt, lambda: [f"{args.out} holds the run; next: moekit generate {args.out} --prompt ..."])
 
 
@@ -440,39 +381,49 @@ def run_generate(args: argparse.Namespace) -> int:
     prompts = [*args.prompt, *(args.prompts_file.read_text(encoding="utf-8").splitlines() if args.prompts_file else ())]
     if not prompts:
         raise ConfigError("--prompt or --prompts-file is missing: the text to continue")
+    import torch
+
+    from moekit.config import validate
     from moekit.formats.checkpoint import load
     from moekit.formats.tokenizer import load_tokenizer
-    from moekit.generate import Settings, complete
+    from moekit.generate import SamplingSettings, complete
+    from moekit.train.hardware import choose_device
+    from moekit.train.state import newest
 
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
-    settings = Settings(**{name: getattr(args, name) for name in names})
-    model = load(args.model, device=args.device, dtype=args.dtype)
-    texts = complete(model, load_tokenizer(args.model), prompts, settings, stream=None if args.json else sys.stdout)
-    return _emit(args, {"completions": texts}, lambda: [])
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    settings = validate(SamplingSettings, {name: getattr(args, name) for name in names})
+    folder = newest(args.model) if (args.model / "checkpoints").is_dir() else args.model
+    if folder is None:
+        raise ConfigError(f"{args.model} is a run without a checkpoint yet")
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    model, tokenizer = load(folder, choose_device(args.device), dtype), load_tokenizer(folder)
+
+    def stream(number: int, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    live = stream if len(prompts) == 1 and not args.json else None  # several prompts grow side by side
+    if live is not None:
+        sys.stdout.write(prompts[0])
+    texts = complete(
+        model, tokenizer, prompts, settings, max_new_tokens=args.max_new_tokens, stop=args.stop, stream=live
+    )
+    if args.json:
+        return _emit(args, {"completions": [completion._asdict() for completion in texts]}, list)
+    ends = [""] if live else [completion.prompt + completion.text for completion in texts]
+    sys.stdout.write("\n\n".join(ends) + "\n")
+    return 0
 
 
 def run_quickstart(args: argparse.Namespace) -> int:
     """Runs the whole job on the included text."""
     from moekit.quickstart import quickstart
+    from moekit.tables import quickstart_tables
+    from moekit.train.progress import TerminalProgress
 
-    result = quickstart(args.out, minutes=args.minutes)
-    return _emit(args, result, lambda: [f"open {args.out / 'report.html'}"])
+    result = quickstart(args.out, steps=args.steps, sinks=lambda config: [TerminalProgress(config)])
+    if result["status"] != "done":
+        _emit(args, result, lambda: [f"saved; `moekit quickstart --out {args.out}` goes on"])
+        return 130
 
-
-def _table(*headers: str) -> "Table":
-    """Returns an empty table; a header that begins with > is a column of numbers."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in headers:
-        table.add_column(header.lstrip(">"), justify="right" if header.startswith(">") else "left")
-    return table
-
-
-def _short(count: float) -> str:
-    """Returns 16375728128 as 16.38B, 74.4e12 as 74.42T."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= size:
-            return f"{count / size:,.2f}{unit}"
-    return f"{count:g}"
+    return _emit(args, result, lambda: quickstart_tables(result))

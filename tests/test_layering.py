@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"formats"},
     {"data"},
     {"train", "generate"},
-    {"quickstart"},
+    {"quickstart", "tables"},
     {"cli"},
     {"__main__", "__init__"},
 ]
@@ -44,7 +44,7 @@ FILES = {_module(path): path for path in PACKAGE.rglob("*.py")}
 
 
 def _part(module: str) -> str:
-    return (module.split(".") + ["__init__"])[1]
+    return [*module.split("."), "__init__"][1]
 
 
 def _targets(node: ast.Import | ast.ImportFrom, source: str) -> Iterator[str]:

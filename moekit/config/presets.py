@@ -219,21 +219,23 @@ MODELS: dict[str, ModelConfig] = {
 }
 
 
-def _recipe(length: int, batch: int, lr: float, steps: int, warmup: int, kind: str = "step") -> dict[str, Any]:
+def _recipe(length: int, batch: int, lr: float, steps: int, warmup: int, every: int, kind: str = "step") -> dict[str, Any]:
     return {
         "data": {"sequence_length": length, "batch_size": batch},
         "optimizer": {"kind": "adamw", "lr": lr},
         "schedule": {"kind": kind, "warmup_steps": warmup},
         "steps": steps,
+        "eval_every": every,
+        "save_every": every,
     }
 
 
 _RECIPES = {
-    "tiny": _recipe(256, 16, 3e-3, 600, 50),
-    "mini": _recipe(256, 16, 1.5e-3, 2400, 100),
-    "2b": _recipe(2048, 2048, 1.08e-3, 25_000, 2000),
-    "16b": _recipe(4096, 4608, 4.2e-4, 106_449, 2000),
-    "145b": _recipe(4096, 4608, 3.0e-4, 13_000, 2000, "constant"),
+    "tiny": _recipe(256, 16, 3e-3, 300, 30, 50),
+    "mini": _recipe(256, 16, 1.5e-3, 2400, 100, 200),
+    "2b": _recipe(2048, 2048, 1.08e-3, 25_000, 2000, 500),
+    "16b": _recipe(4096, 4608, 4.2e-4, 106_449, 2000, 1000),
+    "145b": _recipe(4096, 4608, 3.0e-4, 13_000, 2000, 500, "constant"),
 }
 
 

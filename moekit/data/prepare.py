@@ -71,7 +71,7 @@ def prepare(
     *,
     valid_paths: Iterable[str | Path] | None = None,
     valid_fraction: float = 0.01,
-    vocab_size: int = 8192,
+    vocab_size: int = 4096,
     tokenizer: str | Path | None = None,
     text_field: str = "text",
     domain_field: str = "domain",

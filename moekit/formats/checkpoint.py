@@ -13,14 +13,14 @@ from torch import Tensor
 from moekit import receipts
 from moekit.config import ModelConfig, validate
 from moekit.errors import CheckpointError, ConfigError, nearest
-from moekit.formats.directory import atomic_directory, check_directory, read_json
+from moekit.formats.directory import MANIFEST, atomic_directory, check_directory, read_json
 from moekit.formats.names import pieces
 from moekit.formats.tokenizer import Tokenizer
 from moekit.nn.model import Model
 
 MODEL_TYPE = "moekit"
 SHARD_BYTES = 5_000_000_000
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def save(
@@ -45,7 +45,11 @@ def save(
         if tokenizer is not None:
             tokenizer.save(folder)
             files += ["tokenizer.json", "tokenizer_config.json"]
-            generation = {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+            generation = {
+                "eos_token_id": tokenizer.eos_id,
+                "bos_token_id": tokenizer.bos_id,
+                "pad_token_id": tokenizer.pad_id,
+            }
             receipts.write_json(folder / "generation_config.json", generation)
         if extra is not None:
             extra(folder)
@@ -93,7 +97,10 @@ def load(
     """
     folder = Path(path)
     if check_hashes:
-        check_directory(folder)
+        listed = check_directory(folder)
+        for name in ("config.json", INDEX, SINGLE):
+            if name not in listed and (folder / name).exists():
+                raise CheckpointError(f"{folder / name} is not listed in {MANIFEST}; it was put there later, remove it")
     config = load_config(folder)
     with torch.device("meta"):
         model = Model(config)
@@ -127,7 +134,7 @@ def _write_weights(model: Model, folder: Path) -> list[str]:
             shards[-1].append((key, part))
             size += nbytes
     if len(shards) == 1:
-        names = ["model.safetensors"]
+        names = [SINGLE]
     else:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, shard in zip(names, shards, strict=True):
@@ -161,9 +168,12 @@ def _read_weights(
             used.add(key)
             expected = tuple(meta[index].shape) if index else tuple(meta.shape)
             if tuple(part.shape) != expected:
-                raise CheckpointError(f"{key} in {file} has shape {tuple(part.shape)} but the config asks for {expected}")
-            if part.is_floating_point() != meta.is_floating_point():
-                raise CheckpointError(f"{key} in {file} has dtype {part.dtype} but the model holds {meta.dtype} there")
+                raise CheckpointError(
+                    f"{key} in {file} has shape {tuple(part.shape)} but the config asks for {expected}"
+                )
+            of = state.get(name, meta)  # all pieces of a tensor have one dtype
+            if part.is_floating_point() != of.is_floating_point() or (name in state and part.dtype != of.dtype):
+                raise CheckpointError(f"{key} in {file} has dtype {part.dtype} but the model holds {of.dtype} there")
             if not index:
                 state[name] = part
             else:
@@ -174,7 +184,9 @@ def _read_weights(
         state[name] = state[name].to(device=device, dtype=None if keep else dtype)
     left = sorted(where.keys() - used)
     if left:
-        raise CheckpointError(f"{folder} holds {len(left)} tensors that the config has no place for, the first {left[0]}")
+        raise CheckpointError(
+            f"{folder} holds {len(left)} tensors that the config has no place for, the first {left[0]}"
+        )
     return state
 
 
@@ -184,9 +196,13 @@ def _weight_files(folder: Path) -> dict[str, Path]:
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{folder / INDEX} has no weight_map")
-        names = sorted(set(weight_map.values()))
+        names = sorted(set(map(str, weight_map.values())))
+        if foreign := [name for name in names if Path(name).name != name]:
+            raise CheckpointError(
+                f"{folder / INDEX} names {foreign[0]!r}, which is not the plain name of a file beside it"
+            )
     else:
-        names = ["model.safetensors"]
+        names = [SINGLE]
     where: dict[str, Path] = {}
     for name in names:
         file = folder / name

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from moekit import receipts
 from moekit.errors import CheckpointError
 
-MANIFEST = "manifest.json"
+MANIFEST, FORMAT = "manifest.json", 1
 
 
 @contextmanager
@@ -21,34 +23,35 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     Every file is synced and listed in manifest.json with its size and SHA-256. On any error, a full disk for one,
     nothing is left behind and an older `path` stays as it was. Raises CheckpointError if `path` exists.
     """
-    if path.exists() and not overwrite:
+    if path.exists() and not (overwrite and path.is_dir()):
         raise CheckpointError(f"{path} exists already; choose another directory or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.writing-{os.getpid()}"
+    old = path.parent / f".{path.name}.replaced-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         yield temporary
         names = [entry.name for entry in temporary.iterdir()]
         for name in names:
             with (temporary / name).open("rb+") as file:
                 receipts.sync(file.fileno())
-        manifest = {"format": 1, "files": receipts.file_hashes(temporary, names)}
+        manifest = {"format": FORMAT, "files": receipts.file_hashes(temporary, names)}
         receipts.write_json(temporary / MANIFEST, manifest)
         receipts.sync_folder(temporary)
         if path.exists():
-            old = path.parent / f".{path.name}.replaced-{os.getpid()}"
             path.rename(old)
             temporary.rename(path)
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         else:
             temporary.rename(path)
         receipts.sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:
+        if old.exists() and not path.exists():
+            old.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"{path} could not be written: {error.strerror or error}; nothing was left behind") from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):  # safetensors has its own error for a full disk
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"{path} could not be written: {reason}; nothing was left behind") from error
         raise
 
 
@@ -62,7 +65,10 @@ def check_directory(path: Path) -> dict[str, Any]:
     manifest = path / MANIFEST
     if not manifest.is_file():
         raise CheckpointError(f"{path} has no {MANIFEST}, so it is not a checkpoint that was written to its end")
-    files = read_json(manifest).get("files")
+    content = read_json(manifest)
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{manifest} has format {content.get('format')!r} but only {FORMAT} is read")
+    files = content.get("files")
     if not isinstance(files, dict) or not files:
         raise CheckpointError(f"{manifest} lists no files")
     for name, expected in files.items():

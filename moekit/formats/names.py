@@ -16,7 +16,7 @@ class Piece(NamedTuple):
     """One tensor on disk and the part of ours that it holds."""
 
     key: str
-    index: Index
+    index: Index  # type: ignore[assignment]  # hides tuple.index, which nobody asks a piece for
 
 
 def pieces(name: str, shape: tuple[int, ...]) -> list[Piece]:

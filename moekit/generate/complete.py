@@ -79,9 +79,9 @@ class _Text:
             self.text, self.finish = text[:found], "stop"
             return self._give(len(self.text))
         self.text = text
-        held = max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        # an unfinished character decodes to a replacement character at the end
-        return self._give(len(text) - max(held, len(text) - len(text.rstrip("\ufffd"))))
+        settled = text.rstrip("\ufffd")  # an unfinished character decodes to replacement characters at the end
+        held = max((n for s in self.stop for n in range(1, len(s)) if settled.endswith(s[:n])), default=0)
+        return self._give(len(settled) - held)
 
     def close(self) -> str:
         """Ends the text and returns what was held back."""

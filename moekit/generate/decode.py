@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from moekit.config import validate
 from moekit.errors import ConfigError
 from moekit.generate.sampling import SamplingSettings, draw
 from moekit.nn.cache import KVCache
@@ -71,14 +72,17 @@ def generate(
 
     All sequences run to the full length; `complete` stops at the end of the text or at a stop string.
     """
-    settings = SamplingSettings(
-        temperature=float(temperature),
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=float(repetition_penalty),
-        seed=seed,
-    )
+    if input_ids.dim() != 2:
+        raise ConfigError(f"input_ids has shape {tuple(input_ids.shape)} but must be (batch, length)")
+    given = {
+        "temperature": float(temperature),
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": float(repetition_penalty),
+        "seed": seed,
+    }
+    settings = validate(SamplingSettings, given)
     new = list(tokens(model, input_ids.tolist(), settings, max_new_tokens)) if max_new_tokens else []
     return torch.cat([input_ids, *(chosen.unsqueeze(1).to(input_ids.device) for chosen in new)], dim=1)
 
@@ -87,9 +91,9 @@ def _check(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) 
     vocab, limit = model.config.vocab_size, model.config.max_position_embeddings
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens} but must be at least 1")
-    worst = max(max(prompt) for prompt in prompts)
-    if worst >= vocab or min(min(prompt) for prompt in prompts) < 0:
-        raise ConfigError(f"a prompt holds token {worst} but the vocabulary has {vocab}; is this the model's tokenizer?")
+    foreign = [token for prompt in prompts for token in prompt if not 0 <= token < vocab]
+    if foreign:
+        raise ConfigError(f"a prompt holds token {foreign[0]} but the vocabulary has {vocab}; is this its tokenizer?")
     longest = max(map(len, prompts))
     if longest + max_new_tokens > limit:
         raise ConfigError(

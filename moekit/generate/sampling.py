@@ -1,9 +1,8 @@
 """Logits to the next token."""
 
-from pydantic import Field
-
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor
 
 from moekit.config import Strict
@@ -33,10 +32,10 @@ def filtered(
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if settings.temperature == 0:
         return logits
-    logits = logits / settings.temperature
-    if settings.top_k is not None and settings.top_k < logits.shape[-1]:
-        least = logits.topk(settings.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+    logits = (logits - logits.amax(-1, keepdim=True)) / settings.temperature  # the largest is 0: no overflow
+    if settings.top_k is not None:
+        order = logits.sort(descending=True, stable=True).indices  # among equals the lower id stays, as in greedy
+        logits = logits.scatter(1, order[:, settings.top_k :], -torch.inf)
     if settings.top_p is not None and settings.top_p < 1:
         ordered, order = logits.sort(descending=True, stable=True)
         p = ordered.softmax(-1)

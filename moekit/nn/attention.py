@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moekit.config import MHAConfig
+from moekit.nn.autocast import cast_once
 from moekit.nn.cache import KVCache
 from moekit.nn.rope import Rotation, rotate, softmax_scale
 
@@ -66,6 +67,7 @@ class Attention(nn.Module):
         self.scale = softmax_scale(config.rope, head_dim)
 
     def forward(self, x: Float[Tensor, "batch length dim"], context: Context) -> Float[Tensor, "batch length dim"]:
+        x = cast_once(x)
         split = (-1, self.config.head_dim)
         q = rotate(self.q_proj(x).unflatten(-1, split), context.rotation, interleaved=False)
         k = rotate(self.k_proj(x).unflatten(-1, split), context.rotation, interleaved=False)

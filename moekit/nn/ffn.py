@@ -4,6 +4,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moekit.nn.autocast import cast_once
+
 
 class SwiGLU(nn.Module):
     """down (silu(gate x) * up x), without biases.
@@ -19,5 +21,6 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(ff, dim, bias=False)
 
     def forward(self, x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
+        x = cast_once(x)
         y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return y

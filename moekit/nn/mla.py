@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from moekit.config import MLAConfig
 from moekit.nn.attention import Context, attend
+from moekit.nn.autocast import cast_once
 from moekit.nn.norm import RMSNorm
 from moekit.nn.rope import rotate, softmax_scale
 
@@ -35,7 +36,7 @@ class MLA(nn.Module):
         self.scale = softmax_scale(config.rope, qk_dim)
 
     def forward(self, x: Float[Tensor, "batch length dim"], context: Context) -> Float[Tensor, "batch length dim"]:
-        config = self.config
+        config, x = self.config, cast_once(x)
         q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.unflatten(-1, (config.num_attention_heads, -1))
         q_nope, q_rope = q.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)

@@ -124,6 +124,8 @@ class Model(nn.Module):
         if labels is not None:
             if targets is not None:
                 raise ConfigError("labels and targets are both given; labels are shifted by the model, targets are not")
+            if padding_mask is not None:  # before the shift: the last real token predicts no padding
+                labels = labels.masked_fill(~padding_mask, IGNORED)
             targets = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)), dim=1)
         if targets is not None and padding_mask is not None:
             targets = targets.masked_fill(~padding_mask, IGNORED)

@@ -2,11 +2,11 @@
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moekit.config import MoEConfig
+from moekit.nn.autocast import cast_once
 from moekit.nn.experts import Experts
 from moekit.nn.ffn import SwiGLU
 from moekit.nn.router import HashRouter, Router
@@ -48,8 +48,7 @@ class MoE(nn.Module):
             # a tensor: padding takes no capacity, and asking the device for the number of real tokens would wait for it
             capacity = (self.config.capacity_factor * k * routing.units.sum().double() / experts).ceil()
             routing = limit_capacity(routing, capacity, self.config.drop_policy)
-        if torch.is_autocast_enabled(x.device.type):
-            tokens = tokens.to(torch.get_autocast_dtype(x.device.type))  # once, before k copies of it are gathered
+        tokens = cast_once(tokens)  # the router has seen it in float32; k copies of it are gathered next
         plan = dispatch.plan(routing.expert_ids, self.config.n_routed_experts)
         rows = dispatch.gather(tokens, plan, self.config.num_experts_per_tok)
         y = dispatch.combine(self.experts(rows, plan.tokens_per_expert), routing.weights, plan)

@@ -19,9 +19,9 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, dim))
-        self.expert_bias: Tensor | None = None
-        if config.topk_method == "noaux_tc":
-            self.register_buffer("expert_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+        self.expert_bias: Tensor | None
+        biased = config.topk_method == "noaux_tc"
+        self.register_buffer("expert_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32) if biased else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         """Moves as any module does, but `model.to(dtype)` leaves the bias in float32: bf16 would round its steps."""

@@ -44,7 +44,7 @@ def choose(device: str, precision: str) -> Hardware:
 def has_bfloat16(device: torch.device) -> bool:
     """Returns whether the device multiplies bfloat16 matrices in hardware (AVX-512 BF16, AMX, CUDA 8.0 and newer)."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch has no public name for it
     return bool(probe and probe())
 

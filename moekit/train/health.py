@@ -40,18 +40,20 @@ class LoadWindow:
             return
         device = routings[0].expert_ids.device
         if self.tokens_per_expert.device != device:
-            self._to(device)
+            self.to(device)
         self.tokens_per_expert += torch.stack([routing.tokens_per_expert.sum(0) for routing in routings])
         self.units += torch.stack([routing.units.sum() for routing in routings])
         if routings[0].squared_lse_sums is not None:
-            lse = [routing.squared_lse_sums.detach().sum() for routing in routings if routing.squared_lse_sums is not None]
+            lse = [
+                routing.squared_lse_sums.detach().sum() for routing in routings if routing.squared_lse_sums is not None
+            ]
             self.squared_lse += torch.stack(lse).double()
 
     def add_window(self, other: "LoadWindow") -> None:
         """Adds another window's sums."""
         device = other.tokens_per_expert.device
         if self.tokens_per_expert.device != device:
-            self._to(device)
+            self.to(device)
         self.tokens_per_expert += other.tokens_per_expert
         self.units += other.units
         self.squared_lse += other.squared_lse
@@ -81,9 +83,11 @@ class LoadWindow:
         for name, value in state.items():
             setattr(self, name, value)
 
-    def _to(self, device: torch.device) -> None:
+    def to(self, device: torch.device) -> "LoadWindow":
+        """Moves the sums and returns the window."""
         for name, value in self.state().items():
             setattr(self, name, value.to(device))
+        return self
 
 
 def load_entropy(tokens_per_expert: Float[Tensor, " experts"]) -> float:

@@ -1,7 +1,9 @@
 """The training loop. A step is a function of weights, optimiser state and (seed, step): resuming is exact."""
 
+import hashlib
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +26,8 @@ from moekit.train.validation import validate
 logger = logging.getLogger(__name__)
 
 MUST_MATCH = ("model", "optimizer", "schedule", "steps", "seed", "grad_clip")
-"""Settings that a resumed run cannot change; of `data` all but the micro-batch."""
+"""Settings that a resumed run cannot change. The text must be the same too, wherever it lies now."""
+DATA_MUST_MATCH = ("sequence_length", "batch_size", "cross_document_attention")
 
 
 def train(
@@ -38,29 +41,51 @@ def train(
     TrainingError when the loss or the gradient is not finite.
     """
     run = Path(out)
-    _claim(run, config, resume)
     with _deterministic():
-        return _Run(config, run, sinks).train()
+        try:
+            _check(run, config, resume)
+            started = _Run(config, run, sinks)
+        except BaseException:  # a display must not stay on the terminal
+            for sink in sinks:
+                sink.close()
+            raise
+        return started.train()
 
 
-def _claim(run: Path, config: RunConfig, resume: bool) -> None:
-    """Makes the run's directory and config.yaml, or checks that they belong to this run."""
+def _check(run: Path, config: RunConfig, resume: bool) -> None:
+    """Raises ConfigError unless the run's directory is free, or with `resume` holds this run."""
     file = run / "config.yaml"
     if resume:
         if not file.is_file():
-            raise ConfigError(f"{run} has no config.yaml, so there is no run to resume; leave out --resume to start one")
-        before = load_run_config(file)
-        for name in MUST_MATCH:
-            if getattr(before, name) != getattr(config, name):
-                raise ConfigError(f"{name} differs from {file}; a resumed run must keep it, start a new one instead")
-        for name in ("sequence_length", "batch_size", "cross_document_attention"):
-            if getattr(before.data, name) != getattr(config.data, name):
-                raise ConfigError(f"data.{name} differs from {file}; a resumed run must keep it, start a new one instead")
-    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise ConfigError(
+                f"{run} has no config.yaml, so there is no run to resume; leave out --resume to start one"
+            )
+        before, now = load_run_config(file).model_dump(), config.model_dump()
+        for settings in (before, now):
+            settings["data"] = {name: settings["data"][name] for name in DATA_MUST_MATCH}
+        for name in (*MUST_MATCH, "data"):
+            if before[name] != now[name]:
+                difference = _difference(name, before[name], now[name], str(file))
+                raise ConfigError(f"{difference}; a resumed run must keep it, start a new one instead")
+    elif run.exists() and (not run.is_dir() or any(not entry.name.startswith(".") for entry in run.iterdir())):
         raise ConfigError(f"{run} exists already; use --resume to continue it, or choose another --out")
+
+
+def _difference(name: str, before: Any, now: Any, file: str) -> str:
+    """Returns the first setting of two that differ, with both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        key = next(key for key in {**before, **now} if before.get(key) != now.get(key))
+        return _difference(f"{name}.{key}", before.get(key), now.get(key), file)
+    return f"{name} is {now} but {before} in {file}"
+
+
+def _claim(run: Path, config: RunConfig) -> None:
+    """Makes the run's directory. A kill at any moment leaves it free, or with a whole config.yaml."""
     run.mkdir(parents=True, exist_ok=True)
+    temporary = run / ".config.yaml.writing"
+    temporary.write_text(dump(config), encoding="utf-8")
+    os.replace(temporary, run / "config.yaml")
     (run / "checkpoints").mkdir(exist_ok=True)
-    file.write_text(dump(config), encoding="utf-8")
 
 
 class _Run:
@@ -104,17 +129,18 @@ class _Run:
             for block in self.model.layers:
                 block.compile()
         self.matmul_flops = machine.matmul_flops(self.hardware)
+        _claim(run, config)  # not before everything else is sound: a mistake leaves no directory behind
         self.sinks: list[metrics.Sink] = [metrics.JsonLines(run, self.step), *sinks]
         if config.tensorboard:
-            self.sinks.append(metrics.TensorBoard(run))
+            self.sinks.append(metrics.TensorBoard(run, self.step))
 
     def train(self) -> dict[str, Any]:
-        config, asked_to_stop = self.config, []
+        config, asked_to_stop, stop = self.config, list[int](), False
         self.clock = time.perf_counter()
         self.logged_at, self.logged_step = self.clock, self.step
         with _signals(asked_to_stop):
             try:
-                while self.step < config.steps and not asked_to_stop:
+                while self.step < config.steps and not stop:
                     self._one_step(self.sampler.batch(self.step))
                     self.step += 1
                     last = self.step == config.steps
@@ -122,7 +148,8 @@ class _Run:
                         self._log()
                     if self.valid and (last or (config.eval_every and self.step % config.eval_every == 0)):
                         self._validate(self.valid)
-                    if last or asked_to_stop or (config.save_every and self.step % config.save_every == 0):
+                    stop = bool(asked_to_stop)  # asked once: a signal after this line waits for the next step
+                    if last or stop or (config.save_every and self.step % config.save_every == 0):
                         self._save()
                 return self._finish(asked_to_stop)
             finally:
@@ -137,7 +164,7 @@ class _Run:
         size = config.data.micro_batch_size or config.data.batch_size
         parts = config.data.batch_size // size
         targets = batch.labels.size
-        step_load = health.LoadWindow(*self.shape)
+        step_load = health.LoadWindow(*self.shape).to(self.hardware.device)
         measured: dict[str, torch.Tensor] = {}
         for part in range(parts):
             rows = slice(part * size, (part + 1) * size)
@@ -204,8 +231,9 @@ class _Run:
         if self.shape[0]:
             for layer, expert in self.dead.update(tokens_per_expert):
                 block = config.model.moe_layers[layer]
+                idle = config.dead_after * config.log_every
                 text = (
-                    f"expert {expert} of layer {block} has had no token for {config.dead_after * config.log_every} steps; "
+                    f"expert {expert} of layer {block} has had no token for {idle} steps; "
                     "raise ffn.aux_loss_alpha, or use topk_method noaux_tc with a bias_update_speed"
                 )
                 logger.warning(text)
@@ -253,7 +281,7 @@ class _Run:
                 "sampler": {"seed": self.config.seed, "step": self.step},
                 "seconds": round(self.seconds + start - self.clock, 3),
                 "sums": self.sums,
-                "data": self.dataset.tokenizer_fingerprint,
+                "data": self._data_fingerprint(),
                 "health": self.last_health,
                 "scores": self.last_scores,
             },
@@ -269,13 +297,18 @@ class _Run:
         if folder is None:
             return
         saved, tensors = state.read(folder, self.model, self.optimizers)
-        if saved["data"] != self.dataset.tokenizer_fingerprint:
-            raise ConfigError(f"data.path {self.config.data.path} has another tokenizer than the run was started with")
+        if saved["data"] != self._data_fingerprint():
+            raise ConfigError(f"data.path {self.config.data.path} holds other text than the run was started with")
         self.step, self.seconds, self.sums = saved["step"], saved["seconds"], saved["sums"]
         self.last_health, self.last_scores = saved["health"], saved["scores"]
         self.dead.idle = tensors.pop("idle")
         self.window.load_state({name.removeprefix("window/"): value for name, value in tensors.items()})
         logger.info("resuming after step %d from %s", self.step, folder)
+
+    def _data_fingerprint(self) -> str:
+        """Returns a hash of the tokenizer and of every file of tokens."""
+        content = self.dataset.manifest.model_dump_json(include={"tokenizer", "domains", "splits"})
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def _finish(self, signals: list[int]) -> dict[str, Any]:
         done = self.step == self.config.steps
@@ -301,8 +334,8 @@ class _Run:
         )
 
     def _stop_not_finite(self, name: str, value: float) -> None:
-        good = state.newest(self.run)
-        where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        good = state.newest(self.run, before=self.step)  # one of this step holds these very weights
+        where = f"the last good checkpoint is {good}" if good else "there is no good checkpoint yet"
         raise TrainingError(
             f"{name} is {value} at step {self.step + 1}, before the weights were changed; {where}; "
             "lower optimizer.lr or grad_clip, or look at the data of that step"
@@ -319,20 +352,20 @@ def _signals(caught: list[int]) -> Iterator[None]:
 
     def note(number: int, frame: Any) -> None:
         caught.append(number)
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for other, handler in before.items():
+            signal.signal(other, handler)
 
     before: dict[int, Any] = {}
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, note)
+        for ending in (signal.SIGTERM, signal.SIGINT):
+            before[ending] = signal.signal(ending, note)
     except ValueError:  # not in the main thread: the caller has the signals
         pass
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 @contextmanager

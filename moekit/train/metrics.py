@@ -26,7 +26,8 @@ class JsonLines:
         """Opens the file; lines after `step`, which a killed run left behind, are removed in one atomic step."""
         self.path = run / FILE
         if self.path.exists():
-            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
+            text = self.path.read_text(encoding="utf-8", errors="replace")  # a kill may have cut a character
+            kept = [line for line in text.split("\n") if _step(line) <= step]
             temporary = self.path.with_suffix(".jsonl.writing")
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             os.replace(temporary, self.path)
@@ -43,12 +44,15 @@ class JsonLines:
 class TensorBoard:
     """RUN/tensorboard: losses, rates and load as scalars."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, step: int) -> None:
+        """Opens the folder; what a killed run wrote after `step` is hidden."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UnsupportedError("tensorboard is true but the package is missing; pip install 'moekit[track]'") from None
-        self._writer = SummaryWriter(str(run / "tensorboard"))
+            raise UnsupportedError(
+                "tensorboard is true but the package is missing; pip install 'moekit[track]'"
+            ) from None
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def record(self, record: dict[str, Any]) -> None:
         if record["kind"] == "alarm":
@@ -63,7 +67,7 @@ class TensorBoard:
 
 def read(run: Path) -> list[dict[str, Any]]:
     """Returns all records of a run."""
-    return [json.loads(line) for line in (run / FILE).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (run / FILE).read_text(encoding="utf-8").split("\n") if line]
 
 
 def _step(line: str) -> float:

@@ -20,7 +20,9 @@ class ExpertMuon(Optimizer):
     moves by the same spectral norm whatever its gradient. An expert without tokens coasts on its momentum.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float, ns_steps: int, weight_decay: float):
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float, ns_steps: int, weight_decay: float
+    ) -> None:
         super().__init__(
             parameters, {"lr": lr, "momentum": momentum, "ns_steps": ns_steps, "weight_decay": weight_decay, "split": 1}
         )
@@ -55,12 +57,14 @@ def orthogonalise(matrices: Float[Tensor, "experts rows columns"], steps: int) -
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if transposed else x).to(matrices.dtype)
+    y: Tensor = x.mT if transposed else x
+    return y.to(matrices.dtype)
 
 
 def build(model: Model, config: AdamWConfig) -> list[Optimizer]:
     """Returns the optimisers of a run. Weight decay is for matrices: norms are not decayed."""
-    experts = [module for module in model.modules() if isinstance(module, Experts)] if isinstance(config, MuonConfig) else []
+    muon_on = isinstance(config, MuonConfig)
+    experts = [module for module in model.modules() if muon_on and isinstance(module, Experts)]
     taken = {id(parameter) for module in experts for parameter in module.parameters()}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
     groups = [
@@ -113,8 +117,5 @@ def load_state_tensors(model: Model, optimizers: list[Optimizer], tensors: dict[
             for parameter in group["params"]:
                 state = grouped.get(names[id(parameter)])
                 if state is not None:
-                    optimizer.state[parameter] = {key: _place(value, parameter, key) for key, value in state.items()}
-
-
-def _place(value: Tensor, parameter: nn.Parameter, key: str) -> Tensor:
-    return value.to(parameter.device)  # fused AdamW keeps its step count beside the parameter
+                    # fused AdamW keeps its step count beside the parameter
+                    optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}

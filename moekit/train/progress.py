@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -48,7 +49,9 @@ class TerminalProgress:
             self._eval = record
         if self._live is not None:
             if kind == "alarm":
-                self._live.console.print(f"[bold red]alarm[/] step {record['step']}: {record['text']}", highlight=False)
+                self._live.console.print(
+                    f"[bold red]alarm[/] step {record['step']}: {escape(record['text'])}", highlight=False
+                )
             self._live.update(self._picture())
         else:
             self.console.print(self._line(record), highlight=False, soft_wrap=True, markup=False)
@@ -88,7 +91,7 @@ class TerminalProgress:
                 parts.append(self._load(record))
         if self._eval:
             scores = "   ".join(f"{name} {score['bits_per_byte']:.3f}" for name, score in self._eval["domains"].items())
-            parts.append(f"validation at step {self._eval['step']}, bits per byte: {scores}")
+            parts.append(escape(f"validation at step {self._eval['step']}, bits per byte: {scores}"))
         return Group(*parts)
 
     def _load(self, record: dict[str, Any]) -> Table:

@@ -40,6 +40,7 @@ def write(
 ) -> Path:
     """Writes a checkpoint in one atomic step, then removes all but the newest `keep`; returns its directory.
 
+    Later steps, left by a run that had to go back behind a damaged checkpoint, neither count nor go.
     `state` is JSON and holds "step", the number of steps done; `tensors` is what else must survive.
     """
     tensors = {
@@ -56,7 +57,7 @@ def write(
 
     folder = folder_of(run, state["step"])
     save(model, folder, tokenizer, receipt=receipt, extra=extra, overwrite=True)
-    for old in finished(run)[:-keep]:
+    for old in [found for found in finished(run) if found <= folder][:-keep]:
         # renamed first: a kill in the middle must not leave something that looks like a checkpoint
         doomed = old.with_name(f".{old.name}.removed")
         old.rename(doomed)
@@ -75,9 +76,11 @@ def clean(run: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def newest(run: Path) -> Path | None:
-    """Returns the newest checkpoint whose every file is as it was written, or None; damaged ones are named and skipped."""
+def newest(run: Path, before: int | None = None) -> Path | None:
+    """Returns the newest whole checkpoint, of a step below `before` if given, or None; damaged ones are skipped."""
     for folder in reversed(finished(run)):
+        if before is not None and folder >= folder_of(run, before):
+            continue
         try:
             check_directory(folder)
         except CheckpointError as error:

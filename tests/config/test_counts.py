@@ -183,7 +183,7 @@ def test_buffers_hold_a_bias_per_expert_or_a_table_per_vocabulary() -> None:
 
 
 def test_a_plan_longer_than_the_context_and_an_unknown_rule_are_refused() -> None:
-    with pytest.raises(ConfigError, match="sequence_length is 257 but model.max_position_embeddings is 256"):
+    with pytest.raises(ConfigError, match=r"sequence_length is 257 but model\.max_position_embeddings is 256"):
         plan(preset("tiny-dense"), 257)
     with pytest.raises(ConfigError, match=r"rule is 'papr' \(did you mean paper\?\)"):
         preset("tiny-dense").flops(256, "papr")  # type: ignore[arg-type]

@@ -181,7 +181,7 @@ def test_overrides_that_contradict_each_other_are_refused() -> None:
 
 def test_a_model_takes_overrides_of_the_model_only() -> None:
     assert load_model_config("tiny-dense", {"model.hidden_size": "48"}).hidden_size == 48
-    with pytest.raises(ConfigError, match="--steps is no setting of a model; overrides here begin with --model."):
+    with pytest.raises(ConfigError, match=r"--steps is no setting of a model; overrides here begin with --model\."):
         load_model_config("tiny-dense", {"steps": "3"})
 
 

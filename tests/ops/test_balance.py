@@ -197,4 +197,6 @@ def test_bias_rises_where_under_loaded_falls_where_over_loaded_and_rests_at_the_
     torch.testing.assert_close(moved - bias, torch.tensor([0.0, 0.125, -0.125, 0.0], device=device))
     assert moved.dtype == torch.float32
     large = torch.tensor([2**40, 2**40 + 1], device=device)  # one token in 10^12 is still seen
-    assert (balance.updated_bias(torch.zeros(2, device=device), large, 1.0) == torch.tensor([1.0, -1.0], device=device)).all()
+    assert (
+        balance.updated_bias(torch.zeros(2, device=device), large, 1.0) == torch.tensor([1.0, -1.0], device=device)
+    ).all()

@@ -7,7 +7,13 @@ from torch import Tensor
 from moekit.ops import dispatch
 from moekit.ops.routing import DROPPED
 
-SHAPES = {"odd": (11, 7, 3), "one token": (1, 7, 3), "no token": (0, 7, 3), "k is all": (5, 4, 4), "one expert": (6, 1, 1)}
+SHAPES = {
+    "odd": (11, 7, 3),
+    "one token": (1, 7, 3),
+    "no token": (0, 7, 3),
+    "k is all": (5, 4, 4),
+    "one expert": (6, 1, 1),
+}
 
 
 def choices(device: torch.device, tokens: int, experts: int, k: int) -> Tensor:

@@ -29,7 +29,9 @@ def logits(device: torch.device, tokens: int = 13, experts: int = 12) -> Tensor:
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS.keys())
 @pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("biased", [False, True])
-def test_choice_equals_the_reference(device: torch.device, scoring_func: str, groups: dict[str, int], biased: bool) -> None:
+def test_choice_equals_the_reference(
+    device: torch.device, scoring_func: str, groups: dict[str, int], biased: bool
+) -> None:
     x = logits(device)
     bias = torch.randn(12, device=device) if biased else None
     routing = route(x, 5, scoring_func=scoring_func, expert_bias=bias, **groups)
@@ -139,7 +141,9 @@ def test_sums_per_sequence_equal_counting_by_hand(device: torch.device, groups: 
         assert r.tokens_per_group[s].tolist() == reached
         shares = x[real].sigmoid() / x[real].sigmoid().sum(-1, keepdim=True)
         torch.testing.assert_close(r.score_sums[s], shares.sum(0), rtol=0, atol=1e-12)
-        torch.testing.assert_close(r.squared_lse_sums[s], x[real].exp().sum(-1).log().square().sum(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            r.squared_lse_sums[s], x[real].exp().sum(-1).log().square().sum(), rtol=0, atol=1e-12
+        )
     if mask is not None:
         assert (r.expert_ids[~mask] == DROPPED).all()
         assert (r.weights[~mask] == 0).all()
@@ -187,9 +191,7 @@ def test_position_policy_keeps_first_tokens_and_first_choices_before_second_ones
     limited = limit_capacity(routing, 2, "position")
     # expert 0: first choices of tokens 0 and 2 come before the second choice of token 1
     assert limited.expert_ids.tolist() == [[0, 1], [1, DROPPED], [0, 2]]
-    torch.testing.assert_close(
-        limited.weights, torch.tensor([[0.1, 0.2], [0.3, 0.0], [0.5, 0.6]], device=device)
-    )
+    torch.testing.assert_close(limited.weights, torch.tensor([[0.1, 0.2], [0.3, 0.0], [0.5, 0.6]], device=device))
     one = limit_capacity(routing, 1, "position")
     assert one.expert_ids.tolist() == [[0, DROPPED], [1, DROPPED], [DROPPED, 2]]
 

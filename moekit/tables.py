@@ -1,0 +1,104 @@
+"""What the verbs show to people: rich tables of the documents that --json prints."""
+
+from typing import Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from moekit.config import preset
+
+_MEMORY = {
+    "weights": "float32",
+    "compute_copy": "matrices in bfloat16",
+    "gradients": "float32",
+    "optimizer": "float32 moments",
+    "activations": "what the backward pass needs",
+    "buffers": "selection bias, hash tables",
+    "training_total": "",
+    "generation_weights": "in the precision of the compute",
+    "kv_cache": "keys and values of all tokens",
+    "generation_total": "",
+}
+
+
+def plan_tables(name: str, summary: str, document: dict[str, Any]) -> list[Table | str]:
+    """Returns parameters by role, FLOPs by both rules, memory, and the cache."""
+    parameters, flops, memory, settings = (document[k] for k in ("parameters", "flops", "memory", "settings"))
+    roles = table("parameters", ">total", ">active")
+    for role, count in parameters["by_role"].items():
+        if count["total"]:
+            roles.add_row(role, f"{count['total']:,}", f"{count['active']:,}")
+    roles.add_section()
+    roles.add_row("all", f"{parameters['total']:,}", f"{parameters['active']:,}", style="bold")
+    roles.add_row("without the input embedding", "", f"{parameters['active_without_embedding']:,}")
+
+    length = flops["sequence_length"]
+    compute = table("training FLOPs", f">per {length:,} tokens", "what is counted")
+    compute.add_row("exact", short(flops["exact"]), "the real matrices, 6 per weight and token, and full attention")
+    compute.add_row("paper", short(flops["paper"]), "the paper's rule: nominal FFN sizes, every layer MoE, no router")
+
+    where = f"{settings['batch']} x {length:,} tokens, {settings['precision']}, {settings['optimizer']}"
+    space = table("memory", ">GiB", where + (", recompute" if settings["recompute"] else ""))
+    for key, text in _MEMORY.items():
+        total = key.endswith("_total")
+        space.add_row(key.replace("_", " "), f"{memory[key] / 2**30:,.3f}", text, style="bold" if total else "")
+        if total:
+            space.add_section()
+    cache = f"KV cache: {document['kv_cache_bytes_per_token']:,} bytes per token (bfloat16)"
+    return [f"[bold]{escape(name)}[/bold]: {summary}", roles, compute, space, cache]
+
+
+def presets_tables(rows: list[dict[str, Any]]) -> list[Table | str]:
+    """Returns one row per preset."""
+    listed = table("preset", ">total", ">active", "shape")
+    for row in rows:
+        total, active = row["parameters"].values()
+        listed.add_row(row["name"], short(total), short(active), row["description"])
+    return [listed, "active: parameters used for one token, both embeddings included"]
+
+
+def prepare_tables(manifest: dict[str, Any], out: str) -> list[Table | str]:
+    """Returns what each domain came to, and the command that goes on."""
+    counts = table("split", "domain", ">documents", ">tokens", ">bytes")
+    for split, content in manifest["splits"].items():
+        for domain, count in content["domains"].items():
+            counts.add_row(split, domain, *(f"{count[name]:,}" for name in ("documents", "tokens", "bytes")))
+    vocabulary = manifest["vocab_size"]
+    larger = f" --model.vocab_size {vocabulary}" if vocabulary > preset("tiny-deepseekmoe").vocab_size else ""
+    return [counts, f"next: moekit train tiny-deepseekmoe{larger} --data {out} --out run"]
+
+
+def quickstart_tables(result: dict[str, Any]) -> list[Table | str]:
+    """Returns bits per byte by domain and model, a sample, and what to try next."""
+    scores = result["bits_per_byte"]
+    by_domain = table("bits per byte on unseen text", *(f">{name}" for name in scores))
+    for domain in next(iter(scores.values())):
+        style = "bold" if domain == "mean" else ""
+        by_domain.add_row(domain, *(f"{domains[domain]:.3f}" for domains in scores.values()), style=style)
+    out, model = result["out"], next(iter(scores))
+    return [
+        by_domain,
+        f"the report: {result['report']}  ({result['seconds']:.0f} s in all)",
+        "\nwhat to try next:",
+        f'  moekit generate {out}/{model} --prompt "Once upon a time" --temperature 0.8',
+        "  moekit plan deepseekmoe-16b",
+        "  moekit prepare YOUR_TEXT/ --out data",
+        "  moekit train mini-deepseekmoe --data data --out run",
+    ]
+
+
+def table(*headers: str) -> Table:
+    """Returns an empty table; a header that begins with > is a column of numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in headers:
+        table.add_column(header.lstrip(">"), justify="right" if header.startswith(">") else "left")
+    return table
+
+
+def short(count: float) -> str:
+    """Returns 16375728128 as 16.38B, 74.4e12 as 74.42T."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= size:
+            return f"{count / size:,.2f}{unit}"
+    return f"{count:g}"

@@ -1,0 +1,66 @@
+"""Names on disk are DeepSeek's, and their pieces cover every tensor exactly once."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from moekit.config import ModelConfig
+from moekit.formats.names import pieces
+from moekit.nn.model import Model
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("embed_tokens.weight", "model.embed_tokens.weight"),
+        ("norm.weight", "model.norm.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+        ("layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.weight"),
+        ("layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.gate_proj.weight"),
+        ("layers.11.mlp.router.weight", "model.layers.11.mlp.gate.weight"),
+        ("layers.11.mlp.router.expert_bias", "model.layers.11.mlp.gate.e_score_correction_bias"),
+        ("layers.11.mlp.router.table", "model.layers.11.mlp.gate.hash_table"),
+        ("layers.2.mlp.shared_experts.up_proj.weight", "model.layers.2.mlp.shared_experts.up_proj.weight"),
+    ],
+)
+def test_a_whole_tensor_has_deepseeks_name(ours: str, theirs: str) -> None:
+    assert pieces(ours, (4, 6)) == [(theirs, ())]
+
+
+def test_each_expert_has_its_own_three_keys() -> None:
+    stem = "model.layers.3.mlp.experts"
+    assert pieces("layers.3.mlp.experts.gate_up_proj", (2, 10, 7)) == [
+        (f"{stem}.0.gate_proj.weight", (0, slice(0, 5))),
+        (f"{stem}.0.up_proj.weight", (0, slice(5, 10))),
+        (f"{stem}.1.gate_proj.weight", (1, slice(0, 5))),
+        (f"{stem}.1.up_proj.weight", (1, slice(5, 10))),
+    ]
+    assert pieces("layers.3.mlp.experts.down_proj", (2, 7, 5)) == [
+        (f"{stem}.0.down_proj.weight", (0,)),
+        (f"{stem}.1.down_proj.weight", (1,)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ffn": {"kind": "dense"}},
+        {"ffn": {"first_k_dense_replace": 1, "intermediate_size": 20}},
+        {"ffn": {"topk_method": "noaux_tc"}, "attention": {"kind": "mla", "q_lora_rank": 5}},
+        {"ffn": {"topk_method": "hash"}},
+    ],
+)
+def test_pieces_cover_every_tensor_once_and_share_no_key(
+    tiny_config: Callable[..., ModelConfig], settings: dict[str, Any]
+) -> None:
+    keys: Counter[str] = Counter()
+    for name, tensor in Model(tiny_config(**settings)).state_dict().items():
+        covered = torch.zeros(tensor.shape, dtype=torch.int64)
+        for key, index in pieces(name, tuple(tensor.shape)):
+            covered[index] += 1
+            keys[key] += 1
+        assert (covered == 1).all(), name
+    assert max(keys.values()) == 1

@@ -1,0 +1,96 @@
+"""Attention against the query-by-query reference, output and every gradient."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moekit.config import MHAConfig
+from moekit.nn.attention import Attention, Context, attend, attention_mask
+from moekit.nn.rope import Rotation, inverse_frequencies
+from moekit.ops import reference
+
+TIGHT = {"rtol": 0, "atol": 1e-11}
+DOCUMENTS = [[0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 1]]
+
+
+def build(config: MHAConfig, device: torch.device) -> Attention:
+    attention = Attention(config, 10, layer=0).to(device, torch.float64)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return attention
+
+
+def slow(attention: Attention, x: Tensor, allowed: list[Tensor | None]) -> Tensor:
+    config, outputs = attention.config, []
+    frequencies = inverse_frequencies(config.rope, config.head_dim)
+    for sequence, mask in zip(x, allowed, strict=True):
+
+        def heads(weight: Tensor, turned: bool, sequence: Tensor = sequence) -> Tensor:
+            rows = (sequence @ weight.T).unflatten(-1, (-1, config.head_dim))
+            if not turned:
+                return rows
+            return torch.stack(
+                [torch.stack([reference.rotate(h, t, frequencies, False) for h in row]) for t, row in enumerate(rows)]
+            )
+
+        q, k = heads(attention.q_proj.weight, True), heads(attention.k_proj.weight, True)
+        y = reference.attention(q, k, heads(attention.v_proj.weight, False), config.head_dim**-0.5, mask)
+        outputs.append(y.flatten(1) @ attention.o_proj.weight.T)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("documents", [False, True])
+def test_attention_equals_the_reference_with_every_gradient(
+    device: torch.device, kv_heads: int, documents: bool
+) -> None:
+    config = MHAConfig(num_attention_heads=4, num_key_value_heads=kv_heads, head_dim=6)
+    attention = build(config, device)
+    x = torch.randn(2, 7, 10, dtype=torch.float64, device=device, requires_grad=True)
+    positions = torch.arange(7, device=device).expand(2, 7)
+    angles = positions.double().unsqueeze(-1) * torch.tensor(
+        inverse_frequencies(config.rope, 6), dtype=torch.float64, device=device
+    )
+    ids = torch.tensor(DOCUMENTS, device=device)
+    mask = attention_mask(positions, 7, ids) if documents else None
+    allowed: list[Tensor | None] = [row[:, None] == row[None, :] for row in ids] if documents else [None, None]
+
+    y = attention(x, Context(Rotation(angles.cos(), angles.sin()), positions, mask, None))
+    expected = slow(attention, x, allowed)
+    torch.testing.assert_close(y, expected, **TIGHT)
+    probe, leaves = torch.randn_like(y), (x, *attention.parameters())
+    ours, theirs = torch.autograd.grad(y, leaves, probe), torch.autograd.grad(expected, leaves, probe)
+    torch.testing.assert_close(ours, theirs, **TIGHT)
+
+
+def test_attend_takes_values_of_another_width_than_keys(device: torch.device) -> None:
+    q, k = torch.randn(2, 1, 5, 3, 6, dtype=torch.float64, device=device)
+    v = torch.randn(1, 5, 3, 4, dtype=torch.float64, device=device)
+    y = attend(q, k, v, None, 0.3)
+    torch.testing.assert_close(y[0], reference.attention(q[0], k[0], v[0], 0.3), **TIGHT)
+
+
+def test_mask_lets_a_query_see_its_past_in_its_document_only(device: torch.device) -> None:
+    positions = torch.arange(4, device=device).unsqueeze(0)
+    mask = attention_mask(positions, 4, torch.tensor([[5, 5, 6, 6]], device=device))
+    assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    later = attention_mask(torch.tensor([[2], [0]], device=device), 4, None)
+    assert later[:, 0, 0].int().tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
+
+
+def test_grouped_heads_equal_full_heads_with_repeated_keys_and_values(
+    device: torch.device,
+) -> None:
+    grouped = build(MHAConfig(num_attention_heads=4, num_key_value_heads=2, head_dim=6), device)
+    full = build(MHAConfig(num_attention_heads=4, num_key_value_heads=4, head_dim=6), device)
+    full.load_state_dict(
+        {
+            name: weight.unflatten(0, (2, 6)).repeat_interleave(2, 0).flatten(0, 1) if name[0] in "kv" else weight
+            for name, weight in grouped.state_dict().items()
+        }
+    )
+    x = torch.randn(1, 5, 10, dtype=torch.float64, device=device)
+    positions = torch.arange(5, device=device).unsqueeze(0)
+    angles = positions.unsqueeze(-1) * torch.ones(3, dtype=torch.float64, device=device)
+    context = Context(Rotation(angles.cos(), angles.sin()), positions, None, None)
+    torch.testing.assert_close(grouped(x, context), full(x, context), **TIGHT)
