@@ -25,7 +25,7 @@ def settings() -> str:
 
 def updated(page: str) -> str:
     """Returns the page with the table between its two marks replaced."""
-    before, begin, rest = page.partition(BEGIN)
+    before, _, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     assert end, f"{PAGE} has lost a mark: {BEGIN.strip()} or {END.strip()}"
     return f"{before}{BEGIN}\n{settings()}\n{END}{after}"

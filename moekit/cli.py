@@ -316,6 +316,8 @@ def run_prepare(args: argparse.Namespace) -> int:
 
         def progress(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
+                for earlier in bars.tasks:  # the tokenizer is done when its text runs out, below its limit
+                    bars.update(earlier.id, total=earlier.completed)
                 tasks[phase] = bars.add_task(phase)
             bars.update(tasks[phase], completed=done, total=total)
 

@@ -1,4 +1,4 @@
-"""The errors that a user can cause. Each message is one line: the field, what was found, what is allowed, what to do."""
+"""The errors that a user can cause. Each message is one line: the field, what was found, what is allowed."""
 
 import difflib
 from collections.abc import Iterable

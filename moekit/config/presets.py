@@ -219,7 +219,9 @@ MODELS: dict[str, ModelConfig] = {
 }
 
 
-def _recipe(length: int, batch: int, lr: float, steps: int, warmup: int, every: int, kind: str = "step") -> dict[str, Any]:
+def _recipe(
+    length: int, batch: int, lr: float, steps: int, warmup: int, every: int, kind: str = "step"
+) -> dict[str, Any]:
     return {
         "data": {"sequence_length": length, "batch_size": batch},
         "optimizer": {"kind": "adamw", "lr": lr},

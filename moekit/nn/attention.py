@@ -26,7 +26,7 @@ class Context(NamedTuple):
 def attention_mask(
     positions: Int[Tensor, "batch length"], keys: int, document_ids: Int[Tensor, "batch length"] | None
 ) -> Bool[Tensor, "batch 1 length keys"]:
-    """Returns true where a query may look: at or before its own position, and in its own document where ids are given."""
+    """Returns true where a query may look: not ahead of its position, and in its own document if ids are given."""
     seen = positions.unsqueeze(-1) >= torch.arange(keys, device=positions.device)
     if document_ids is not None:
         seen = seen & (document_ids.unsqueeze(-1) == document_ids.unsqueeze(-2))

@@ -1,4 +1,4 @@
-"""One cast for several products: under autocast each `F.linear` would make, and keep, its own copy of the same input."""
+"""One cast for several products: under autocast each `F.linear` would make, and keep, a copy of the same input."""
 
 import torch
 from jaxtyping import Float

@@ -36,8 +36,10 @@ class KVCache:
             torch.zeros(batch, max_length, width, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
         ]
 
-    def positions(self, length: int) -> Int[Tensor, "batch length"]:
-        """Returns where `length` new tokens of each sequence go."""
+    def positions(self, batch: int, length: int) -> Int[Tensor, "batch length"]:
+        """Returns where `length` new tokens of each of `batch` sequences go."""
+        if batch != len(self.lengths):
+            raise ConfigError(f"the cache holds {len(self.lengths)} sequences but {batch} are given")
         if self.longest + length > self.max_length:
             raise ConfigError(
                 f"the cache holds {self.max_length} tokens per sequence but {self.longest + length} are asked for; "

@@ -90,7 +90,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws every weight matrix from a normal of std `initializer_range` (DeepSeekMoE, section 4.1.3); norms are 1."""
+        """Draws every matrix from a normal of std `initializer_range` (DeepSeekMoE, section 4.1.3); norms are 1."""
         for module in self.modules():
             if isinstance(module, HashRouter):
                 module.reset()
@@ -140,7 +140,7 @@ class Model(nn.Module):
                 x, routing = checkpoint(block, x, context, input_ids, padding_mask, use_reentrant=False)
             else:
                 x, routing = block(x, context, input_ids, padding_mask)
-            if routing is not None:
+            if routing is not None and isinstance(block.mlp, MoE):
                 if targets is not None or self.training:
                     prior = None if prior_load is None else prior_load[len(routings)]
                     for name, loss in block.mlp.balance_losses(routing, prior).items():
@@ -171,7 +171,7 @@ class Model(nn.Module):
             if document_ids is not None:
                 mask = attention_mask(positions, length, document_ids)
         else:
-            positions = cache.positions(length)
+            positions = cache.positions(batch, length)
             if cache.longest:
                 mask = attention_mask(positions, cache.longest + length, None)
         attention = self.config.attention

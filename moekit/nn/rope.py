@@ -46,7 +46,7 @@ def magnitude(factor: float, mscale: float) -> float:
 
 def softmax_scale(rope: RopeConfig, head_dim: int) -> float:
     """Returns 1/sqrt(head_dim), times the squared all-dimension magnitude of YaRN."""
-    scale = head_dim**-0.5
+    scale: float = head_dim**-0.5
     if rope.yarn is not None and rope.yarn.mscale_all_dim:
         scale *= magnitude(rope.yarn.factor, rope.yarn.mscale_all_dim) ** 2
     return scale

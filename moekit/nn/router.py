@@ -21,7 +21,9 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, dim))
         self.expert_bias: Tensor | None
         biased = config.topk_method == "noaux_tc"
-        self.register_buffer("expert_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32) if biased else None)
+        self.register_buffer(
+            "expert_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32) if biased else None
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         """Moves as any module does, but `model.to(dtype)` leaves the bias in float32: bf16 would round its steps."""
@@ -71,7 +73,11 @@ class HashRouter(nn.Module):
     def reset(self) -> None:
         """Fills a random table, another one for each layer; a balanced one waits for the tokens' counts."""
         if self.config.hash_method == "random":
-            self.fill(routing.random_hash_table(len(self.table), self.config.n_routed_experts, self.table.shape[1], self.layer))
+            self.fill(
+                routing.random_hash_table(
+                    len(self.table), self.config.n_routed_experts, self.table.shape[1], self.layer
+                )
+            )
 
     def balance(self, token_counts: Int[Tensor, " vocab"]) -> None:
         """Fills the table balanced by how often each token occurs."""
@@ -93,7 +99,9 @@ class HashRouter(nn.Module):
     ) -> Routing:
         if not self.ready:
             if bool((self.table == routing.DROPPED).any()):
-                raise ConfigError("ffn.hash_method is balanced but no token counts were given; call model.balance_hash(counts)")
+                raise ConfigError(
+                    "ffn.hash_method is balanced but no token counts were given; call model.balance_hash(counts)"
+                )
             self.ready = True
         config = self.config
         return routing.route_by_hash(

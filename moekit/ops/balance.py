@@ -68,10 +68,8 @@ def device_loss(balance: Balance, n_group: int) -> Float[Tensor, ""]:
     return _mean((load * affinity).sum(-1), balance.present)
 
 
-def communication_loss(
-    routing: Routing, balance: Balance, topk_group: int, per_sequence: bool
-) -> Float[Tensor, ""]:
-    """Returns sum_i f''_i P''_i with f'' the share of tokens sent to group i (DeepSeek-V2, arXiv 2405.04434, Eq. 29-31).
+def communication_loss(routing: Routing, balance: Balance, topk_group: int, per_sequence: bool) -> Float[Tensor, ""]:
+    """Returns sum_i f''_i P''_i with f'' the share of tokens sent to group i (DeepSeek-V2, Eq. 29-31).
 
     1 when every token reaches exactly `topk_group` groups and all groups are reached equally.
     """

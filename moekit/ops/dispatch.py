@@ -38,7 +38,7 @@ class _Gather(torch.autograd.Function):
         return x.index_select(0, order // k)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse).unflatten(0, (-1, ctx.k)).sum(1), None, None, None
@@ -52,7 +52,7 @@ class _Combine(torch.autograd.Function):
         return torch.bmm(weights.to(rows.dtype).unsqueeze(1), chosen).squeeze(1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows, weights, order, inverse = ctx.saved_tensors
         k = weights.shape[1]
@@ -71,6 +71,6 @@ def gather(x: Float[Tensor, "tokens dim"], plan: Plan, k: int) -> Float[Tensor, 
 def combine(
     rows: Float[Tensor, "rows dim"], weights: Float[Tensor, "tokens k"], plan: Plan
 ) -> Float[Tensor, "tokens dim"]:
-    """Returns sum over choices of weight * row for each token (DeepSeekMoE, Eq. 9). Rows must be finite where dropped."""
+    """Returns sum over choices of weight * row for each token (DeepSeekMoE, Eq. 9). Dropped rows must be finite."""
     y: Tensor = _Combine.apply(rows, weights, plan.order, plan.inverse)
     return y

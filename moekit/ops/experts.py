@@ -35,8 +35,10 @@ def swiglu_experts(
         hidden = F.grouped_mm(torch.where(computed, rows, 0), gate_up.transpose(1, 2), offs=ends)
         gate, up = hidden.chunk(2, dim=-1)
         y = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
-        return torch.where(computed, y, 0)
-    return _loop(rows, gate_up, down, tokens_per_expert)
+        kept: Tensor = torch.where(computed, y, 0)
+        return kept
+    loop: Tensor = _loop(rows, gate_up, down, tokens_per_expert)
+    return loop
 
 
 def _choose(rows: Tensor, down: Tensor) -> Backend:
@@ -45,7 +47,7 @@ def _choose(rows: Tensor, down: Tensor) -> Backend:
     return "grouped" if rows.is_cuda and rows.dtype == torch.bfloat16 and aligned and len(rows) else "torch"
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _loop(rows: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: Tensor) -> Tensor:
     y: Tensor = _SwiGLUExperts.apply(rows, gate_up, down, tokens_per_expert.tolist())
     return y
@@ -68,7 +70,7 @@ class _SwiGLUExperts(torch.autograd.Function):
         return _pack(y, blocks, len(rows))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, gate_up, down, hidden = ctx.saved_tensors
         d_y = _spread(d_rows, ctx.blocks)

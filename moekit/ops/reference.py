@@ -86,7 +86,9 @@ def device_balance_loss(
     loss = torch.zeros_like(p[0])
     for g in range(n_group):
         members = range(g * size, (g + 1) * size)
-        loss = loss + sum(float(f[i]) for i in members) / size * sum((p[i] for i in members), start=torch.zeros_like(loss))
+        loss = loss + sum(float(f[i]) for i in members) / size * sum(
+            (p[i] for i in members), start=torch.zeros_like(loss)
+        )
     return loss
 
 
@@ -135,8 +137,10 @@ def attention(
     return torch.stack([torch.stack(row) for row in y])
 
 
-def rotate(x: Float[Tensor, " rope"], position: int, inv_freq: list[float], interleaved: bool) -> Float[Tensor, " rope"]:
-    """Returns one head's vector rotated by its position: pairs (2i, 2i+1) interleaved, or (i, i + rope/2) half-split."""
+def rotate(
+    x: Float[Tensor, " rope"], position: int, inv_freq: list[float], interleaved: bool
+) -> Float[Tensor, " rope"]:
+    """Returns one head's vector rotated by its position; pairs (2i, 2i+1) interleaved, or (i, i + rope/2)."""
     half = len(x) // 2
     out = [torch.zeros_like(x[0]) for _ in range(len(x))]
     for i in range(half):

@@ -58,7 +58,8 @@ def limit_groups(
     grouped = choice.unflatten(-1, (n_group, -1))
     kept = top_k(grouped.topk(best, dim=-1).values.sum(-1), topk_group)
     allowed = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=choice.device).scatter_(1, kept, True)
-    return grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(1)
+    limited: Tensor = grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(1)
+    return limited
 
 
 def route(
@@ -173,9 +174,7 @@ def limit_capacity(
     first_row = torch.searchsorted(by_expert.contiguous(), by_expert.contiguous())
     rank = torch.empty_like(ids).scatter_(0, order, torch.arange(len(ids), device=ids.device) - first_row)
     kept = (rank < capacity).view(routing.expert_ids.shape[::-1]).T
-    return routing._replace(
-        expert_ids=routing.expert_ids.masked_fill(~kept, DROPPED), weights=routing.weights * kept
-    )
+    return routing._replace(expert_ids=routing.expert_ids.masked_fill(~kept, DROPPED), weights=routing.weights * kept)
 
 
 def _mask_choices(
@@ -185,7 +184,11 @@ def _mask_choices(
 
 
 def _count(
-    expert_ids: Int[Tensor, "units k"], n_experts: int, n_group: int, sequences: int, mask: Bool[Tensor, " units"] | None
+    expert_ids: Int[Tensor, "units k"],
+    n_experts: int,
+    n_group: int,
+    sequences: int,
+    mask: Bool[Tensor, " units"] | None,
 ) -> tuple[Int[Tensor, "sequences experts"], Int[Tensor, "sequences groups"], Int[Tensor, " sequences"]]:
     """Returns choices per expert, tokens per group and real units, each per sequence; dropped ids fall outside."""
     ids = torch.where(expert_ids == DROPPED, n_experts, expert_ids)

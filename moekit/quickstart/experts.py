@@ -95,9 +95,7 @@ def alarms(result: Result, most: int = 8) -> str:
     items = [f"<li>Step {r['step']}: {escape(r['text'])}.</li>" for r in result.alarms[:most]]
     if len(result.alarms) > most:
         items.append(f"<li>And {len(result.alarms) - most} more.</li>")
-    return pictures.section(
-        "Alarms", f"While {result.html} was trained, something went wrong.", f"<ul>{''.join(items)}</ul>"
-    )
+    return pictures.section("Alarms", f"Raised while {result.html} was trained.", f"<ul>{''.join(items)}</ul>")
 
 
 def specialists(result: Result) -> str:

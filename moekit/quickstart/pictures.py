@@ -34,7 +34,7 @@ _LOAD = LinearSegmentedColormap.from_list("load", _STOPS, N=256).with_extremes(b
 _LAYERS = LinearSegmentedColormap.from_list("layers", ["#d49b2f", "#c8553d", "#8a5aa8", "#3b86bd"])
 LOAD_SCALE = (
     f'<div class="scale"><span>¼ or less</span><i style="background:linear-gradient(90deg,{",".join(_STOPS)})"></i>'
-    "<span>4 times the fair share or more; pale is a fair share</span>"
+    "<span>4 times the fair share or more; the middle is a fair share</span>"
     '<span><i class="none"></i> no token at all</span></div>'
 )
 
@@ -62,7 +62,7 @@ def figure(
         drawing = Figure(figsize=size)
         canvas = FigureCanvasSVG(drawing)
         axes = drawing.add_axes((left / width, bottom / height, 1 - (left + 0.1) / width, 1 - (bottom + 0.08) / height))
-        axes.set_xlabel(x, color=THEME["muted"], labelpad=2)
+        axes.set_xlabel(x, color=THEME["muted"], labelpad=3)
         axes.set_ylabel(y, color=THEME["muted"], labelpad=2)
         axes.tick_params(color=THEME["rule"], labelcolor=THEME["muted"], length=3, pad=3)
         axes.patch.set_visible(False)
@@ -120,8 +120,8 @@ def pool(values: Sequence[Any] | np.ndarray, most: int = POINTS) -> Array:
 
 
 def smooth(values: Array) -> Array:
-    """Returns the centred mean over about 1/15 of the values; the ends use what is there."""
-    window = np.ones(1 + 2 * (len(values) // 30))
+    """Returns the centred mean over about 1/30 of the values; the ends use what is there."""
+    window = np.ones(1 + 2 * (len(values) // 60))
     return np.asarray(np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same"))
 
 

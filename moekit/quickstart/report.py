@@ -154,7 +154,8 @@ def _domains(results: Sequence[Result], corpus: Mapping[str, Mapping[str, int]])
         if counts:
             text = [f"{counts['documents']:,}", short(counts["tokens"]), f"{counts['tokens'] / max(tokens, 1):.0%}"]
         rows.append("<tr>" + _cells([escape(name), *text], [score.get(name) for score in scores]) + "</tr>")
-    mean = ["mean of the domains", f"{sum(counts['documents'] for counts in corpus.values()):,}", short(tokens), ""]
+    documents = sum(counts["documents"] for counts in corpus.values())
+    mean = ["mean of the domains", *([f"{documents:,}", short(tokens)] if corpus else ["", ""]), ""]
     rows.append('<tr class="mean">' + _cells(mean, [result.score for result in judged]) + "</tr>")
     heads = ["domain", "documents", "tokens", "share", *(result.html for result in judged)]
     heads += ["difference"] if len(judged) > 1 else []
@@ -169,16 +170,18 @@ def _domains(results: Sequence[Result], corpus: Mapping[str, Mapping[str, int]])
 
 
 def _cells(texts: Sequence[str], values: Sequence[float | None]) -> str:
-    """The cells of a row: texts, values with the lowest in bold unless they print alike, and the difference of two."""
+    """The cells of a row: texts, values (of two the lower is bold, unless they print alike), and their difference."""
     printed = ["" if value is None else f"{value:.3f}" for value in values]
-    best = min((value for value in values if value is not None), default=0.0)
-    bold = f"{best:.3f}" if len(set(printed)) > 1 and None not in values else None
-    cells = [*texts, *(f"<b>{text}</b>" if text == bold else text for text in printed)]
-    if len(values) > 1:
-        ours, theirs = values[0], values[1]
-        known = ours is not None and theirs is not None
-        cells.append(f"{ours - theirs:+.3f} ({ours / theirs - 1:+.1%})".replace("-", "\u2212") if known else "")  # type: ignore[operator]
-    return "".join(f"<td>{cell}</td>" for cell in cells)
+    if len(values) == 2:
+        ours, theirs = values
+        difference = ""
+        if ours is not None and theirs is not None:
+            difference = f"{ours - theirs:+.3f} ({ours / theirs - 1:+.1%})".replace("-", "\u2212")
+            if printed[0] != printed[1]:
+                lower = int(theirs < ours)
+                printed[lower] = f"<b>{printed[lower]}</b>"
+        printed.append(difference)
+    return "".join(f"<td>{cell}</td>" for cell in (*texts, *printed))
 
 
 def _samples(result: Result, samples: Mapping[str, Sequence[Completion]]) -> str:

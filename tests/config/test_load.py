@@ -37,7 +37,7 @@ def _said(source: str | Path, overrides: dict[str, str] | None = None) -> str:
 def test_a_preset_is_a_run_once_it_has_data() -> None:
     run = load_run_config("tiny-deepseekmoe", **DATA)
     assert run.model == preset("tiny-deepseekmoe")
-    assert (run.steps, run.optimizer.lr, run.schedule.warmup_steps, run.data.batch_size) == (600, 3e-3, 50, 16)
+    assert (run.steps, run.optimizer.lr, run.schedule.warmup_steps, run.data.batch_size) == (300, 3e-3, 50, 16)
     with pytest.raises(ConfigError, match=r"^data.path is missing: directory written by `moekit prepare` \(str\)$"):
         load_run_config("tiny-deepseekmoe")
 

@@ -145,15 +145,14 @@ def test_a_file_that_is_missing_cut_or_changed_is_named(tmp_path: Path) -> None:
     assert "is not a directory" in refusal(tmp_path / "nothing")
 
 
-def test_every_single_flipped_bit_of_a_manifest_is_found(tmp_path: Path) -> None:
+def test_a_flipped_bit_in_any_byte_of_a_manifest_is_found(tmp_path: Path) -> None:
     with atomic_directory(tmp_path / "x") as folder:
         (folder / "a").write_text("hello")
     file = tmp_path / "x" / MANIFEST
     good = file.read_bytes()
     for place in range(len(good)):
-        for bit in range(8):
-            file.write_bytes(good[:place] + bytes([good[place] ^ 1 << bit]) + good[place + 1 :])
-            refusal(tmp_path / "x")
+        file.write_bytes(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
+        refusal(tmp_path / "x")
 
 
 def test_read_json_names_the_file(tmp_path: Path) -> None:

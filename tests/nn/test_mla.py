@@ -106,7 +106,7 @@ def test_absorbed_attention_on_the_latent_equals_expanded(
     for size in chunks:
         span = slice(start, start + size)
         turn = Rotation(whole.rotation.cos[:, span], whole.rotation.sin[:, span])
-        positions = cache.positions(size)
+        positions = cache.positions(1, size)
         mask = attention_mask(positions, start + size, None)
         parts.append(mla(x[:, span], Context(turn, positions, mask, cache)))
         cache.advance(torch.full_like(cache.lengths, size), size)

@@ -43,7 +43,7 @@ def test_choice_equals_the_reference(
 
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS.keys())
 def test_ties_go_to_the_lower_id(device: torch.device, groups: dict[str, int]) -> None:
-    x = torch.randint(0, 2, (200, 12), device=device).double()
+    x = torch.randint(0, 2, (50, 96), device=device).double()  # short rows are sorted stably by any algorithm
     routing = route(x, 5, scoring_func="sigmoid", **groups)
     assert routing.scores is not None
     assert routing.expert_ids.tolist() == reference.chosen_experts(routing.scores, 5, **groups)
