@@ -156,6 +156,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     p.add_argument("--out", type=Path, default=Path("moekit-quickstart"), help="directory to write (moekit-quickstart)")
     p.add_argument("--steps", type=_positive, help="training steps of each model (the recipe's, about four minutes)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
 
     verb("presets", run_presets, "list the models that can be named", "moekit presets --json")
 
@@ -267,7 +268,8 @@ def _emit(args: argparse.Namespace, document: Any, make_tables: Callable[[], Seq
 
     console = Console(highlight=False)
     with console.capture() as text:  # rich would end the process by itself on a broken pipe
-        console.print(*make_tables(), sep="\n")
+        for part in make_tables():
+            console.print(part, soft_wrap=isinstance(part, str))  # a command must stay in one piece
     sys.stdout.write(text.get())
     return 0
 
@@ -423,7 +425,9 @@ def run_quickstart(args: argparse.Namespace) -> int:
     from moekit.tables import quickstart_tables
     from moekit.train.progress import TerminalProgress
 
-    result = quickstart(args.out, steps=args.steps, sinks=lambda config: [TerminalProgress(config)])
+    result = quickstart(
+        args.out, steps=args.steps, device=args.device, sinks=lambda config: [TerminalProgress(config)]
+    )
     if result["status"] != "done":
         _emit(args, result, lambda: [f"saved; `moekit quickstart --out {args.out}` goes on"])
         return 130

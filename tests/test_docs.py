@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from moekit.cli import _parsers, main
+from moekit.config import describe_keys
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "docs" / "results"
@@ -61,12 +62,15 @@ class Command(NamedTuple):
 class Done(NamedTuple):
     status: int
     output: str
+    errors: str
 
 
 def _pages() -> list[Path]:
     """Returns all pages, in reading order."""
     index = ROOT / "docs" / "index.md"
-    listed = [index.parent / target for target, _ in LINK.findall(index.read_text(encoding="utf-8")) if target]
+    listed = [
+        (index.parent / target).resolve() for target, _ in LINK.findall(index.read_text(encoding="utf-8")) if target
+    ]
     order = [ROOT / "README.md", index, *listed]
     return sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *WRITTEN], key=lambda p: order.index(p))
 
@@ -98,19 +102,19 @@ def _run(command: Command, where: Path) -> Done:
     rule = _rule(command.text, REDUCED)
     if rule and not command.status and not {"--resume", "--print_config"} & set(words):
         words += shlex.split(REDUCED[rule])
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         if words[0] == "moekit":
-            return Done(main(words[1:]), output.getvalue())
-        if words[:1] == ["python"] and words[1].startswith("examples/"):
+            return Done(main(words[1:]), output.getvalue(), errors.getvalue())
+        if words[0] == "python" and words[1].startswith("examples/"):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sys, "argv", words[1:])
                 runpy.run_path(words[1], run_name="__main__")
-            return Done(0, output.getvalue())
+            return Done(0, output.getvalue(), errors.getvalue())
     assert words[0] in ("ls", "cat", "head", "make"), f"no rule for running `{command.text}`; add one to NOT_RUN?"
     words = [*words, "--dry-run"] if words[0] == "make" else words
     done = subprocess.run(words, cwd=where, capture_output=True, text=True)
-    return Done(done.returncode, done.stdout + done.stderr)
+    return Done(done.returncode, done.stdout, done.stderr)
 
 
 def _assert_shows(output: str, shown: tuple[str, ...], command: str) -> None:
@@ -152,9 +156,9 @@ def test_every_command_and_code_block_of_a_page_runs(
             if command.text not in already_run:
                 already_run[command.text] = _run(command, workplace)
             done = already_run[command.text]
-            assert done.status == command.status, f"`{command.text}` ended with {done.status}\n{done.output}"
+            assert done.status == command.status, f"`{command.text}` ended with {done.status}\n{done.errors}"
             if command.status or _rule(command.text, COMPARED):
-                _assert_shows(done.output, command.shown, command.text)
+                _assert_shows(done.errors if command.status else done.output, command.shown, command.text)
 
 
 def test_every_shell_block_has_a_command() -> None:
@@ -181,9 +185,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", _pages(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_names_of_code_exist(page: Path) -> None:
+    settings = {key.key for key in describe_keys()}
     packages = "|".join(path.stem for path in (ROOT / "moekit").iterdir() if path.is_dir() or path.suffix == ".py")
     for name in re.findall(rf"`((?:{packages})(?:\.[a-zA-Z_]\w*)+)", page.read_text(encoding="utf-8")):
-        if not name.endswith((".py", ".jsonl", ".yaml", ".html", ".json")):
+        if name not in settings and not name.endswith((".py", ".json")):
             pkgutil.resolve_name(f"moekit.{name}")
 
 

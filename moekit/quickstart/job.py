@@ -26,7 +26,11 @@ PROMPT_TOKENS, NEW_TOKENS = 24, 60
 
 
 def quickstart(
-    out: str | Path, *, steps: int | None = None, sinks: Callable[[RunConfig], Sequence[Sink]] = lambda config: ()
+    out: str | Path,
+    *,
+    steps: int | None = None,
+    device: str = "auto",
+    sinks: Callable[[RunConfig], Sequence[Sink]] = lambda config: (),
 ) -> dict[str, Any]:
     """Runs the whole job in `out` and returns its figures. `steps` None: the recipe's own, about four minutes.
 
@@ -47,7 +51,7 @@ def quickstart(
     )
     runs = {}
     for number, preset in enumerate((MODEL, BASELINE), start=2):
-        config = _config(preset, data, steps)
+        config = _config(preset, data, steps, device)
         logger.info("%d/5  training %s, %d steps", number, preset, config.steps)
         runs[preset] = folder / preset
         receipt = train(config, runs[preset], resume=(runs[preset] / "config.yaml").is_file(), sinks=sinks(config))
@@ -73,8 +77,8 @@ def quickstart(
     }
 
 
-def _config(preset: str, data: Path, steps: int | None) -> RunConfig:
-    fixed: dict[str, Any] = {"data.path": str(data)}
+def _config(preset: str, data: Path, steps: int | None, device: str) -> RunConfig:
+    fixed: dict[str, Any] = {"data.path": str(data), "device": device}
     if steps is not None:
         warmup = load_run_config(preset, **fixed).schedule.warmup_steps
         fixed |= {"steps": steps, "schedule.warmup_steps": min(warmup, max(1, steps // 6))}

@@ -34,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_config(data: Path, device: torch.device) -> Callable[..., RunConfig]:
     """Returns a factory of short runs: `ffn`, `optimizer`, `schedule` and `model` are merged, `data_...` are of data."""
 

@@ -83,7 +83,7 @@ def test_an_expert_is_called_dead_once_and_again_after_it_lived() -> None:
     loads = [[1, 0, 0], [1, 0, 1], [1, 0, 0], [1, 0, 0], [1, 1, 0], [1, 0, 0], [1, 0, 0]]
     told = [dead.update(torch.tensor([load])) for load in loads]
     assert told == [[], [(0, 1)], [], [(0, 2)], [], [], [(0, 1)]]
-    assert dead.idle.tolist() == [[0, 2, 4]]
+    assert dead.idle.tolist() == [[0, 2, 5]]
 
 
 def test_json_has_four_decimals() -> None:

@@ -32,7 +32,7 @@ def model_with_gradients(config: ModelConfig, device: torch.device, seed: int = 
 
 def give_gradients(model: Model) -> None:
     for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape).to(parameter.device)
+        parameter.grad = torch.randn(parameter.shape).to(parameter)
 
 
 def step(optimizers: list[torch.optim.Optimizer]) -> None:
