@@ -402,19 +402,20 @@ def run_generate(args: argparse.Namespace) -> int:
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     model, tokenizer = load(folder, choose_device(args.device), dtype), load_tokenizer(folder)
 
+    untold = [prompts[0]]  # not written before the first token comes: a mistake must not follow half a line
+
     def stream(number: int, text: str) -> None:
-        sys.stdout.write(text)
+        sys.stdout.write("".join((*untold, text)))
         sys.stdout.flush()
+        untold.clear()
 
     live = stream if len(prompts) == 1 and not args.json else None  # several prompts grow side by side
-    if live is not None:
-        sys.stdout.write(prompts[0])
     texts = complete(
         model, tokenizer, prompts, settings, max_new_tokens=args.max_new_tokens, stop=args.stop, stream=live
     )
     if args.json:
         return _emit(args, {"completions": [completion._asdict() for completion in texts]}, list)
-    ends = [""] if live else [completion.prompt + completion.text for completion in texts]
+    ends = untold if live else [completion.prompt + completion.text for completion in texts]
     sys.stdout.write("\n\n".join(ends) + "\n")
     return 0
 

@@ -175,15 +175,21 @@ def _open_journal(out: Path, arguments: dict[str, Any], sources: list[Source]) -
         name = path.relative_to(out).as_posix()
         if not (OURS.fullmatch(name) if begun else name == f".{JOURNAL}.part"):
             raise DataError(f"{out} holds something else ({name}); choose another --out")
+    new = Journal(arguments=arguments, sources=sources, domains=[], shards={"train": [], "valid": []})
     if not begun:
-        return _save(out, Journal(arguments=arguments, sources=sources, domains=[], shards={"train": [], "valid": []}))
+        return _save(out, new)
     try:
         journal = Journal.model_validate_json((out / JOURNAL).read_bytes())
     except ValidationError as error:
         raise DataError(
             f"{out / JOURNAL} is damaged ({error.errors()[0]['msg']}); delete {out} and start again"
         ) from None
-    _check_same(out, journal, arguments, sources)
+    try:
+        _check_same(out, journal, arguments, sources)
+    except DataError:
+        if any(journal.shards.values()):
+            raise
+        return _save(out, new)  # nothing was made from the old sources yet: a repaired file just starts again
     for shard in (shard for shards in journal.shards.values() for shard in shards):
         check_file(out / f"{shard.name}.bin", shard.data)
         check_file(out / f"{shard.name}.npy", shard.index)

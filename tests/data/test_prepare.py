@@ -238,6 +238,17 @@ def test_an_error_in_the_text_names_the_line_and_leaves_no_dataset(tmp_path: Pat
         open_dataset(tmp_path / "out", "train")
 
 
+def test_repaired_text_starts_again_where_no_shard_was_finished(tmp_path: Path) -> None:
+    text = tmp_path / "a.jsonl"
+    text.write_text('{"text": "one two three"}\n{"text": broken}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2"):
+        prepare([text], tmp_path / "out", vocab_size=300, valid_fraction=0)
+    text.write_text('{"text": "one two three"}\n{"text": "four"}\n')
+    manifest = prepare([text], tmp_path / "out", vocab_size=300, valid_fraction=0)
+    assert manifest["splits"]["train"]["documents"] == 2
+    assert content(tmp_path / "out").keys() >= {"manifest.json", "tokenizer.json"}
+
+
 def test_text_that_is_all_validation_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n')
     with pytest.raises(DataError, match=r"every document became validation text; lower valid_fraction, now 0\.999999"):

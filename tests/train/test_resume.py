@@ -81,8 +81,8 @@ def assert_same_end(straight: Path, resumed: Path) -> None:
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
     states = [json.loads((folder / STATE).read_text()) for folder in (a, b)]
-    for state in states:
-        del state["seconds"]
+    for one in states:
+        del one["seconds"]
     assert states[0] == states[1]
     records = [read(run) for run in (straight, resumed)]
     for record in [record for run in records for record in run]:
