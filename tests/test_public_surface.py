@@ -63,7 +63,12 @@ def parameters(function: Any) -> dict[str, Any]:
 def test_signatures_are_as_designed() -> None:
     none = inspect.Parameter.empty
     found = parameters(sys.modules["moekit.generate"].generate)
-    assert list(found.items())[:4] == [("model", none), ("input_ids", none), ("max_new_tokens", 64), ("temperature", 0.0)]
+    assert list(found.items())[:4] == [
+        ("model", none),
+        ("input_ids", none),
+        ("max_new_tokens", 64),
+        ("temperature", 0.0),
+    ]
     found = parameters(moekit.Model.forward)
     expected = [("self", none), ("input_ids", none), ("labels", None), ("cache", None), ("return_routing", False)]
     assert list(found.items())[:5] == expected

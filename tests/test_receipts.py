@@ -27,9 +27,7 @@ def test_sha256_and_sizes_are_those_of_the_files(tmp_path: Path) -> None:
         assert found[name] == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def test_a_receipt_is_json_and_keeps_what_it_was_told(
-    tiny_config: Callable[..., ModelConfig], tmp_path: Path
-) -> None:
+def test_a_receipt_is_json_and_keeps_what_it_was_told(tiny_config: Callable[..., ModelConfig], tmp_path: Path) -> None:
     receipt = receipts.make(
         "prune",
         config={"keep": 4},

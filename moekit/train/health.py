@@ -106,10 +106,13 @@ class DeadExperts:
         self.idle = torch.zeros(layers, experts, dtype=torch.int64)
         self.after = after
 
-    def update(self, tokens_per_expert: Int[Tensor, "layers experts"]) -> list[tuple[int, int]]:
-        """Returns the (MoE layer, expert) pairs that have just reached `after` idle windows; each is told once."""
+    def update(self, tokens_per_expert: Int[Tensor, "layers experts"]) -> dict[int, list[int]]:
+        """Returns the experts of each MoE layer that have just reached `after` idle windows; each is told once."""
         self.idle = torch.where(tokens_per_expert.cpu() == 0, self.idle + 1, 0)
-        return [(int(layer), int(expert)) for layer, expert in (self.idle == self.after).nonzero()]
+        died: dict[int, list[int]] = {}
+        for layer, expert in (self.idle == self.after).nonzero().tolist():
+            died.setdefault(layer, []).append(expert)
+        return died
 
 
 def as_json(health: Health) -> dict[str, Any]:

@@ -228,18 +228,22 @@ class _Run:
                 "tokens_per_expert": tokens_per_expert.tolist() if self.shape[0] else [],
             }
         )
-        if self.shape[0]:
-            for layer, expert in self.dead.update(tokens_per_expert):
-                block = config.model.moe_layers[layer]
-                idle = config.dead_after * config.log_every
-                text = (
-                    f"expert {expert} of layer {block} has had no token for {idle} steps; "
-                    "raise ffn.aux_loss_alpha, or use topk_method noaux_tc with a bias_update_speed"
-                )
-                logger.warning(text)
-                self._record({"kind": "alarm", "step": self.step, "layer": block, "expert": expert, "text": text})
+        for layer, experts in self.dead.update(tokens_per_expert).items():
+            self._alarm(config.model.moe_layers[layer], experts)
         self.sums, self.window = {}, health.LoadWindow(*self.shape)
         self.logged_at, self.logged_step = time.perf_counter(), self.step
+
+    def _alarm(self, layer: int, experts: list[int]) -> None:
+        who = f"expert {experts[0]} of layer {layer} has"
+        if len(experts) > 1:
+            who = f"{len(experts)} experts of layer {layer} ({', '.join(map(str, experts))}) have"
+        text = (
+            f"{who} had no token for {self.config.dead_after * self.config.log_every} steps; "
+            "raise ffn.aux_loss_alpha, or use topk_method noaux_tc with a bias_update_speed"
+        )
+        if len(self.sinks) == 1:  # with a display, the display tells it
+            logger.warning(text)
+        self._record({"kind": "alarm", "step": self.step, "layer": layer, "experts": experts, "text": text})
 
     def _validate(self, dataset: TokenDataset) -> None:
         start = time.perf_counter()

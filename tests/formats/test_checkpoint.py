@@ -151,7 +151,7 @@ def test_shards_and_their_index_hold_the_same_model(
     for file in shards:
         part = load_file(file)
         assert len(part) == 1 or sum(t.numel() * t.element_size() for t in part.values()) <= shard_bytes
-        found |= {key: file.name for key in part}
+        found |= dict.fromkeys(part, file.name)
         for key, value in part.items():
             assert torch.equal(value, whole[key])
     assert index["weight_map"] == found
@@ -352,7 +352,9 @@ def test_a_full_disk_leaves_nothing_behind_and_the_older_checkpoint_whole(
     before = shutil.disk_usage(small_disk).free
     new = built(tiny_config(hidden_size=48))
     for name, overwrite in (("new", False), ("old", True)):
-        with pytest.raises(CheckpointError, match=f"{name} could not be written: .*; nothing was left behind") as caught:
+        with pytest.raises(
+            CheckpointError, match=f"{name} could not be written: .*; nothing was left behind"
+        ) as caught:
             save(new, small_disk / name, overwrite=overwrite)
         assert "\n" not in str(caught.value)
     assert [entry.name for entry in small_disk.iterdir()] == ["old"]

@@ -41,9 +41,13 @@ def test_missing_parents_are_made(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_error_inside_passes_through_and_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), atomic_directory(tmp_path / "x") as folder:
-        (folder / "a.txt").write_text("half")
-        raise error
+    def write_half() -> None:
+        with atomic_directory(tmp_path / "x") as folder:
+            (folder / "a.txt").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -68,9 +72,14 @@ def test_overwrite_replaces_a_directory_but_never_a_file(tmp_path: Path) -> None
 
 def test_an_older_directory_stays_when_the_writing_fails(tmp_path: Path) -> None:
     write(tmp_path / "x")
-    with pytest.raises(CheckpointError, match="could not be written"), atomic_directory(tmp_path / "x", True) as folder:
-        (folder / "a.txt").write_text("new")
-        (folder / "no-file").mkdir()  # cannot be opened, as a file on a broken disk
+
+    def write_badly() -> None:
+        with atomic_directory(tmp_path / "x", overwrite=True) as folder:
+            (folder / "a.txt").write_text("new")
+            (folder / "no-file").mkdir()  # cannot be opened, as a file on a broken disk
+
+    with pytest.raises(CheckpointError, match="could not be written"):
+        write_badly()
     check_directory(tmp_path / "x")
     assert (tmp_path / "x" / "a.txt").read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["x"]

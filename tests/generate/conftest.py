@@ -24,7 +24,9 @@ VOCABULARY = 300
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer(["It was the best of times, it was the worst of times.\n" * 3, "床前明月光，疑是地上霜。"], VOCABULARY)
+    return train_tokenizer(
+        ["It was the best of times, it was the worst of times.\n" * 3, "床前明月光。疑是地上霜。"], VOCABULARY
+    )
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def build(tiny_config: Callable[..., ModelConfig], device: torch.device) -> Call
 
     def make(kind: str = "moe", **settings: Any) -> Model:
         torch.manual_seed(11)
-        config = tiny_config(vocab_size=VOCABULARY, **{**KINDS[kind], **settings})
+        config = tiny_config(**{"vocab_size": VOCABULARY, **KINDS[kind], **settings})
         return Model(config).double().to(device)
 
     return make

@@ -68,9 +68,7 @@ def test_every_filter_is_the_slow_one(
     min_p: float | None,
     penalty: float,
 ) -> None:
-    how = SamplingSettings(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty
-    )
+    how = SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty)
     values, seen = [eighths / 8 for eighths, _ in tokens], [flag for _, flag in tokens]
     expected = slow(values, seen, how)
     found = filtered(torch.tensor([values]), how, torch.tensor([seen]))[0].softmax(-1)
@@ -104,7 +102,7 @@ def test_one_token_always_stays() -> None:
         assert out.isfinite().tolist() == [[False, True, False]]
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e-30])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-37])
 def test_a_temperature_near_zero_is_greedy_and_not_nan(device: torch.device, temperature: float) -> None:
     logits = 100 * torch.randn(8, 50, device=device)
     generators = [torch.Generator(device).manual_seed(i) for i in range(8)]
@@ -124,7 +122,7 @@ def test_draws_come_as_often_as_their_probability_says(device: torch.device, how
     possible = p > 0
     assert (counts[~possible] == 0).all()
     chi_square = ((counts - n * p)[possible] ** 2 / (n * p[possible])).sum()
-    assert chi_square < 20.5  # 5 degrees of freedom, 0.1%; with this seed 3.6, 4.0 and 3.4 on a CPU
+    assert chi_square < 20.5  # 5 degrees of freedom, 0.1%; with this seed 2.4, 1.5 and 3.0 on a CPU
 
 
 def test_each_row_has_its_own_random_stream(device: torch.device) -> None:

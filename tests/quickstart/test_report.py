@@ -217,7 +217,7 @@ def test_a_run_without_a_step_is_refused(runs: dict[str, Path], tmp_path: Path) 
 
 def test_alarms_are_told_only_where_there_were_some(runs: dict[str, Path], tmp_path: Path) -> None:
     assert "Alarms" not in report(tmp_path, runs)
-    alarm = {"kind": "alarm", "step": 4, "layer": 1, "expert": 3, "text": "expert 3 of layer 1 <idle>"}
+    alarm = {"kind": "alarm", "step": 4, "layer": 1, "experts": [3], "text": "expert 3 of layer 1 <idle>"}
     change(runs[MODEL], lambda records: [*records, *[alarm] * 10])
     html = report(tmp_path, runs)
     assert html.count("<li>Step 4: expert 3 of layer 1 &lt;idle&gt;.</li>") == 8

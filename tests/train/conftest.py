@@ -36,11 +36,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_config(data: Path, device: torch.device) -> Callable[..., RunConfig]:
-    """Returns a factory of short runs: `ffn`, `optimizer`, `schedule` and `model` are merged, `data_...` are of data."""
+    """Returns a factory of short runs: `ffn` and `model` are merged into the defaults, `data_...` is of the data."""
 
-    def make(
-        *, model: dict[str, Any] | None = None, ffn: dict[str, Any] | None = None, **settings: Any
-    ) -> RunConfig:
+    def make(*, model: dict[str, Any] | None = None, ffn: dict[str, Any] | None = None, **settings: Any) -> RunConfig:
         experts = {"kind": "moe", "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2}
         experts |= {"moe_intermediate_size": 16, "aux_loss_alpha": 0.01}
         attention = {"kind": "mha", "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}

@@ -82,7 +82,7 @@ def test_an_expert_is_called_dead_once_and_again_after_it_lived() -> None:
     dead = DeadExperts(1, 3, after=2)
     loads = [[1, 0, 0], [1, 0, 1], [1, 0, 0], [1, 0, 0], [1, 1, 0], [1, 0, 0], [1, 0, 0]]
     told = [dead.update(torch.tensor([load])) for load in loads]
-    assert told == [[], [(0, 1)], [], [(0, 2)], [], [], [(0, 1)]]
+    assert told == [{}, {0: [1]}, {}, {0: [2]}, {}, {}, {0: [1]}]
     assert dead.idle.tolist() == [[0, 2, 5]]
 
 

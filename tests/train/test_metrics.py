@@ -22,7 +22,7 @@ EVAL: dict[str, Any] = {
     "loss": 3.0,
     "domains": {"诗\u2028": {"loss": 3.0, "tokens_per_expert": [[1]]}},
 }
-ALARM: dict[str, Any] = {"kind": "alarm", "step": 4, "layer": 1, "expert": 3, "text": "expert 3 died"}
+ALARM: dict[str, Any] = {"kind": "alarm", "step": 4, "layer": 1, "experts": [3], "text": "expert 3 died"}
 
 
 def write(run: Path, step: int, *records: dict[str, Any]) -> None:

@@ -275,9 +275,7 @@ def test_a_run_that_went_back_behind_a_damaged_checkpoint_keeps_its_own_newest(
     check_directory(folder_of(run, 8))
 
 
-def test_when_every_checkpoint_is_damaged_it_starts_again(
-    run_config: Configs, tmp_path: Path, straight: Path
-) -> None:
+def test_when_every_checkpoint_is_damaged_it_starts_again(run_config: Configs, tmp_path: Path, straight: Path) -> None:
     interrupted(run_config, tmp_path / "run")
     for folder in finished(tmp_path / "run"):
         shutil.rmtree(folder)

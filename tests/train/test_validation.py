@@ -30,7 +30,7 @@ def small(data: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFac
     """Validation text in three domains: three short documents, one that is a single token, and one far longer."""
     folder = tmp_path_factory.mktemp("small")
     english = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 2
-    texts = {"a": [english, "naïve – 床前明月光 🙂", "x" * 50], "one": ["x"], "z": [english * 4]}
+    texts = {"a": [english, "naïve — 床前明月光 🙂", "x" * 50], "one": ["x"], "z": [english * 4]}
     for name, documents in texts.items():
         lines = [f'{{"text": "{text}", "domain": "{name}"}}\n' for text in documents]
         (folder / f"{name}.valid.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -48,7 +48,12 @@ def model(run_config: Callable[..., RunConfig], device: torch.device) -> Model:
 
 
 def score(
-    model: Model, data: TokenDataset, tokenizer: Tokenizer, batch_size: int = 4, max_tokens: int = 10**6, across: bool = True
+    model: Model,
+    data: TokenDataset,
+    tokenizer: Tokenizer,
+    batch_size: int = 4,
+    max_tokens: int = 10**6,
+    across: bool = True,
 ) -> dict[str, DomainScore]:
     return validate(
         model,
@@ -100,7 +105,7 @@ def test_a_score_is_the_slow_sum_over_single_windows(
     assert found.tokens_per_expert == [[counts[e] for e in range(8)] for counts in load]
     # every byte of the documents but those of the first token, which is not predicted
     whole = tokenizer.decode([i for i in ids.tolist() if i != tokenizer.eos_id])
-    assert "naïve – 床前明月光 🙂" in whole
+    assert "naïve — 床前明月光 🙂" in whole
     seen = len(whole.encode()) - len(tokenizer.decode(ids[:1].tolist()).encode())
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / seen, rel=1e-7)
 
