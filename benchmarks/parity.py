@@ -81,15 +81,15 @@ def main() -> None:
         f"`python benchmarks/parity.py --out docs/results/parity.md`, commit {args.commit}, moekit "
         f"{versions['moekit']}, torch {versions['torch']}, {versions['system']}.",
         "",
-        f"The layer against `ops/reference.py` in float64, {TOKENS} tokens, width {DIM}, experts of {FF}; the objective is a "
-        "weighted sum of the output plus the expert-level balance loss.",
+        f"The layer against `ops/reference.py` in float64, {TOKENS} tokens, width {DIM}, experts of {FF}; the objective "
+        "is a weighted sum of the output plus the expert-level balance loss.",
         "",
         "| layer | output, largest difference | gradients of input and every weight | experts without a token |",
         "| --- | --- | --- | --- |",
         *(f"| {name} | {y:.1e} | {gradient:.1e} | {empty} |" for name, y, gradient, empty in rows),
         "",
-        f"The worst difference is {max(max(row[1], row[2]) for row in rows):.1e}; the bound is 1e-9. Gradients reach about "
-        "100 in size, so this is rounding and nothing else.",
+        f"The worst difference is {max(max(row[1], row[2]) for row in rows):.1e}; the bound is 1e-9. Gradients reach "
+        "about 100 in size, so this is rounding and nothing else.",
         "",
     ]
     args.out.write_text("\n".join(lines), encoding="utf-8")

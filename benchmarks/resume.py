@@ -26,7 +26,8 @@ TEXT = Path(metrics.__file__).parents[1] / "quickstart" / "text"
 STEPS = 60
 RUN = [
     "tiny-deepseekmoe", "--steps", str(STEPS), "--schedule.warmup_steps", "10", "--data.batch_size", "8",
-    "--data.micro_batch_size", "4", "--save_every", "7", "--eval_every", "20", "--log_every", "5", "--eval_tokens", "4096",
+    "--data.micro_batch_size", "4", "--save_every", "7", "--eval_every", "20", "--log_every", "5",
+    "--eval_tokens", "4096",
     "--model.ffn.topk_method", "noaux_tc", "--model.ffn.bias_update_speed", "0.001", "--quiet",
 ]  # fmt: skip
 TIMING = ("seconds", "tokens_per_second", "matmul_share", "peak_memory_bytes")

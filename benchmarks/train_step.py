@@ -80,8 +80,8 @@ def main() -> None:
         "",
         f"`OMP_PROC_BIND=close OMP_PLACES=cores python benchmarks/train_step.py`, commit {args.commit}, moekit "
         f"{versions['moekit']}, torch {versions['torch']}, {versions['system']}, {versions['threads']} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}. Batch 16 x 256, AdamW, random tokens; medians of {args.rounds} rounds "
-        f"in turn, {args.steps} steps each.",
+        f"{torch.backends.cpu.get_cpu_capability()}. Batch 16 x 256, AdamW, random tokens; medians of {args.rounds} "
+        f"rounds in turn, {args.steps} steps each.",
         "",
         "| preset | precision | tokens/s | share of matmul speed | matmul GFLOP/s | peak memory, GiB |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -426,9 +426,7 @@ def run_quickstart(args: argparse.Namespace) -> int:
     from moekit.tables import quickstart_tables
     from moekit.train.progress import TerminalProgress
 
-    result = quickstart(
-        args.out, steps=args.steps, device=args.device, sinks=lambda config: [TerminalProgress(config)]
-    )
+    result = quickstart(args.out, steps=args.steps, device=args.device, sinks=lambda config: [TerminalProgress(config)])
     if result["status"] != "done":
         _emit(args, result, lambda: [f"saved; `moekit quickstart --out {args.out}` goes on"])
         return 130
