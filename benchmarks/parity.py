@@ -81,8 +81,8 @@ def main() -> None:
         f"`python benchmarks/parity.py --out docs/results/parity.md`, commit {args.commit}, moekit "
         f"{versions['moekit']}, torch {versions['torch']}, {versions['system']}.",
         "",
-        f"The layer against `ops/reference.py` in float64, {TOKENS} tokens, width {DIM}, experts of {FF}; the objective "
-        "is a weighted sum of the output plus the expert-level balance loss.",
+        f"The layer against `ops/reference.py` in float64, {TOKENS} tokens, width {DIM}, experts of {FF}; the "
+        "objective is a weighted sum of the output plus the expert-level balance loss.",
         "",
         "| layer | output, largest difference | gradients of input and every weight | experts without a token |",
         "| --- | --- | --- | --- |",

@@ -2,7 +2,7 @@
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from moekit.config import Strict
@@ -17,6 +17,16 @@ class SamplingSettings(Strict):
     min_p: float | None = Field(None, ge=0, le=1, description="tokens of at least p times the likeliest's probability")
     repetition_penalty: float = Field(1.0, gt=0, description="above 1: tokens seen before get less likely (CTRL)")
     seed: int | None = Field(None, ge=0, description="of the draws; null: another text every time")
+
+    @model_validator(mode="after")
+    def _check(self) -> "SamplingSettings":
+        for name in ("top_k", "top_p", "min_p"):
+            if self.temperature == 0 and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)} but temperature is 0, which takes the likeliest token and draws "
+                    "from nothing; set a temperature, 1 for the model's own distribution"
+                )
+        return self
 
 
 def filtered(

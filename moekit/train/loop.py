@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moekit import receipts
-from moekit.config import RunConfig, dump, load_run_config
+from moekit.config import MoEConfig, RunConfig, dump, load_run_config
 from moekit.data import Batch, Sampler, TokenDataset, open_dataset
 from moekit.errors import ConfigError, TrainingError
 from moekit.formats.tokenizer import Tokenizer, load_tokenizer
@@ -237,10 +237,11 @@ class _Run:
         who = f"expert {experts[0]} of layer {layer} has"
         if len(experts) > 1:
             who = f"{len(experts)} experts of layer {layer} ({', '.join(map(str, experts))}) have"
-        text = (
-            f"{who} had no token for {self.config.dead_after * self.config.log_every} steps; "
-            "raise ffn.aux_loss_alpha, or use topk_method noaux_tc with a bias_update_speed"
-        )
+        ffn = self.config.model.ffn
+        remedy = "raise ffn.aux_loss_alpha, or use topk_method noaux_tc with a bias_update_speed"
+        if isinstance(ffn, MoEConfig) and ffn.topk_method == "hash":
+            remedy = "its hash table gives it no frequent token; ffn.hash_method balanced spreads them"
+        text = f"{who} had no token for {self.config.dead_after * self.config.log_every} steps; {remedy}"
         if len(self.sinks) == 1:  # with a display, the display tells it
             logger.warning(text)
         self._record({"kind": "alarm", "step": self.step, "layer": layer, "experts": experts, "text": text})
@@ -377,6 +378,7 @@ def _deterministic() -> Iterator[None]:
     """Asks CUDA for kernels whose sums do not differ from run to run; on a CPU only the number of threads matters."""
     before = torch.are_deterministic_algorithms_enabled()
     if torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS first starts
         torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield

@@ -65,7 +65,7 @@ def validate(
             tokens += int(out.token_loss.tokens)
             bytes_seen += float(token_bytes[batch.labels[batch.labels != IGNORED]].sum())
         if tokens:
-            bits = nats / math.log(2) / bytes_seen if bytes_seen else math.inf
+            bits = nats / math.log(2) / max(bytes_seen, 1.0)  # end-of-text alone has no byte
             scores[domain] = DomainScore(nats / tokens, bits, tokens, load.tokens_per_expert.tolist())
     model.train(was_training)
     return scores

@@ -157,3 +157,9 @@ def test_a_setting_out_of_range_is_one_clear_line(name: str, value: float) -> No
     with pytest.raises(ConfigError, match=name) as caught:
         validate(SamplingSettings, {name: value})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["top_k", "top_p", "min_p"])
+def test_a_filter_without_a_temperature_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} is 1(\.0)? but temperature is 0"):
+        SamplingSettings.model_validate({name: 1 if name == "top_k" else 1.0} | {"temperature": 0.0})
