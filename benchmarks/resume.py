@@ -39,6 +39,12 @@ def moekit(*words: str) -> subprocess.Popen[bytes]:
     )
 
 
+def written(run: Path) -> int:
+    """Returns the lines of metrics.jsonl so far."""
+    file = run / metrics.FILE
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs; removed first")
@@ -51,22 +57,20 @@ def main() -> None:
     files = [str(file) for file in sorted(TEXT.glob("*.train.jsonl.gz"))]
     assert moekit("prepare", *files, "--out", str(data), "--vocab-size", "4096").wait() == 0
     straight, killed = args.work / "straight", args.work / "killed"
-    start = time.perf_counter()
     assert moekit("train", *RUN, "--data", str(data), "--out", str(straight)).wait() == 0
-    seconds = time.perf_counter() - start
 
     rng, kills = random.Random(args.seed), []
-    while len(kills) < 3:
+    for lines in sorted(rng.sample(range(2, 14), 3)):  # of the 15 lines of metrics.jsonl
         resume = ["--resume"] if (killed / "config.yaml").exists() else []
         process = moekit("train", *RUN, "--data", str(data), "--out", str(killed), *resume)
-        time.sleep(seconds * rng.uniform(0.2, 0.55))
-        if process.poll() is not None:
-            break
+        while written(killed) < lines:
+            assert process.poll() is None, "the run ended before it was to be killed"
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 1.5))  # into the next steps, or into a checkpoint
         process.send_signal(signal.SIGKILL)
         process.wait()
         saved = finished(killed)
-        logged = len((killed / metrics.FILE).read_text().splitlines()) if (killed / metrics.FILE).exists() else 0
-        kills.append((saved[-1].name if saved else "no checkpoint yet", logged))
+        kills.append((saved[-1].name if saved else "no checkpoint yet", written(killed)))
     resume = ["--resume"]
     assert moekit("train", *RUN, "--data", str(data), "--out", str(killed), *resume).wait() == 0
 

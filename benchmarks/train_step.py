@@ -1,13 +1,15 @@
 """Speed and memory of a training step: tokens per second, share of the measured matmul speed, peak memory.
 
-    OMP_PROC_BIND=close OMP_PLACES=cores python benchmarks/train_step.py --out benchmarks/results/train_step.md
+    python benchmarks/train_step.py --out benchmarks/results/train_step.md
 
 Every preset and precision runs in a process of its own (peak memory is a process's), in turn, `--rounds` times; the
-medians over rounds are reported.
+medians over rounds are reported. Threads are bound to cores in the measuring processes only: bound here, this process
+would hand its one core down to them.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from moekit.config import AdamWConfig, preset, recipe
 from moekit.nn.model import Model
 from moekit.train import hardware, optimizer
 
+BOUND = {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}
 PRESETS = ("tiny-deepseekmoe", "tiny-dense-x2", "mini-deepseekmoe", "mini-gshard", "mini-dense-x2")
 
 
@@ -73,12 +76,13 @@ def main() -> None:
     for _ in range(args.rounds):
         for case in cases:
             command = [sys.executable, __file__, "--one", *case, "--device", args.device, "--steps", str(args.steps)]
-            found[case].append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
+            done = subprocess.run(command, check=True, capture_output=True, env={**os.environ, **BOUND})
+            found[case].append(json.loads(done.stdout))
     versions = receipts.versions()
     lines = [
         "# Training step",
         "",
-        f"`OMP_PROC_BIND=close OMP_PLACES=cores python benchmarks/train_step.py`, commit {args.commit}, moekit "
+        f"`python benchmarks/train_step.py`, commit {args.commit}, moekit "
         f"{versions['moekit']}, torch {versions['torch']}, {versions['system']}, {versions['threads']} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}. Batch 16 x 256, AdamW, random tokens; medians of {args.rounds} "
         f"rounds in turn, {args.steps} steps each.",

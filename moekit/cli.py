@@ -6,6 +6,8 @@ that needs it, so that --help answers at once.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import logging
 import os
@@ -14,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moekit.errors import ConfigError, MoekitError, nearest
+from moekit.errors import ConfigError, DataError, MoekitError, nearest
 from moekit.version import __version__
 
 if TYPE_CHECKING:
@@ -43,6 +45,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status of the command line `argv` (that of the process if None)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whatever the locale, text of any language can be written
+            stream.reconfigure(encoding="utf-8", errors="replace")
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     logging.getLogger("moekit").setLevel(logging.INFO)
     try:
@@ -54,17 +59,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except MoekitError as error:
         return _fail(str(error))
-    except BrokenPipeError:
-        # the reader of our output has gone; what is still buffered must not raise again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output has gone
+        _drop_output()
         return 141
     except OSError as error:
-        if error.filename is None:
-            raise
+        if error.filename is None:  # a full disk, say, under a file that is open already, standard output included
+            _drop_output()
+            return _fail(f"cannot write or read: {error.strerror or error}")
         return _fail(f"{error.filename}: {error.strerror}")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+            raise
+        reason = str(error).partition(". ")[0]
+        return _fail(f"{reason}; in training, a smaller data.micro_batch_size or recompute true needs less memory")
     except KeyboardInterrupt:
         sys.stderr.write("\nmoekit: interrupted\n")
         return 130
+
+
+def _drop_output() -> None:
+    """Makes sure that what is still buffered does not raise again at exit."""
+    with contextlib.suppress(OSError):  # a stream without a file, in a test say, has nothing that could
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> int:
@@ -185,8 +201,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     p.add_argument("--out", type=Path, required=True, metavar="DATA", help="directory to write")
     p.add_argument("--valid", nargs="+", metavar="FILE", help="validation text; else a part of FILES is held out")
-    p.add_argument("--valid-fraction", type=float, default=0.01, help="documents held out without --valid (0.01)")
-    p.add_argument("--vocab-size", type=_positive, default=4096, help="of the tokenizer that is trained (4096)")
+    p.add_argument("--valid-fraction", type=float, metavar="F", help="documents held out without --valid (0.01)")
+    p.add_argument("--vocab-size", type=_positive, metavar="N", help="of the tokenizer that is trained (4096)")
     p.add_argument("--tokenizer", metavar="FILE|DIR", help="use this tokenizer.json instead of training one")
     p.add_argument("--text-field", default="text", help="field of a record that holds its text (text)")
     p.add_argument("--domain-field", default="domain", help="field that names its domain (domain)")
@@ -313,16 +329,18 @@ def run_prepare(args: argparse.Namespace) -> int:
     from moekit.tables import prepare_tables
 
     columns = (TextColumn("{task.description:>10}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks = {}
+    bars = Progress(*columns, console=Console(stderr=True))
+    tasks = {}
 
-        def progress(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                for earlier in bars.tasks:  # the tokenizer is done when its text runs out, below its limit
-                    bars.update(earlier.id, total=earlier.completed)
-                tasks[phase] = bars.add_task(phase)
-            bars.update(tasks[phase], completed=done, total=total)
+    def progress(phase: str, done: int, total: int) -> None:
+        bars.start()  # only now: it writes an empty line even for a mistake that is found before any work
+        if phase not in tasks:
+            for earlier in bars.tasks:  # the tokenizer is done when its text runs out, below its limit
+                bars.update(earlier.id, total=earlier.completed)
+            tasks[phase] = bars.add_task(phase)
+        bars.update(tasks[phase], completed=done, total=total)
 
+    try:
         manifest = prepare(
             args.files,
             args.out,
@@ -334,6 +352,9 @@ def run_prepare(args: argparse.Namespace) -> int:
             domain_field=args.domain_field,
             progress=progress,
         )
+    finally:
+        if tasks:
+            bars.stop()
 
     return _emit(args, manifest, lambda: prepare_tables(manifest, str(args.out)))
 
@@ -368,7 +389,7 @@ def _run_config(args: argparse.Namespace) -> "RunConfig":
     if not args.resume:
         if args.source is None:
             raise ConfigError("PRESET or FILE is missing: what to train; `moekit presets` lists the presets")
-        return load_run_config(args.source, args.overrides, **fixed)
+        return load_run_config(args.source, args.overrides, template=args.print_config, **fixed)
     if args.out is None:
         raise ConfigError("--out is missing: the run to go on with")
     saved = args.out / "config.yaml"
@@ -382,7 +403,11 @@ def _run_config(args: argparse.Namespace) -> "RunConfig":
 
 def run_generate(args: argparse.Namespace) -> int:
     """Continues each prompt."""
-    prompts = [*args.prompt, *(args.prompts_file.read_text(encoding="utf-8").splitlines() if args.prompts_file else ())]
+    try:
+        more = args.prompts_file.read_text(encoding="utf-8").splitlines() if args.prompts_file else []
+    except UnicodeDecodeError as error:
+        raise DataError(f"{args.prompts_file} is not UTF-8 text: byte {error.start}") from None
+    prompts = [*args.prompt, *more]
     if not prompts:
         raise ConfigError("--prompt or --prompts-file is missing: the text to continue")
     import torch

@@ -50,6 +50,7 @@ def make(
     *,
     config: Mapping[str, Any],
     model: ModelConfig,
+    trains: bool = False,
     inputs: Mapping[str, Any] | None = None,
     outputs: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Any] | None = None,
@@ -61,7 +62,8 @@ def make(
 ) -> dict[str, Any]:
     """Returns the receipt of one step: a JSON-ready dictionary.
 
-    `tensors` accounts for every source tensor (used, created, dropped and why); `health` is the routing's state.
+    `trains` says that every parameter was trained; `tensors` accounts for every source tensor (used, created, dropped
+    and why); `health` is the routing's state.
     """
     return {
         "action": action,
@@ -71,6 +73,7 @@ def make(
         "outputs": outputs or {},
         "tensors": tensors or {},
         "parameters_by_role": parameters_by_role(model),
+        "trained_by_role": parameters_by_role(model) if trains else {},
         "health": health or {},
         "checks": [check._asdict() for check in checks],
         "seed": seed,
@@ -94,11 +97,18 @@ def versions() -> dict[str, str]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON and syncs it to disk."""
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+    """Writes JSON in one atomic step."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file in one atomic step: a kill leaves the old content or the new one."""
+    temporary = path.with_name(f".{path.name}.writing")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
         sync(file.fileno())
+    os.replace(temporary, path)
 
 
 def sync(descriptor: int) -> None:

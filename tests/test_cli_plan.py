@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from moekit.cli import main
@@ -131,6 +132,9 @@ def test_every_verb_has_an_example_in_its_help(verb: str, capsys: pytest.Capture
         ("train tiny-dense --data d", "--out is missing"),
         ("train tiny-dense --data d --data.path e --out r", "--data and --data.path are both given"),
         ("train tiny-dense --data d --out r --stepps 3", "unknown option --stepps (did you mean steps?)"),
+        ("train tiny-dense --data d --out r --optimizer.kind muon", "kind is muon but model.ffn.kind is dense"),
+        ("prepare a --out d --valid v --valid-fraction 0.1", "valid_fraction is 0.1 but validation text is given"),
+        ("prepare a --out d --tokenizer t --vocab-size 300", "vocab_size is 300 but a tokenizer is given"),
         ("train tiny-dense --data d --out r --grad-clip -1", "grad_clip is -1 but must be greater than 0"),
         ("train --resume", "--out is missing: the run to go on with"),
         ("train --resume --out nowhere", "config.yaml does not exist"),
@@ -158,11 +162,55 @@ def test_without_words_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> 
     assert "moekit quickstart" in capsys.readouterr().out
 
 
+def test_train_prints_its_config_before_there_is_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "tiny-dense", "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["path"] == "DATA"
+
+
+def test_prompts_that_are_not_utf8_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"caf\xe9\n")
+    said = _error(capsys, "generate", "somewhere", "--prompts-file", str(tmp_path / "prompts.txt"))
+    assert "prompts.txt is not UTF-8 text: byte 3" in said
+
+
+def test_too_little_memory_is_one_line_with_advice(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(args: object) -> int:  # the real thing needs a GPU
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore on this")
+
+    monkeypatch.setattr("moekit.cli.run_presets", run_out)
+    said = _error(capsys, "presets")
+    assert "CUDA out of memory; in training, a smaller data.micro_batch_size or recompute true needs less" in said
+
+
+def _run(*words: str, **settings: Any) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "moekit", *words]
+    return subprocess.run(command, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1], **settings)
+
+
+def test_any_language_is_written_whatever_the_locale(tmp_path: Path) -> None:
+    path = tmp_path / "模型.yaml"
+    path.write_text("preset: tiny-dense", encoding="utf-8")
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    done = _run("plan", str(path), "--json", env=environment, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert json.loads(done.stdout.decode())["model"] == str(path)
+    done = _run("plan", "模型", env=environment, stdout=subprocess.PIPE)
+    assert "there is no preset or file '模型'" in done.stderr.decode()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_under_the_output_is_one_line() -> None:
+    with open("/dev/full", "wb") as full:
+        done = _run("presets", "--json", stdout=full)
+    assert (done.returncode, done.stderr) == (2, b"moekit: error: cannot write or read: No space left on device\n")
+
+
 def test_a_reader_that_leaves_early_causes_no_traceback() -> None:
     for words in (["plan", "tiny-dense"], ["presets", "--json"]):
         read, write = os.pipe()
         os.close(read)
-        command = [sys.executable, "-m", "moekit", *words]
-        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+        done = _run(*words, stdout=write)
         os.close(write)
-        assert (done.returncode, done.stderr) == (141, "")
+        assert (done.returncode, done.stderr) == (141, b"")

@@ -2,7 +2,8 @@
 
 A file may start from a preset: `preset: NAME` at the top takes the model and its training settings, `preset: NAME`
 under `model` takes the model only; every other key of the file goes on top. A file's part or an override that changes a
-`kind` replaces that part, so keys of the former kind do not linger.
+`kind` replaces that part, so keys of the former kind do not linger; `optimizer` and `schedule` keep the keys that the
+new kind has too.
 """
 
 import json
@@ -24,6 +25,13 @@ Tree = dict[str, Any]
 _Config = TypeVar("_Config", bound=Strict)
 
 _KINDS = ModelConfig.default_kinds | RunConfig.default_kinds
+_KEPT = {
+    part: {kind.model_fields["kind"].default: kind.model_fields.keys() for kind in get_args(field.annotation)}
+    for part, field in RunConfig.model_fields.items()
+    if part in RunConfig.default_kinds
+}
+"""Parts of a run, their kinds, and the settings of each. `lr` means the same in all of them; in a model's parts equal
+names do not (`intermediate_size`)."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -58,15 +66,18 @@ class Key(NamedTuple):
     """Begins with [kind] where the setting exists for some kinds of its part only."""
 
 
-def load_run_config(source: str | Path, overrides: Mapping[str, str] | None = None, **fixed: Any) -> RunConfig:
+def load_run_config(
+    source: str | Path, overrides: Mapping[str, str] | None = None, *, template: bool = False, **fixed: Any
+) -> RunConfig:
     """Returns the run that a preset name or a YAML file describes, with overrides on top.
 
     `overrides` maps dotted keys to YAML text ("model.ffn.n_routed_experts": "64"); `fixed` maps dotted keys to values
-    as they are, and wins.
+    as they are, and wins. With `template` a run that names no data gets the text DATA for `data.path`.
     """
-    given = parse_overrides(overrides or {})
-    tree = _merge(_merge(_source(source), given), _nest(fixed))
-    return validate(RunConfig, tree, _origin(source))
+    base: Tree = {"data": {"path": "DATA"}} if template else {}
+    for tree in (_source(source), parse_overrides(overrides or {}), _nest(fixed)):
+        base = _merge(base, tree)
+    return validate(RunConfig, base, _origin(source))
 
 
 def load_model_config(source: str | Path, overrides: Mapping[str, str] | None = None) -> ModelConfig:
@@ -189,13 +200,16 @@ def _nest(values: Mapping[str, Any]) -> Tree:
 
 
 def _merge(base: Tree, over: Tree) -> Tree:
-    """Returns `base` with `over` on top, part by part; a part whose kind changes is replaced."""
+    """Returns `base` with `over` on top, part by part; of a part whose kind changes only `_KEPT` stays."""
     merged = dict(base)
     for key, value in over.items():
         old = base.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            kind = old.get("kind", _KINDS.get(key))
-            merged[key] = _merge(old if value.get("kind", kind) == kind else {}, value)
+            former = old.get("kind", _KINDS.get(key))
+            if (kind := value.get("kind", former)) != former:
+                kept = _KEPT.get(key, {}).get(str(kind), ())
+                old = {name: setting for name, setting in old.items() if name in kept}
+            merged[key] = _merge(old, value)
         else:
             merged[key] = value
     return merged

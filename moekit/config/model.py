@@ -172,8 +172,15 @@ class MoEConfig(Strict):
                 refuse(f"n_group is {groups} but topk_method hash knows no groups; leave it at 1")
         elif self.hash_method != "random":
             refuse(f"hash_method is {self.hash_method} but topk_method is {self.topk_method}; it is for hash only")
+        if self.norm_topk_prob and k == 1 < experts:
+            refuse("norm_topk_prob is true but num_experts_per_tok is 1: every weight is 1, so the router cannot learn")
         if self.global_aux and (self.seq_aux or not self.aux_loss_alpha):
             refuse("global_aux is true but needs seq_aux false and aux_loss_alpha above 0")
+        if not (self.seq_aux or self.aux_loss_alpha or self.device_aux_loss_alpha or self.comm_aux_loss_alpha):
+            refuse(
+                "seq_aux is false but there is no balance loss; "
+                "set aux_loss_alpha, device_aux_loss_alpha or comm_aux_loss_alpha"
+            )
         if groups == 1 and (self.device_aux_loss_alpha or self.comm_aux_loss_alpha):
             refuse("device_aux_loss_alpha and comm_aux_loss_alpha have no gradient with n_group 1; use more groups")
         if self.drop_policy != "position" and self.capacity_factor is None:

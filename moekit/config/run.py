@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from moekit.config.model import ModelConfig, Strict
+from moekit.config.model import DenseConfig, ModelConfig, Strict
 
 
 class DataConfig(Strict):
@@ -100,7 +100,7 @@ class RunConfig(Strict):
     schedule: ScheduleConfig = Field(StepSchedule(), description="told apart by kind: step, cosine, wsd or constant")
     steps: int = Field(gt=0, description="optimiser steps")
     grad_clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient, or null")
-    seed: int = Field(0, ge=0, description="of the initial weights and of the data order")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the initial weights and of the data order")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the compute; weights stay float32; auto: bfloat16 where the hardware has it"
@@ -124,4 +124,8 @@ class RunConfig(Strict):
             )
         if self.schedule.warmup_steps > self.steps:
             raise ValueError(f"schedule.warmup_steps is {self.schedule.warmup_steps} but steps is {self.steps}")
+        if isinstance(self.optimizer, MuonConfig) and isinstance(self.model.ffn, DenseConfig):
+            raise ValueError(
+                "optimizer.kind is muon but model.ffn.kind is dense, and Muon is for expert matrices; use adamw"
+            )
         return self

@@ -70,8 +70,8 @@ def prepare(
     out: str | Path,
     *,
     valid_paths: Iterable[str | Path] | None = None,
-    valid_fraction: float = 0.01,
-    vocab_size: int = 4096,
+    valid_fraction: float | None = None,
+    vocab_size: int | None = None,
     tokenizer: str | Path | None = None,
     text_field: str = "text",
     domain_field: str = "domain",
@@ -81,17 +81,25 @@ def prepare(
 ) -> dict[str, Any]:
     """Returns the manifest of the dataset that it writes to `out`; `shards.Manifest` names its fields.
 
-    Without `valid_paths` a hash of its text makes a document validation text, `valid_fraction` of all, in whatever
-    order the files come. Without `tokenizer` (a tokenizer.json or a directory with one) a vocabulary of `vocab_size`
-    is trained on at most `tokenizer_bytes` of training text: the beginning of every file, in shares as equal as the
-    files allow. A shard ends with the document that fills `shard_tokens`. `progress` gets a phase, how much is done
-    and how much there is: "hash" and "tokenise" in bytes of files, "tokenizer" in bytes of text, at most.
+    Without `valid_paths` a hash of its text makes a document validation text, `valid_fraction` of all (0.01), in
+    whatever order the files come. Without `tokenizer` (a tokenizer.json or a directory with one) a vocabulary of
+    `vocab_size` (4096) is trained on at most `tokenizer_bytes` of training text: the beginning of every file, in shares
+    as equal as the files allow. A shard ends with the document that fills `shard_tokens`. `progress` gets a phase, how
+    much is done and how much there is: "hash" and "tokenise" in bytes of files, "tokenizer" in bytes of text, at most.
 
     The same call on an unfinished `out` completes it; on a finished one it returns at once. Raises DataError for text
     that cannot be read, for other arguments or sources than `out` was begun with, and for a folder of something else.
     """
     out = Path(out)
     report: Progress = progress or (lambda phase, done, total: None)
+    if valid_paths is not None and valid_fraction is not None:
+        raise ConfigError(f"valid_fraction is {valid_fraction} but validation text is given; leave one of them out")
+    if tokenizer is not None and vocab_size is not None:
+        raise ConfigError(
+            f"vocab_size is {vocab_size} but a tokenizer is given, which has its own vocabulary; leave one of them out"
+        )
+    valid_fraction = 0.01 if valid_fraction is None else valid_fraction
+    vocab_size = 4096 if vocab_size is None else vocab_size
     if not 0 <= valid_fraction < 1:
         raise ConfigError(f"valid_fraction is {valid_fraction}; choose at least 0 and less than 1")
     for name, value in (("tokenizer_bytes", tokenizer_bytes), ("shard_tokens", shard_tokens)):
@@ -134,25 +142,26 @@ def prepare(
 def _sources(paths: Iterable[str | Path], valid_paths: Iterable[str | Path] | None, report: Progress) -> list[Source]:
     """Returns every file with its size, sha256 and split; "both" where the text's hash decides."""
     split: Literal["train", "both"] = "both" if valid_paths is None else "train"
-    files: list[tuple[Path, Literal["train", "valid", "both"]]] = [(file, split) for file in text_files(paths)]
+    files: list[tuple[Path, str | None, Literal["train", "valid", "both"]]]
+    files = [(file, folder, split) for file, folder in text_files(paths).items()]
     if valid_paths is not None:
-        train = {file.resolve() for file, _ in files}
-        for file in text_files(valid_paths):
+        train = {file.resolve() for file, *_ in files}
+        for file, folder in text_files(valid_paths).items():
             if file.resolve() in train:
                 raise DataError(f"{file} is given both as training and as validation text; give it once")
-            files.append((file, "valid"))
+            files.append((file, folder, "valid"))
     sources: list[Source] = []
-    total, done = sum(file.stat().st_size for file, _ in files), 0
-    for file, name in files:
+    total, done = sum(file.stat().st_size for file, *_ in files), 0
+    for file, folder, name in files:
         size = file.stat().st_size
-        sources.append(Source(path=str(file), split=name, size=size, sha256=file_sha256(file)))
+        sources.append(Source(path=str(file), split=name, folder=folder, size=size, sha256=file_sha256(file)))
         done += size
         report("hash", done, total)
     return sources
 
 
 def _check_same(out: Path, old: Manifest | Journal, arguments: dict[str, Any], sources: list[Source]) -> None:
-    """Raises DataError unless `old` was begun with these arguments and files; folders may have moved."""
+    """Raises DataError unless `old` was begun with these arguments and files; they may have moved."""
     advice = f"repeat the first command, choose another --out, or delete {out}"
     for name, value in arguments.items():
         if old.arguments.get(name) != value:
@@ -162,6 +171,9 @@ def _check_same(out: Path, old: Manifest | Journal, arguments: dict[str, Any], s
     for before, now in zip(old.sources, sources, strict=True):
         if Path(before.path).name != Path(now.path).name or before.split != now.split:
             raise DataError(f"{out} was begun with {before.path} ({before.split}) where {now.path} is now; {advice}")
+        if before.folder != now.folder:
+            old_name, new_name = (source.folder or "a file by itself" for source in (before, now))
+            raise DataError(f"{out} was begun with {now.path} in {old_name}, now it is in {new_name}; {advice}")
         if (before.size, before.sha256) != (now.size, now.sha256):
             raise DataError(f"{now.path} has changed since {out} was begun; {advice}")
 
@@ -210,7 +222,7 @@ def _pieces(journal: Journal, numbers: Iterable[int], report: Progress) -> Itera
     for file in numbers:
         source = journal.sources[file]
         with open(source.path, "rb") as raw:
-            for number, document in enumerate(file_documents(Path(source.path), raw, *fields)):
+            for number, document in enumerate(file_documents(Path(source.path), raw, *fields, source.folder)):
                 split = source.split
                 if split == "both":
                     draw = int.from_bytes(hashlib.sha256(document.text.encode()).digest()[:8]) / 2**64
@@ -300,6 +312,9 @@ def _finish(out: Path, journal: Journal, vocabulary: Tokenizer) -> Manifest:
         if shards
     }
     validated = splits["valid"].domains if "valid" in splits else {}
+    if unseen := [name for name in splits["train"].domains if name not in validated]:
+        rest = f" and {len(unseen) - 10} more" if len(unseen) > 10 else ""
+        logger.warning("no validation text of %s%s: training will not be evaluated on it", ", ".join(unseen[:10]), rest)
     manifest = Manifest(
         tokenizer=vocabulary.fingerprint,
         vocab_size=vocabulary.vocab_size,
@@ -307,7 +322,7 @@ def _finish(out: Path, journal: Journal, vocabulary: Tokenizer) -> Manifest:
         arguments=journal.arguments,
         sources=journal.sources,
         domains=journal.domains,
-        domains_without_validation=[name for name in splits["train"].domains if name not in validated],
+        domains_without_validation=unseen,
         splits=splits,
     )
     for part in out.rglob(".*.part"):  # of a run that was killed while writing

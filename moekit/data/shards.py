@@ -62,6 +62,8 @@ class Source(FileEntry):
 
     path: str
     split: Literal["train", "valid", "both"]
+    folder: str | None = None
+    """The one it was found in, by name: the domain of documents that name none. None: the file was named itself."""
 
 
 class Manifest(Strict):

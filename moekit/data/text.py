@@ -37,15 +37,19 @@ class Document(NamedTuple):
     source: str
 
 
-def text_files(paths: Iterable[str | Path]) -> list[Path]:
-    """Returns the files that `paths` name, in their order; folders are searched recursively, sorted by name.
+def text_files(paths: Iterable[str | Path]) -> dict[Path, str | None]:
+    """Returns the files that `paths` name, in their order, each with the folder that it was found in.
 
-    In a folder only files with a known suffix count, and nothing hidden. A file that is named twice is read once.
+    Folders are searched recursively, sorted by name, for files with a known suffix, nothing hidden. Their folder is
+    the one that `paths` names, without its parents; it is None for a file that `paths` names itself. A file that is
+    named twice is read once.
+
     Raises DataError for a path that does not exist, a named file of another kind, and a folder without text.
     """
     allowed = ", ".join(SUFFIXES)
-    found: dict[Path, Path] = {}
+    found: dict[Path, tuple[Path, str | None]] = {}
     for path in map(Path, paths):
+        folder = path.resolve().name if path.is_dir() else None
         if path.is_dir():
             inside = [file for file in sorted(path.rglob("*")) if _suffix(file) is not None and file.is_file()]
             files = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
@@ -58,38 +62,39 @@ def text_files(paths: Iterable[str | Path]) -> list[Path]:
         else:
             files = [path]
         for file in files:
-            found.setdefault(file.resolve(), file)
+            found.setdefault(file.resolve(), (file, folder))
     if not found:
         raise DataError("no text files were given")
-    return list(found.values())
+    return dict(found.values())
 
 
 def read_documents(
     paths: Iterable[str | Path], text_field: str = "text", domain_field: str = "domain"
 ) -> Iterator[Document]:
     """Yields the documents of files and folders in order; `file_documents` says what an error looks like."""
-    for path in text_files(paths):
+    for path, folder in text_files(paths).items():
         with open(path, "rb") as raw:
-            yield from file_documents(path, raw, text_field, domain_field)
+            yield from file_documents(path, raw, text_field, domain_field, folder)
 
 
 def file_documents(
-    path: Path, raw: IO[bytes], text_field: str = "text", domain_field: str = "domain"
+    path: Path, raw: IO[bytes], text_field: str = "text", domain_field: str = "domain", folder: str | None = None
 ) -> Iterator[Document]:
     """Yields the documents of one file, opened as `raw` (whose position tells how far the reading is).
 
     jsonl: an object a line. parquet: a row each. txt: the whole file, or documents of about 16 thousand characters cut
-    at blank lines when it is larger than 1 MiB; there CRLF becomes LF. The domain is the field, else the file's name
-    without suffixes and without a last `.train` or `.valid`. Texts of white space alone are left out, and the log says
-    how many. Raises DataError with file and line (or row) for anything that is not such a document.
+    at blank lines when it is larger than 1 MiB; there CRLF becomes LF. The domain is the field, else the name of the
+    `folder`, else that of the file without suffixes; a last `.train` or `.valid` is no part of it. Texts of white space
+    alone are left out, and the log says how many. Raises DataError with file and line (or row) for anything that is not
+    such a document.
     """
     suffix = _suffix(path)
     if suffix is None:
         raise DataError(f"{path} has an unknown suffix; known suffixes: {', '.join(SUFFIXES)}")
     if not path.stat().st_size:
         raise DataError(f"{path} is empty (0 bytes)")
-    stem = path.name[: -len(suffix)]
-    stem = stem.removesuffix(".train").removesuffix(".valid") or stem
+    name = folder or path.name[: -len(suffix)]
+    name = name.removesuffix(".train").removesuffix(".valid") or name
     if suffix.lower() == ".parquet":
         records = _parquet_records(path, raw, text_field, domain_field)
     else:
@@ -112,7 +117,7 @@ def file_documents(
         except UnicodeEncodeError as error:
             raise DataError(f"{path}:{number}: text holds half a surrogate pair at character {error.start}") from None
         documents += 1
-        yield Document(text, domain or stem, f"{path}:{number}")
+        yield Document(text, domain or name, f"{path}:{number}")
     if not documents:
         raise DataError(f"{path} holds no documents" + (f", only {blank} texts of white space" if blank else ""))
     if blank:

@@ -38,13 +38,11 @@ def save(
     Raises CheckpointError if the directory exists (unless `overwrite`) or the disk is full; nothing half-written stays.
     """
     with atomic_directory(Path(path), overwrite) as folder:
-        files = _write_weights(model, folder)
+        _write_weights(model, folder)
         dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
         receipts.write_json(folder / "config.json", describe(model.config, dtype))
-        files.append("config.json")
         if tokenizer is not None:
             tokenizer.save(folder)
-            files += ["tokenizer.json", "tokenizer_config.json"]
             generation = {
                 "eos_token_id": tokenizer.eos_id,
                 "bos_token_id": tokenizer.bos_id,
@@ -54,8 +52,11 @@ def save(
         if extra is not None:
             extra(folder)
         if receipt is None:
-            receipt = receipts.make("save", config={}, model=model.config, device=str(model.embed_tokens.weight.device))
-        receipt = {**receipt, "outputs": {**receipt["outputs"], **receipts.file_hashes(folder, files)}}
+            device = str(model.embed_tokens.weight.device)
+            config = model.config.model_dump(mode="json")
+            receipt = receipts.make("save", config=config, model=model.config, device=device)
+        files = receipts.file_hashes(folder, [entry.name for entry in folder.iterdir()])
+        receipt = {**receipt, "outputs": {**receipt["outputs"], **files}}
         receipts.write_json(folder / receipts.FILE, receipt)
     return receipt
 
@@ -118,8 +119,8 @@ def _tied(config: ModelConfig, name: str) -> bool:
     return config.tie_word_embeddings and name == "lm_head.weight"
 
 
-def _write_weights(model: Model, folder: Path) -> list[str]:
-    """Writes one key an expert, in shards of at most SHARD_BYTES; returns the files' names."""
+def _write_weights(model: Model, folder: Path) -> None:
+    """Writes one key an expert, in shards of at most SHARD_BYTES."""
     shards: list[list[tuple[str, Tensor]]] = [[]]
     size = 0
     for name, tensor in model.state_dict().items():
@@ -141,12 +142,10 @@ def _write_weights(model: Model, folder: Path) -> list[str]:
         # copies, a shard at a time: safetensors refuses views of one storage
         content = {key: part.detach().cpu().contiguous().clone() for key, part in shard}
         save_file(content, folder / file, metadata={"format": "pt"})
-    if len(shards) == 1:
-        return names
-    weight_map = {key: file for file, shard in zip(names, shards, strict=True) for key, _ in shard}
-    total = sum(part.numel() * part.element_size() for shard in shards for _, part in shard)
-    receipts.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return [*names, INDEX]
+    if len(shards) > 1:
+        weight_map = {key: file for file, shard in zip(names, shards, strict=True) for key, _ in shard}
+        total = sum(part.numel() * part.element_size() for shard in shards for _, part in shard)
+        receipts.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _read_weights(
@@ -175,7 +174,7 @@ def _read_weights(
             if part.is_floating_point() != of.is_floating_point() or (name in state and part.dtype != of.dtype):
                 raise CheckpointError(f"{key} in {file} has dtype {part.dtype} but the model holds {of.dtype} there")
             if not index:
-                state[name] = part
+                state[name] = part.clone()  # not a map of a file that may be removed or written over
             else:
                 if name not in state:
                     state[name] = torch.empty(meta.shape, dtype=part.dtype)

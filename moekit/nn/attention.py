@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moekit.config import MHAConfig
-from moekit.nn.autocast import cast_once
 from moekit.nn.cache import KVCache
 from moekit.nn.rope import Rotation, rotate, softmax_scale
+from moekit.ops.autocast import cast_once
 
 
 class Context(NamedTuple):

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moekit.nn.autocast import cast_once
+from moekit.ops.autocast import cast_once
 
 
 class SwiGLU(nn.Module):

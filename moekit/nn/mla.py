@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from moekit.config import MLAConfig
 from moekit.nn.attention import Context, attend
-from moekit.nn.autocast import cast_once
 from moekit.nn.norm import RMSNorm
 from moekit.nn.rope import rotate, softmax_scale
+from moekit.ops.autocast import cast_once
 
 
 class MLA(nn.Module):

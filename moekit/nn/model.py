@@ -113,14 +113,18 @@ class Model(nn.Module):
         padding_mask: Bool[Tensor, "batch length"] | None = None,
         document_ids: Int[Tensor, "batch length"] | None = None,
         prior_load: Sequence[LoadSums] | None = None,
+        return_logits: bool = True,
     ) -> ModelOutput:
         """Returns logits, loss, balance terms and routing of a batch.
 
         `labels` are the input ids themselves, shifted here (transformers' convention); `targets` are shifted already:
         targets[t] follows input_ids[t]. -100 is not predicted. `padding_mask` is true for real tokens; padding comes
         after them, and counts nowhere. `document_ids` keep attention inside a document. `prior_load` is one sum per
-        MoE layer for `global_aux`. With a cache, input_ids continue each sequence at its own length.
+        MoE layer for `global_aux`. With a cache, input_ids continue each sequence at its own length. `return_logits`
+        False spares the logits where only the loss is wanted; training on a loss never forms them.
         """
+        if padding_mask is not None and bool((padding_mask[:, 1:] & ~padding_mask[:, :-1]).any()):
+            raise ConfigError("padding_mask has padding before real tokens; pad on the right")
         if labels is not None:
             if targets is not None:
                 raise ConfigError("labels and targets are both given; labels are shifted by the model, targets are not")
@@ -155,7 +159,7 @@ class Model(nn.Module):
         if targets is not None:
             token_loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
             loss_mean = token_loss.total / token_loss.tokens.clamp(min=1)
-        if targets is None or not self.training:
+        if return_logits and (targets is None or not self.training):
             logits = self.lm_head(x)
         return ModelOutput(logits, loss_mean, aux, routings if return_routing else None, token_loss)
 

@@ -6,11 +6,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moekit.config import MoEConfig
-from moekit.nn.autocast import cast_once
 from moekit.nn.experts import Experts
 from moekit.nn.ffn import SwiGLU
 from moekit.nn.router import HashRouter, Router
 from moekit.ops import balance, dispatch
+from moekit.ops.autocast import cast_once
 from moekit.ops.balance import LoadSums
 from moekit.ops.routing import Routing, limit_capacity
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moekit.config import MoEConfig
 from moekit.errors import ConfigError
 from moekit.ops import routing
+from moekit.ops.autocast import autocast_off
 from moekit.ops.routing import Routing
 
 
@@ -41,7 +42,7 @@ class Router(nn.Module):
         mask: Bool[Tensor, " tokens"] | None,
     ) -> Routing:
         config = self.config
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x):
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
             return routing.route(
                 x.to(dtype) @ self.weight.to(dtype).T,

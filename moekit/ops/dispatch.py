@@ -27,7 +27,9 @@ def plan(expert_ids: Int[Tensor, "tokens k"], n_experts: int) -> Plan:
     order = pairs.argsort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
-    return Plan(order, inverse, pairs.bincount(minlength=n_experts + 1)[:n_experts])
+    # not bincount: on CUDA it would wait for the largest id
+    counts = pairs.new_zeros(n_experts + 1).scatter_add_(0, pairs, torch.ones_like(pairs))
+    return Plan(order, inverse, counts[:n_experts])
 
 
 class _Gather(torch.autograd.Function):

@@ -44,7 +44,9 @@ def swiglu_experts(
 def _choose(rows: Tensor, down: Tensor) -> Backend:
     # the grouped CUDA kernel takes bf16 with 16-byte strides; on a CPU it is a loop, slower than ours in bf16
     aligned = down.shape[1] % 8 == 0 and down.shape[2] % 8 == 0
-    return "grouped" if rows.is_cuda and rows.dtype == torch.bfloat16 and aligned and len(rows) else "torch"
+    if not (rows.is_cuda and rows.dtype == torch.bfloat16 and aligned and len(rows)):
+        return "torch"
+    return "grouped" if torch.cuda.get_device_capability(rows.device) >= (8, 0) else "torch"
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -71,24 +73,33 @@ class _SwiGLUExperts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         x, gate_up, down, hidden = ctx.saved_tensors
         d_y = _spread(d_rows, ctx.blocks)
-        d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
-        for expert, count in enumerate(ctx.counts):
-            if not count:
-                d_gate_up[expert], d_down[expert] = 0, 0
+        d_gate_up = _weight_gradient(gate_up, ctx.counts) if ctx.needs_input_grad[1] else None  # None: frozen
+        d_down = _weight_gradient(down, ctx.counts) if ctx.needs_input_grad[2] else None
         act = _swiglu(hidden)
         d_act = torch.empty_like(act)
         for expert, _, block in ctx.blocks:
             torch.mm(d_y[block], down[expert], out=d_act[block])
-            torch.mm(d_y[block].T, act[block], out=d_down[expert])
+            if d_down is not None:
+                torch.mm(d_y[block].T, act[block], out=d_down[expert])
         d_hidden = _swiglu_backward(hidden, d_act)
         d_x = torch.empty_like(x)
         for expert, _, block in ctx.blocks:
             torch.mm(d_hidden[block], gate_up[expert], out=d_x[block])
-            torch.mm(d_hidden[block].T, x[block], out=d_gate_up[expert])
+            if d_gate_up is not None:
+                torch.mm(d_hidden[block].T, x[block], out=d_gate_up[expert])
         return _pack(d_x, ctx.blocks, ctx.rows), d_gate_up, d_down, None
+
+
+def _weight_gradient(weight: Tensor, counts: list[int]) -> Tensor:
+    """Returns room for a gradient, zero for the experts without rows; the others are written whole."""
+    gradient = torch.empty_like(weight)
+    for expert, count in enumerate(counts):
+        if not count:
+            gradient[expert] = 0
+    return gradient
 
 
 Block = tuple[int, slice, slice]

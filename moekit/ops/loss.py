@@ -7,6 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moekit.ops.autocast import autocast_off, cast_once
+
 IGNORED = -100
 """The target of a position that is not predicted (the convention of torch and transformers)."""
 
@@ -25,10 +27,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The gradient is formed beside the loss, while the chunk's logits are at hand; backward only scales it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, training: bool) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, wanted: tuple[bool, bool]) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-        d_hidden = torch.empty_like(hidden) if training else None
-        d_weight = torch.zeros(weight.shape, dtype=total.dtype, device=weight.device) if training else None
+        d_hidden = torch.empty_like(hidden) if wanted[0] else None
+        d_weight = torch.zeros(weight.shape, dtype=total.dtype, device=weight.device) if wanted[1] else None
         size = max(1, CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, len(hidden), size):
             chunk, target = hidden[start : start + size], targets[start : start + size]
@@ -37,32 +39,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = (chunk @ weight.T).to(total.dtype)
             lse = logits.logsumexp(-1, keepdim=True)
             total += ((lse - logits.gather(1, safe)).squeeze(-1) * real).sum()
-            if d_hidden is not None and d_weight is not None:
+            if any(wanted):
                 d_logits = logits.sub_(lse).exp_()
                 d_logits.scatter_add_(1, safe, torch.full_like(safe, -1, dtype=total.dtype))
                 d_logits = d_logits.mul_(real.unsqueeze(-1)).to(hidden.dtype)
-                torch.mm(d_logits, weight, out=d_hidden[start : start + size])
-                d_weight += d_logits.T @ chunk
-        if d_hidden is not None and d_weight is not None:
-            ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
+                if d_hidden is not None:
+                    torch.mm(d_logits, weight, out=d_hidden[start : start + size])
+                if d_weight is not None:
+                    d_weight += d_logits.T @ chunk
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.dtype = weight.dtype
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        # scaled in the precision of the loss: 1 / targets itself would be rounded in bf16, and vanish in fp16
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grad.to(d_hidden.dtype), d_weight * grad.to(d_weight.dtype), None, None
+        if d_hidden is not None:
+            d_hidden = (d_hidden.to(grad.dtype) * grad).to(d_hidden.dtype)
+        if d_weight is not None:
+            d_weight = (d_weight * grad).to(ctx.dtype)
+        return d_hidden, d_weight, None, None
 
 
 def linear_cross_entropy(
     hidden: Float[Tensor, "tokens dim"], weight: Float[Tensor, "vocab dim"], targets: Int[Tensor, " tokens"]
 ) -> TokenLoss:
     """Returns the summed cross-entropy of softmax(weight @ hidden) in nats over the targets that are not -100."""
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
-        # inside the function gradients are always off, so whether one is wanted is asked here
-        training = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-        total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, training)
+    hidden, weight = cast_once(hidden), cast_once(weight)
+    with autocast_off(hidden):
+        # inside the function gradients are always off, so which are wanted is asked here
+        on = torch.is_grad_enabled()
+        wanted = (on and hidden.requires_grad, on and weight.requires_grad)
+        total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, wanted)
     return TokenLoss(total, (targets != IGNORED).sum())

@@ -195,7 +195,8 @@ def _count(
     length = len(ids) // max(sequences, 1)
     sequence = torch.arange(sequences, device=ids.device).repeat_interleave(length).unsqueeze(-1)
     slots = (sequence * (n_experts + 1) + ids).flatten()
-    counts = slots.bincount(minlength=sequences * (n_experts + 1)).view(sequences, n_experts + 1)[:, :n_experts]
+    counts = slots.new_zeros(sequences * (n_experts + 1)).scatter_add_(0, slots, torch.ones_like(slots))
+    counts = counts.view(sequences, n_experts + 1)[:, :n_experts]
     if n_group == 1:
         groups = (ids[:, :1] < n_experts).view(sequences, length).sum(1, keepdim=True)
     else:

@@ -16,7 +16,7 @@ import torch
 from moekit import receipts
 from moekit.config import MoEConfig, RunConfig, dump, load_run_config
 from moekit.data import Batch, Sampler, TokenDataset, open_dataset
-from moekit.errors import ConfigError, TrainingError
+from moekit.errors import CheckpointError, ConfigError, TrainingError
 from moekit.formats.tokenizer import Tokenizer, load_tokenizer
 from moekit.nn.model import Model
 from moekit.train import hardware as machine
@@ -82,9 +82,7 @@ def _difference(name: str, before: Any, now: Any, file: str) -> str:
 def _claim(run: Path, config: RunConfig) -> None:
     """Makes the run's directory. A kill at any moment leaves it free, or with a whole config.yaml."""
     run.mkdir(parents=True, exist_ok=True)
-    temporary = run / ".config.yaml.writing"
-    temporary.write_text(dump(config), encoding="utf-8")
-    os.replace(temporary, run / "config.yaml")
+    receipts.write_text(run / "config.yaml", dump(config))
     (run / "checkpoints").mkdir(exist_ok=True)
 
 
@@ -300,6 +298,11 @@ class _Run:
         state.clean(self.run)
         folder = state.newest(self.run)
         if folder is None:
+            if damaged := state.finished(self.run):
+                folder = damaged[0].parent
+                raise CheckpointError(
+                    f"none of the {len(damaged)} checkpoints is whole; remove {folder} to start again"
+                )
             return
         saved, tensors = state.read(folder, self.model, self.optimizers)
         if saved["data"] != self._data_fingerprint():
@@ -330,7 +333,14 @@ class _Run:
             action,
             config=self.config.model_dump(mode="json"),
             model=self.config.model,
-            inputs={"data": self.config.data.path, "tokenizer": self.dataset.tokenizer_fingerprint},
+            trains=True,
+            inputs={
+                "data": {
+                    "path": self.config.data.path,
+                    "sha256": self._data_fingerprint(),
+                    "tokenizer": self.dataset.tokenizer_fingerprint,
+                }
+            },
             outputs=outputs,
             health=self.last_health | {"validation": self.last_scores},
             seed=self.config.seed,
@@ -376,11 +386,17 @@ def _signals(caught: list[int]) -> Iterator[None]:
 @contextmanager
 def _deterministic() -> Iterator[None]:
     """Asks CUDA for kernels whose sums do not differ from run to run; on a CPU only the number of threads matters."""
-    before = torch.are_deterministic_algorithms_enabled()
-    if torch.cuda.is_available():
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS first starts
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    if not torch.cuda.is_available():
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS first starts
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    switches: Any = torch.utils.deterministic
+    fill = switches.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    switches.fill_uninitialized_memory = False  # a debugging aid that would fill every buffer
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        switches.fill_uninitialized_memory = fill

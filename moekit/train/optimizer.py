@@ -117,5 +117,7 @@ def load_state_tensors(model: Model, optimizers: list[Optimizer], tensors: dict[
             for parameter in group["params"]:
                 state = grouped.get(names[id(parameter)])
                 if state is not None:
-                    # fused AdamW keeps its step count beside the parameter
-                    optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+                    # copies: what was read is a map of a file that retention removes
+                    optimizer.state[parameter] = {
+                        key: value.to(parameter.device, copy=True) for key, value in state.items()
+                    }

@@ -104,4 +104,4 @@ def read(folder: Path, model: Model, optimizers: list[Optimizer]) -> tuple[dict[
     for name, value in parts["random"].items():
         if torch.cuda.is_available() and int(name.removeprefix("cuda")) < torch.cuda.device_count():
             torch.cuda.set_rng_state(value, int(name.removeprefix("cuda")))
-    return read_json(folder / STATE), parts["other"]
+    return read_json(folder / STATE), {name: value.clone() for name, value in parts["other"].items()}

@@ -59,6 +59,7 @@ def validate(
                     padding_mask=targets != IGNORED,
                     document_ids=documents,
                     return_routing=True,
+                    return_logits=False,
                 )
             load.add(out.routing)
             nats += float(out.token_loss.total)

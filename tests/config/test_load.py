@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from moekit.config import (
+    AdamWConfig,
     DataConfig,
     DenseConfig,
     MuonConfig,
@@ -63,17 +64,38 @@ def test_override_values_are_yaml() -> None:
     assert (run.grad_clip, run.device, run.optimizer.weight_decay) == (None, "cuda:1", 0.0)
 
 
-def test_a_changed_kind_replaces_its_part_and_an_unchanged_one_does_not() -> None:
+def test_a_changed_kind_replaces_a_part_of_the_model_and_an_unchanged_one_does_not() -> None:
     dense = load_run_config(
         "tiny-deepseekmoe", {"model.ffn.intermediate_size": "64", "model.ffn.kind": "dense"}, **DATA
     )
     assert dense.model.ffn == DenseConfig(intermediate_size=64)
     same = load_run_config("tiny-deepseekmoe", {"model.ffn.kind": "moe"}, **DATA)
     assert same.model == preset("tiny-deepseekmoe")
-    muon = load_run_config("tiny-deepseekmoe", {"optimizer.kind": "muon"}, **DATA)
-    assert muon.optimizer == MuonConfig()
-    cosine = load_run_config("tiny-dense", {"schedule": "{kind: cosine, final_ratio: 0.2}"}, **DATA)
-    assert cosine.schedule.model_dump() == {"kind": "cosine", "warmup_steps": 0, "final_ratio": 0.2}
+
+
+def test_another_optimizer_or_schedule_keeps_the_settings_that_it_shares(tmp_path: Path) -> None:
+    run = load_run_config("tiny-deepseekmoe", {"optimizer.kind": "muon", "schedule.kind": "cosine"}, **DATA)
+    assert run.optimizer == MuonConfig(lr=3e-3)
+    assert run.schedule.model_dump() == {"kind": "cosine", "warmup_steps": 30, "final_ratio": 0.1}
+    text = (
+        "preset: tiny-gshard\noptimizer: {kind: muon, momentum: 0.5, beta2: 0.9, eps: 1e-7}\n"
+        "schedule: {kind: wsd, final_ratio: 0.2, decay_fraction: 0.5}"
+    )
+    back = {"optimizer.kind": "adamw", "schedule": "{kind: cosine, warmup_steps: 7}"}
+    run = load_run_config(_file(tmp_path, text), back, **DATA)
+    assert run.optimizer == AdamWConfig(lr=3e-3, beta2=0.9, eps=1e-7)
+    assert run.schedule.model_dump() == {"kind": "cosine", "warmup_steps": 7, "final_ratio": 0.2}
+    back["optimizer.momentum"] = "0.9"
+    assert "momentum is a setting of optimizer.kind muon only" in _said(_file(tmp_path, text), back)
+    for kind in ("mon", "null", "[muon]"):
+        assert "allowed: adamw, muon" in _said("tiny-gshard", {"optimizer.kind": kind})
+
+
+def test_a_template_fills_in_the_data_that_nothing_names(tmp_path: Path) -> None:
+    assert load_run_config("tiny-dense", template=True).data == DataConfig(path="DATA", **recipe("tiny-dense")["data"])
+    named = _file(tmp_path, "preset: tiny-dense\ndata: {path: there}")
+    assert load_run_config(named, template=True).data.path == "there"
+    assert load_run_config(named, {"data.path": "here"}, template=True).data.path == "here"
 
 
 def test_a_file_may_start_from_a_preset(tmp_path: Path) -> None:
@@ -157,10 +179,16 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ("data.micro_batch_size", "5", "data.micro_batch_size is 5 but must divide 16, batch_size"),
         ("schedule.warmup_steps", "301", "schedule.warmup_steps is 301 but steps is 300"),
         ("steps", "[1", "--steps is '[1', which is not a YAML value"),
+        ("seed", str(10**20), "seed is 100000000000000000000 but must be less than 9223372036854775808"),
     ],
 )
 def test_one_line_says_what_was_found_and_what_is_allowed(key: str, value: str, said: str) -> None:
     assert said in _said("tiny-deepseekmoe", {key: value})
+
+
+def test_muon_without_experts_is_refused() -> None:
+    said = _said("tiny-dense", {"optimizer.kind": "muon"})
+    assert "optimizer.kind is muon but model.ffn.kind is dense" in said
 
 
 def test_one_for_a_float_is_fine() -> None:

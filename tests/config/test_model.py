@@ -33,6 +33,9 @@ def _refused(**changes: Any) -> str:
         ({"hash_method": "balanced"}, "it is for hash only"),
         ({"global_aux": "true"}, "needs seq_aux false"),
         ({"device_aux_loss_alpha": 0.05}, "have no gradient with n_group 1"),
+        ({"seq_aux": "false", "aux_loss_alpha": 0}, "seq_aux is false but there is no balance loss"),
+        ({"seq_aux": "false", "aux_loss_alpha": 0, "z_loss_alpha": 0.1}, "seq_aux is false but there is no balance"),
+        ({"num_experts_per_tok": 1, "norm_topk_prob": "true"}, "every weight is 1, so the router cannot learn"),
         ({"drop_policy": "score"}, "capacity_factor is null, so nothing is dropped"),
         ({"intermediate_size": 256}, "no layer is dense"),
         ({"first_k_dense_replace": 1}, "intermediate_size is missing"),
@@ -43,6 +46,14 @@ def _refused(**changes: Any) -> str:
 )
 def test_a_setting_that_cannot_take_effect_is_refused(changes: dict[str, Any], said: str) -> None:
     assert said in _refused(**changes)
+
+
+def test_settings_near_those_that_are_refused_are_accepted() -> None:
+    sizes = {"num_experts_per_tok": 1, "moe_intermediate_size": 8}
+    assert MoEConfig(n_routed_experts=1, norm_topk_prob=True, **sizes).norm_topk_prob
+    groups = {"n_routed_experts": 4, "n_group": 2, "topk_group": 2, "seq_aux": False}
+    for name in ("aux_loss_alpha", "device_aux_loss_alpha", "comm_aux_loss_alpha"):
+        assert not MoEConfig.model_validate({**sizes, **groups, name: 0.1}).seq_aux
 
 
 def test_heads_must_fit() -> None:

@@ -38,7 +38,9 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def make(texts: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    settings: dict[str, Any] = {"valid_fraction": 0.1, "vocab_size": 400, "shard_tokens": 9000}
+    settings: dict[str, Any] = {"shard_tokens": 9000}
+    settings |= {} if "valid_paths" in changes else {"valid_fraction": 0.1}
+    settings |= {} if "tokenizer" in changes else {"vocab_size": 400}
     return prepare([texts], out, **{**settings, **changes})
 
 
@@ -83,16 +85,33 @@ def test_the_split_follows_the_text_and_not_the_order(texts: Path, tmp_path: Pat
     assert 0.05 < (len(validation_texts(tmp_path / "a")) - 1) / len(rows) < 0.15
 
 
-def test_domains_without_validation_are_named(texts: Path, tmp_path: Path) -> None:
+def test_domains_without_validation_are_named(texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make(texts, tmp_path / "all", valid_fraction=0.3)
+    assert not caplog.records
     none = make(texts, tmp_path / "none", valid_fraction=0.0)
     assert list(none["splits"]) == ["train"]
     assert none["domains_without_validation"] == DOMAINS
+    assert "no validation text of gov_en, math_en, poetry_zh: training will not be evaluated on it" in caplog.text
+    caplog.clear()
     with pytest.raises(DataError, match="no split 'valid'; found: train"):
         open_dataset(tmp_path / "none", "valid")
     some = make(texts / "math_en.valid.jsonl.gz", tmp_path / "some", valid_paths=[texts / "gov_en.valid.jsonl.gz"])
     assert some["domains_without_validation"] == ["math_en"]
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["no validation text of math_en"]
     assert some["arguments"]["valid_fraction"] is None
     assert sorted(some["splits"]["valid"]["domains"]) == ["gov_en"]
+
+
+def test_a_folder_of_texts_is_one_domain_to_its_end(tmp_path: Path) -> None:
+    books = tmp_path / "books"
+    books.mkdir()
+    for i in range(8):
+        (books / f"{i}.txt").write_text(f"book {i} " + "word " * 20)
+    prepare([books], tmp_path / "out", valid_fraction=0.4, vocab_size=260)
+    for split in ("train", "valid"):
+        assert open_dataset(tmp_path / "out", split).domains == ["books"]
+    with pytest.raises(DataError, match=r"begun with .*0\.txt in books, now it is in a file by itself; rep"):
+        prepare(sorted(books.iterdir()), tmp_path / "out", valid_fraction=0.4, vocab_size=260)
 
 
 def test_a_given_tokenizer_is_used_and_copied(texts: Path, tmp_path: Path) -> None:
@@ -172,7 +191,7 @@ def test_resuming_does_not_tokenise_finished_shards_again_and_follows_moved_file
     make(texts, tmp_path / "straight")
     interrupt(texts, tmp_path / "out", 3)
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("0000[012].*")}
-    moved = tmp_path / "moved"
+    moved = tmp_path / "moved" / texts.name
     shutil.copytree(texts, moved)
     make(moved, tmp_path / "out")
     assert len(stamps) >= 6
@@ -219,6 +238,8 @@ def test_bad_arguments_are_refused_before_anything_is_written(texts: Path, tmp_p
         (ConfigError, "tokenizer_bytes is 0", {"tokenizer_bytes": 0}),
         (ConfigError, "vocab_size is 256", {"vocab_size": 256}),
         (CheckpointError, "does not exist", {"tokenizer": tmp_path}),
+        (ConfigError, "vocab_size is 400 but a tokenizer is given", {"tokenizer": tmp_path, "vocab_size": 400}),
+        (ConfigError, "valid_fraction is 0.0 but validation", {"valid_paths": [texts], "valid_fraction": 0.0}),
         (
             DataError,
             "given both as training and as validation text",

@@ -20,7 +20,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, words in (("prose", 40), ("verse", 9)):
         rows = [{"text": f"{name} {i} " + "one two three " * (i % words)} for i in range(40)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare([folder], folder / "data", valid_fraction=0.3, vocab_size=280, shard_tokens=500)
+    prepare(sorted(folder.glob("*.jsonl")), folder / "data", valid_fraction=0.3, vocab_size=280, shard_tokens=500)
     return folder / "data"
 
 

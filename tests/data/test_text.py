@@ -69,6 +69,25 @@ def test_the_domain_is_the_file_name_where_no_field_says_it(
     assert [(d.text, d.domain) for d in documents] == [("a", "news"), ("b", "news"), ("c", "k")]
 
 
+def test_the_domain_of_a_text_in_a_named_folder_is_that_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("books/one.txt", "books/old/two.train.txt", "alone.txt", "poems.valid/three.txt"):
+        write(tmp_path, name, b"text")
+    write(tmp_path, "books/four.jsonl", b'{"text": "a"}\n{"text": "b", "domain": "k"}')
+
+    def domains(*paths: str) -> dict[str, str]:
+        documents = read_documents([tmp_path / path for path in paths])
+        return {Path(d.source).name.partition(".")[0] + d.source[-2:]: d.domain for d in documents}
+
+    books = {"four:1": "books", "four:2": "k", "two:1": "books", "one:1": "books"}
+    assert domains("books") == books
+    assert domains("books", "alone.txt", "poems.valid") == {**books, "alone:1": "alone", "three:1": "poems"}
+    assert domains("books/one.txt", "books/old")["one:1"] == "one"
+    assert domains("books/one.txt", "books/old")["two:1"] == "old"
+    assert domains("books/one.txt", "books") == {**books, "one:1": "one"}
+    monkeypatch.chdir(tmp_path / "books")
+    assert {d.domain for d in read_documents(["."])} == {"books", "k"}
+
+
 def test_blank_texts_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path, "a.jsonl", b'{"text": ""}\n\n{"text": "x"}\n{"text": " \\n"}')
     assert [d.source for d in read_documents([path])] == [f"{path}:3"]

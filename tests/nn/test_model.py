@@ -196,6 +196,27 @@ def test_padding_changes_no_real_logit_no_loss_and_no_balance_term(device: torch
         assert torch.equal(padded.routing[layer].tokens_per_expert, counts)
 
 
+def test_padding_before_real_tokens_is_refused(device: torch.device, tiny_config: Make) -> None:
+    model = build(tiny_config(), device)
+    mask = torch.tensor([[False, True, True], [True, True, True]], device=device)
+    with pytest.raises(ConfigError, match="padding_mask has padding before real tokens; pad on the right"):
+        model(tokens(device, 2, 3), padding_mask=mask)
+
+
+def test_logits_are_spared_on_request_and_the_loss_is_the_same(device: torch.device, tiny_config: Make) -> None:
+    model, ids = build(tiny_config(), device).eval(), tokens(device, 2, 6)
+    spared, full = model(ids, labels=ids, return_logits=False), model(ids, labels=ids)
+    assert spared.logits is None
+    assert full.logits is not None
+    assert torch.equal(spared.loss, full.loss)
+
+
+def test_shapes_can_be_computed_without_storage(tiny_config: Make) -> None:
+    with torch.device("meta"):
+        model = Model(tiny_config(ffn={"kind": "dense"}))
+        assert model(torch.zeros(2, 5, dtype=torch.int64)).logits.shape[:2] == (2, 5)
+
+
 def test_a_context_that_is_too_long_is_refused(device: torch.device, tiny_config: Make) -> None:
     with pytest.raises(ConfigError, match="has 65 tokens but max_position_embeddings is 64"):
         build(tiny_config(), device)(tokens(device, 1, 65))

@@ -131,3 +131,18 @@ def test_a_row_depends_on_no_other_row(device: torch.device) -> None:
     rows[3] += 1
     changed = (swiglu_experts(rows, gate_up, down, counts) != before).any(1)
     assert changed.tolist() == [False, False, False, True, False, False]
+
+
+@pytest.mark.parametrize("frozen", ["gate_up", "down"])
+def test_a_frozen_weight_gets_no_gradient_and_changes_no_other(device: torch.device, frozen: str) -> None:
+    gate_up, down = weights(device, torch.float64)
+    rows = torch.randn(16, 5, dtype=torch.float64, device=device, requires_grad=True)
+    counts = torch.tensor(COUNTS["odd sizes"], device=device)
+    trained = {"gate_up": gate_up, "down": down}
+    full = torch.autograd.grad(swiglu_experts(rows, gate_up, down, counts).sum(), (rows, gate_up, down))
+    expected = dict(zip(("rows", "gate_up", "down"), full, strict=True))
+    trained[frozen].requires_grad_(False)
+    swiglu_experts(rows, gate_up, down, counts).sum().backward()
+    assert trained[frozen].grad is None
+    for name, tensor in {"rows": rows, **trained}.items():
+        assert name == frozen or torch.equal(tensor.grad, expected[name])

@@ -102,3 +102,24 @@ def test_autocast_multiplies_in_bf16_and_sums_in_float32(device: torch.device) -
     assert total.dtype == gradients[0].dtype == gradients[1].dtype == torch.float32
     assert total != expected
     torch.testing.assert_close(total, expected, rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_side_gets_no_gradient_and_changes_not_the_other(device: torch.device, frozen: int) -> None:
+    hidden, weight, targets = inputs(device)
+    sides = (hidden, weight)
+    expected = torch.autograd.grad(linear_cross_entropy(*sides, targets).total, sides)[1 - frozen]
+    sides[frozen].requires_grad_(False)
+    linear_cross_entropy(*sides, targets).total.backward()
+    assert sides[frozen].grad is None
+    assert torch.equal(sides[1 - frozen].grad, expected)
+
+
+def test_the_mean_over_many_targets_is_not_rounded_to_bf16(device: torch.device) -> None:
+    hidden, weight, targets = inputs(device, torch.bfloat16)
+    total = linear_cross_entropy(hidden, weight, targets).total
+    whole = torch.autograd.grad(total, weight, retain_graph=True)[0].double()
+    part = torch.autograd.grad(total / 4095, weight)[0].double()  # 1 / 4095 is no bf16 number
+    large = whole.abs() > whole.abs().max() / 2
+    # each entry is rounded by itself, up or down; a rounded factor would move them all by the same 0.2%
+    assert abs(float((part * 4095 / whole)[large].mean()) - 1) < 1.2e-3

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from moekit.config import RunConfig, dump
+from moekit.errors import CheckpointError
 from moekit.formats.checkpoint import load
 from moekit.formats.directory import check_directory
 from moekit.train import state, train
@@ -275,13 +276,17 @@ def test_a_run_that_went_back_behind_a_damaged_checkpoint_keeps_its_own_newest(
     check_directory(folder_of(run, 8))
 
 
-def test_when_every_checkpoint_is_damaged_it_starts_again(run_config: Configs, tmp_path: Path, straight: Path) -> None:
+def test_when_every_checkpoint_is_damaged_nothing_is_touched(run_config: Configs, tmp_path: Path) -> None:
     interrupted(run_config, tmp_path / "run")
     for folder in finished(tmp_path / "run"):
         shutil.rmtree(folder)
         folder.mkdir()
-    train(run_config(**SETTINGS), tmp_path / "run", resume=True)
-    assert_same_end(straight, tmp_path / "run")
+    before = (tmp_path / "run" / FILE).read_bytes()
+    with pytest.raises(
+        CheckpointError, match=r"none of the \d+ checkpoints is whole; remove .*checkpoints to start again"
+    ):
+        train(run_config(**SETTINGS), tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / FILE).read_bytes() == before
 
 
 def test_a_metrics_line_that_a_kill_cut_is_made_again(run_config: Configs, tmp_path: Path, straight: Path) -> None:

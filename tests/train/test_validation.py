@@ -125,9 +125,7 @@ def test_only_the_first_tokens_of_each_domain_count(model: Model, small: TokenDa
     assert {name: s.tokens for name, s in found.items()} == {"a": 2 * LENGTH + 5, "one": 1, "z": 2 * LENGTH + 5}
 
 
-def test_a_domain_of_end_of_text_alone_counts_one_byte(
-    model: Model, small: TokenDataset, tokenizer: Tokenizer
-) -> None:
+def test_a_domain_of_end_of_text_alone_counts_one_byte(model: Model, small: TokenDataset, tokenizer: Tokenizer) -> None:
     found = score(model, small, tokenizer)["one"]  # "x" is given, end-of-text is predicted: no byte
     assert found.bits_per_byte == pytest.approx(found.loss / math.log(2))  # finite: infinity is no JSON
     assert math.isfinite(found.loss)

@@ -1,0 +1,23 @@
+"""Autocast where several products share one input, and where float32 is wanted whatever it says."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def cast_once(x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
+    """Returns x in autocast's dtype, or x itself outside of autocast.
+
+    Under autocast each `F.linear` would make, and keep for the backward pass, a copy of the same input.
+    """
+    device = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(device):  # autocast does not know the meta device
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+def autocast_off(x: Tensor) -> AbstractContextManager[object]:
+    """Returns a context in which nothing on x's device is cast."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
