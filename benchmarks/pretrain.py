@@ -121,15 +121,15 @@ def main() -> None:
         "The first 32 tokens of the domain's validation text, then what the model adds (temperature 0.7, top-p 0.9,"
     ]
     lines += ["repetition penalty 1.1, seed 0).", "", *samples(args.runs[0], configs[names[0]].data.path)]
-    versions = receipts.versions()
-    lines += [
-        "## How",
-        "",
-        f"moekit {versions['moekit']}, torch {versions['torch']}, {versions['system']}. Configurations:",
-        "",
-    ]
+    lines += ["## How", ""]
     for name in names:
-        lines.append(f"- {name}: {done[name]['versions']['threads']} thread(s), device {done[name]['device']}")
+        versions, settings = done[name]["versions"], configs[name]
+        lines.append(
+            f"- {name}: seed {settings.seed}, {settings.steps} steps of {settings.data.batch_size} x "
+            f"{settings.data.sequence_length} tokens, AdamW {settings.optimizer.lr:g}, {done[name]['device']}, "
+            f"{versions['threads']} thread(s), moekit {versions['moekit']}, torch {versions['torch']}, "
+            f"{versions['system']}"
+        )
     args.out.write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 

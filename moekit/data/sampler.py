@@ -8,7 +8,7 @@ import numpy as np
 from moekit.data.shards import TokenDataset
 from moekit.errors import DataError
 
-IGNORE = -100  # label of a position that has nothing to predict
+IGNORE = -100  # label of a position that has nothing to predict; ops.loss.IGNORED, whose import would bring torch
 
 
 class Batch(NamedTuple):

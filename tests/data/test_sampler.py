@@ -10,8 +10,15 @@ import pytest
 
 from moekit.data import IGNORE, Batch, Sampler, TokenDataset, open_dataset, prepare, validation_windows
 from moekit.errors import DataError
+from moekit.ops.loss import IGNORED
 
 LENGTH = 7
+
+
+def test_the_data_need_no_torch_and_agree_with_the_loss_on_what_is_ignored() -> None:
+    code = "import sys, moekit.data; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert IGNORE == IGNORED
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +153,8 @@ def test_validation_of_a_domain_without_text_yields_nothing_and_of_an_unknown_on
 ) -> None:
     for name in ("prose", "verse"):
         (tmp_path / f"{name}.jsonl").write_text('{"text": "some words"}\n' * 9)
-    prepare([tmp_path], tmp_path / "d", valid_paths=[path.parent / "prose.jsonl"], vocab_size=257)
+    files = sorted(tmp_path.glob("*.jsonl"))
+    prepare(files, tmp_path / "d", valid_paths=[path.parent / "prose.jsonl"], vocab_size=257)
     dataset = open_dataset(tmp_path / "d", "valid")
     assert dataset.domains == ["prose", "verse"]
     assert list(validation_windows(dataset, "verse", LENGTH, 99, 2)) == []
