@@ -425,7 +425,10 @@ def run_generate(args: argparse.Namespace) -> int:
     if folder is None:
         raise ConfigError(f"{args.model} is a run without a checkpoint yet")
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    model, tokenizer = load(folder, choose_device(args.device), dtype), load_tokenizer(folder)
+    model, tokenizer = (
+        load(folder, choose_device(args.device), dtype, check_hashes=folder is args.model),
+        load_tokenizer(folder),
+    )
 
     untold = [prompts[0]]  # not written before the first token comes: a mistake must not follow half a line
 

@@ -66,7 +66,7 @@ class CosineSchedule(Strict):
 
     kind: Literal["cosine"] = Field("cosine", description="warm-up, then half a cosine")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
-    final_ratio: float = Field(0.1, ge=0, le=1, description="last rate, as a fraction of the peak")
+    final_ratio: float = Field(0.1, ge=0, le=1, description="rate at the end, as a fraction of the peak")
 
 
 class WSDSchedule(Strict):
@@ -75,7 +75,7 @@ class WSDSchedule(Strict):
     kind: Literal["wsd"] = Field("wsd", description="warm-up, stable, decay")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     decay_fraction: float = Field(0.2, gt=0, le=1, description="fraction of the steps that decays")
-    final_ratio: float = Field(0.0, ge=0, le=1, description="last rate, as a fraction of the peak")
+    final_ratio: float = Field(0.0, ge=0, le=1, description="rate at the end, as a fraction of the peak")
 
 
 class ConstantSchedule(Strict):

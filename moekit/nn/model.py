@@ -200,6 +200,10 @@ class Model(nn.Module):
 
     def balance_hash(self, token_counts: Int[Tensor, " vocab"]) -> None:
         """Fills the hash tables that are to be balanced by token frequency."""
-        for layer in self.moe_layers:
-            if isinstance(layer.router, HashRouter) and layer.config.hash_method == "balanced":
-                layer.router.balance(token_counts)
+        routers = [layer.router for layer in self.moe_layers if layer.config.hash_method == "balanced"]
+        for router in routers:
+            assert isinstance(router, HashRouter)  # the configuration has checked it
+            if router is routers[0]:
+                router.balance(token_counts)
+            else:  # the same counts give the same table
+                router.fill(routers[0].table)
