@@ -200,10 +200,8 @@ class Model(nn.Module):
 
     def balance_hash(self, token_counts: Int[Tensor, " vocab"]) -> None:
         """Fills the hash tables that are to be balanced by token frequency."""
-        routers = [layer.router for layer in self.moe_layers if layer.config.hash_method == "balanced"]
-        for router in routers:
-            assert isinstance(router, HashRouter)  # the configuration has checked it
-            if router is routers[0]:
-                router.balance(token_counts)
-            else:  # the same counts give the same table
+        routers = [module for module in self.modules() if isinstance(module, HashRouter)]
+        if routers and routers[0].config.hash_method == "balanced":
+            routers[0].balance(token_counts)
+            for router in routers[1:]:  # the same counts give the same table
                 router.fill(routers[0].table)
