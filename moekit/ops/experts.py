@@ -44,7 +44,7 @@ def swiglu_experts(
 def _choose(rows: Tensor, down: Tensor) -> Backend:
     # the grouped CUDA kernel takes bf16 with 16-byte strides; on a CPU it is a loop, slower than ours in bf16
     aligned = down.shape[1] % 8 == 0 and down.shape[2] % 8 == 0
-    if not (rows.is_cuda and rows.dtype == torch.bfloat16 and aligned and len(rows)):
+    if not (rows.is_cuda and rows.dtype == torch.bfloat16 and aligned and len(rows) and hasattr(F, "grouped_mm")):
         return "torch"
     return "grouped" if torch.cuda.get_device_capability(rows.device) >= (8, 0) else "torch"
 

@@ -3,31 +3,24 @@
 import hashlib
 import logging
 import math
-import os
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moekit import receipts
-from moekit.config import MoEConfig, RunConfig, dump, load_run_config
+from moekit.config import MoEConfig, RunConfig
 from moekit.data import Batch, Sampler, TokenDataset, open_dataset
 from moekit.errors import CheckpointError, ConfigError, TrainingError
 from moekit.formats.tokenizer import Tokenizer, load_tokenizer
 from moekit.nn.model import Model
+from moekit.train import directory, health, metrics, optimizer, process, schedule, state
 from moekit.train import hardware as machine
-from moekit.train import health, metrics, optimizer, schedule, state
 from moekit.train.validation import validate
 
 logger = logging.getLogger(__name__)
-
-MUST_MATCH = ("model", "optimizer", "schedule", "steps", "seed", "grad_clip")
-"""Settings that a resumed run cannot change. The text must be the same too, wherever it lies now."""
-DATA_MUST_MATCH = ("sequence_length", "batch_size", "cross_document_attention")
 
 
 def train(
@@ -41,49 +34,15 @@ def train(
     TrainingError when the loss or the gradient is not finite.
     """
     run = Path(out)
-    with _deterministic():
+    with process.deterministic():
         try:
-            _check(run, config, resume)
+            directory.check(run, config, resume)
             started = _Run(config, run, sinks)
         except BaseException:  # a display must not stay on the terminal
             for sink in sinks:
                 sink.close()
             raise
         return started.train()
-
-
-def _check(run: Path, config: RunConfig, resume: bool) -> None:
-    """Raises ConfigError unless the run's directory is free, or with `resume` holds this run."""
-    file = run / "config.yaml"
-    if resume:
-        if not file.is_file():
-            raise ConfigError(
-                f"{run} has no config.yaml, so there is no run to resume; leave out --resume to start one"
-            )
-        before, now = load_run_config(file).model_dump(), config.model_dump()
-        for settings in (before, now):
-            settings["data"] = {name: settings["data"][name] for name in DATA_MUST_MATCH}
-        for name in (*MUST_MATCH, "data"):
-            if before[name] != now[name]:
-                difference = _difference(name, before[name], now[name], str(file))
-                raise ConfigError(f"{difference}; a resumed run must keep it, start a new one instead")
-    elif run.exists() and (not run.is_dir() or any(not entry.name.startswith(".") for entry in run.iterdir())):
-        raise ConfigError(f"{run} exists already; use --resume to continue it, or choose another --out")
-
-
-def _difference(name: str, before: Any, now: Any, file: str) -> str:
-    """Returns the first setting of two that differ, with both values."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        key = next(key for key in {**before, **now} if before.get(key) != now.get(key))
-        return _difference(f"{name}.{key}", before.get(key), now.get(key), file)
-    return f"{name} is {now} but {before} in {file}"
-
-
-def _claim(run: Path, config: RunConfig) -> None:
-    """Makes the run's directory. A kill at any moment leaves it free, or with a whole config.yaml."""
-    run.mkdir(parents=True, exist_ok=True)
-    receipts.write_text(run / "config.yaml", dump(config))
-    (run / "checkpoints").mkdir(exist_ok=True)
 
 
 class _Run:
@@ -127,7 +86,7 @@ class _Run:
             for block in self.model.layers:
                 block.compile()
         self.matmul_flops = machine.matmul_flops(self.hardware)
-        _claim(run, config)  # not before everything else is sound: a mistake leaves no directory behind
+        directory.claim(run, config)  # not before everything else is sound: a mistake leaves no directory behind
         self.sinks: list[metrics.Sink] = [metrics.JsonLines(run, self.step), *sinks]
         if config.tensorboard:
             self.sinks.append(metrics.TensorBoard(run, self.step))
@@ -136,7 +95,7 @@ class _Run:
         config, asked_to_stop, stop = self.config, list[int](), False
         self.clock = time.perf_counter()
         self.logged_at, self.logged_step = self.clock, self.step
-        with _signals(asked_to_stop):
+        with process.signals(asked_to_stop):
             try:
                 while self.step < config.steps and not stop:
                     self._one_step(self.sampler.batch(self.step))
@@ -359,44 +318,3 @@ class _Run:
     def _record(self, record: dict[str, Any]) -> None:
         for sink in self.sinks:
             sink.record(record)
-
-
-@contextmanager
-def _signals(caught: list[int]) -> Iterator[None]:
-    """Lets SIGTERM and SIGINT end the run after the step in progress; a second one acts as usual."""
-
-    def note(number: int, frame: Any) -> None:
-        caught.append(number)
-        for other, handler in before.items():
-            signal.signal(other, handler)
-
-    before: dict[int, Any] = {}
-    try:
-        for ending in (signal.SIGTERM, signal.SIGINT):
-            before[ending] = signal.signal(ending, note)
-    except ValueError:  # not in the main thread: the caller has the signals
-        pass
-    try:
-        yield
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """Asks CUDA for kernels whose sums do not differ from run to run; on a CPU only the number of threads matters."""
-    if not torch.cuda.is_available():
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS first starts
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    switches: Any = torch.utils.deterministic
-    fill = switches.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    switches.fill_uninitialized_memory = False  # a debugging aid that would fill every buffer
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        switches.fill_uninitialized_memory = fill

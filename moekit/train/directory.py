@@ -1,0 +1,46 @@
+"""A run's directory: free, or holding the very run that is to go on."""
+
+from pathlib import Path
+from typing import Any
+
+from moekit import receipts
+from moekit.config import RunConfig, dump, load_run_config
+from moekit.errors import ConfigError
+
+MUST_MATCH = ("model", "optimizer", "schedule", "steps", "seed", "grad_clip")
+"""Settings that a resumed run cannot change. The text must be the same too, wherever it lies now."""
+DATA_MUST_MATCH = ("sequence_length", "batch_size", "cross_document_attention")
+
+
+def check(run: Path, config: RunConfig, resume: bool) -> None:
+    """Raises ConfigError unless the run's directory is free, or with `resume` holds this run."""
+    file = run / "config.yaml"
+    if resume:
+        if not file.is_file():
+            raise ConfigError(
+                f"{run} has no config.yaml, so there is no run to resume; leave out --resume to start one"
+            )
+        before, now = load_run_config(file).model_dump(), config.model_dump()
+        for settings in (before, now):
+            settings["data"] = {name: settings["data"][name] for name in DATA_MUST_MATCH}
+        for name in (*MUST_MATCH, "data"):
+            if before[name] != now[name]:
+                difference = _difference(name, before[name], now[name], str(file))
+                raise ConfigError(f"{difference}; a resumed run must keep it, start a new one instead")
+    elif run.exists() and (not run.is_dir() or any(not entry.name.startswith(".") for entry in run.iterdir())):
+        raise ConfigError(f"{run} exists already; use --resume to continue it, or choose another --out")
+
+
+def _difference(name: str, before: Any, now: Any, file: str) -> str:
+    """Returns the first setting of two that differ, with both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        key = next(key for key in {**before, **now} if before.get(key) != now.get(key))
+        return _difference(f"{name}.{key}", before.get(key), now.get(key), file)
+    return f"{name} is {now} but {before} in {file}"
+
+
+def claim(run: Path, config: RunConfig) -> None:
+    """Makes the run's directory. A kill at any moment leaves it free, or with a whole config.yaml."""
+    run.mkdir(parents=True, exist_ok=True)
+    receipts.write_text(run / "config.yaml", dump(config))
+    (run / "checkpoints").mkdir(exist_ok=True)
