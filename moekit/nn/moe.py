@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moekit.config import MoEConfig
 from moekit.nn.experts import Experts
 from moekit.nn.ffn import SwiGLU
-from moekit.nn.router import HashRouter, Router
+from moekit.nn.router import HashRouter, Router, RouterContext
 from moekit.ops import balance, dispatch
 from moekit.ops.autocast import cast_once
 from moekit.ops.balance import LoadSums
@@ -42,7 +42,8 @@ class MoE(nn.Module):
         mask: Bool[Tensor, "batch length"] | None = None,
     ) -> MoEOutput:
         tokens = x.flatten(0, 1)
-        routing: Routing = self.router(tokens, token_ids.flatten(), len(x), None if mask is None else mask.flatten())
+        context = RouterContext(token_ids.flatten(), len(x), None if mask is None else mask.flatten())
+        routing: Routing = self.router(tokens, context)
         if self.config.capacity_factor is not None and self.training:
             k, experts = self.config.num_experts_per_tok, self.config.n_routed_experts
             # a tensor: padding takes no capacity, and asking the device for the number of real tokens would wait for it

@@ -1,6 +1,7 @@
 """The router: the experts' centroids, or a hash table, and the selection bias."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,6 +12,16 @@ from moekit.errors import ConfigError
 from moekit.ops import routing
 from moekit.ops.autocast import autocast_off
 from moekit.ops.routing import Routing
+
+
+class RouterContext(NamedTuple):
+    """What a router may look at beside x. A method that needs more (documents, earlier logits) adds a field here."""
+
+    token_ids: Int[Tensor, " tokens"]
+    sequences: int
+    """Equal, contiguous sequences that the tokens form."""
+    mask: Bool[Tensor, " tokens"] | None = None
+    """True for real tokens; None: there is no padding."""
 
 
 class Router(nn.Module):
@@ -34,13 +45,7 @@ class Router(nn.Module):
             self.expert_bias = bias.to(self.expert_bias.device)
         return self
 
-    def forward(
-        self,
-        x: Float[Tensor, "tokens dim"],
-        token_ids: Int[Tensor, " tokens"],
-        sequences: int,
-        mask: Bool[Tensor, " tokens"] | None,
-    ) -> Routing:
+    def forward(self, x: Float[Tensor, "tokens dim"], context: RouterContext) -> Routing:
         config = self.config
         with autocast_off(x):
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -54,8 +59,8 @@ class Router(nn.Module):
                 n_group=config.n_group,
                 topk_group=config.topk_group,
                 group_best=2 if config.topk_method == "noaux_tc" else 1,
-                sequences=sequences,
-                mask=mask,
+                sequences=context.sequences,
+                mask=context.mask,
             )
 
 
@@ -91,13 +96,7 @@ class HashRouter(nn.Module):
             self.table.copy_(table)
         self.ready = not self.table.is_meta
 
-    def forward(
-        self,
-        x: Float[Tensor, "tokens dim"],
-        token_ids: Int[Tensor, " tokens"],
-        sequences: int,
-        mask: Bool[Tensor, " tokens"] | None,
-    ) -> Routing:
+    def forward(self, x: Float[Tensor, "tokens dim"], context: RouterContext) -> Routing:
         if not self.ready:
             if bool((self.table == routing.DROPPED).any()):
                 raise ConfigError(
@@ -106,11 +105,11 @@ class HashRouter(nn.Module):
             self.ready = True
         config = self.config
         return routing.route_by_hash(
-            token_ids,
+            context.token_ids,
             self.table,
             config.n_routed_experts,
             routed_scaling_factor=config.routed_scaling_factor,
-            sequences=sequences,
-            mask=mask,
+            sequences=context.sequences,
+            mask=context.mask,
             dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
         )

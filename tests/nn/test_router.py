@@ -9,7 +9,7 @@ from torch import Tensor
 from moekit.config import ModelConfig, MoEConfig
 from moekit.errors import ConfigError
 from moekit.nn.model import Model
-from moekit.nn.router import HashRouter, Router
+from moekit.nn.router import HashRouter, Router, RouterContext
 from moekit.ops.routing import Routing, route
 
 Make = Callable[..., ModelConfig]
@@ -25,7 +25,7 @@ def learned(device: torch.device, **settings: object) -> Router:
 
 
 def run(router: Router, x: Tensor) -> Routing:
-    routing: Routing = router(x, torch.zeros(len(x), dtype=torch.int64, device=x.device), 1, None)
+    routing: Routing = router(x, RouterContext(torch.zeros(len(x), dtype=torch.int64, device=x.device), 1))
     return routing
 
 
@@ -120,7 +120,7 @@ def test_hash_depends_on_the_id_alone_and_differs_per_layer_reproducibly(
         assert torch.equal(layer.expert_ids, table[ids[0]])
         assert (layer.weights == 1).all()
     router = model.moe_layers[0].router
-    a, b = (router(torch.randn(5, 18, device=device), ids[0], 1, None) for _ in range(2))
+    a, b = (router(torch.randn(5, 18, device=device), RouterContext(ids[0], 1)) for _ in range(2))
     assert torch.equal(a.expert_ids, b.expert_ids)
 
 
@@ -151,4 +151,4 @@ def test_a_table_made_without_storage_is_not_taken_for_a_filled_one() -> None:
         router.reset()
     router.to_empty(device="cpu").table.fill_(-1)
     with pytest.raises(ConfigError):
-        router(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), 1, None)
+        router(torch.zeros(1, 2), RouterContext(torch.zeros(1, dtype=torch.int64), 1))
