@@ -187,10 +187,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(map(_encodable, texts), trainer)
+    backend.train_from_iterator(map(_broken, map(_encodable, texts)), trainer)
     if (found := backend.get_vocab_size()) < vocab_size:
         logger.warning("the text gave a vocabulary of %d tokens, %d were asked for", found, vocab_size)
     return Tokenizer(backend.to_str(pretty=True).encode())
+
+
+LONGEST_WORD = 256
+"""Letters in a row from which merges are learned; learning from one word of millions takes hours (DNA, base64)."""
+
+
+def _broken(text: str) -> str:
+    """Returns the text with a line end inside every run of letters and digits that is longer than `LONGEST_WORD`."""
+    return re.sub(rf"(\w{{{LONGEST_WORD}}})(?=\w)", r"\1\n", text)
 
 
 def _encodable(text: str) -> str:

@@ -200,3 +200,9 @@ def test_bad_files_are_checkpoint_errors_that_name_them(tokenizer: Tokenizer, tm
         (tmp_path / "tokenizer_config.json").write_text(config)
         with pytest.raises(CheckpointError, match=message):
             load_tokenizer(tmp_path)
+
+
+def test_words_without_end_do_not_stall_the_training() -> None:
+    # as one word each, these take longer than anybody waits
+    tokenizer = train_tokenizer(["a" * 3_000_000, "ACGGT" * 400_000, "plain words stay as they are"], vocab_size=280)
+    assert tokenizer.decode(tokenizer.encode("aaaa ACGGT plain")) == "aaaa ACGGT plain"
