@@ -13,16 +13,24 @@ from pathlib import Path
 import torch
 
 import moekit
+from moekit.errors import MoekitError
 from moekit.train.state import newest
 
+if len(sys.argv) < 2:
+    sys.exit("which model? python examples/routing.py RUN|DIR [TEXT]")
 folder = Path(sys.argv[1])
 text = sys.argv[2] if len(sys.argv) > 2 else "Sam has 3 apples and buys 2 more. How many has he now?"
 checkpoint = newest(folder) if (folder / "checkpoints").is_dir() else folder
 if checkpoint is None:
     sys.exit(f"{folder} is a run without a checkpoint yet")
-model, tokenizer = moekit.load(checkpoint), moekit.load_tokenizer(checkpoint)
+try:
+    model, tokenizer = moekit.load(checkpoint), moekit.load_tokenizer(checkpoint)
+except MoekitError as error:
+    sys.exit(str(error))
+if not model.moe_layers:
+    sys.exit(f"{folder} holds a dense model, which routes nothing")
 
-ids = tokenizer.encode(text)
+ids = tokenizer.encode(text) or [tokenizer.eos_id]
 with torch.no_grad():
     layers = model(torch.tensor([ids]), return_routing=True).routing
 

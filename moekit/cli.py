@@ -314,7 +314,8 @@ def run_plan(args: argparse.Namespace) -> int:
 
     config = load_model_config(args.source, args.overrides)
     if args.print_config:
-        sys.stdout.write(dump(config, comments=True))
+        text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n" if args.json else dump(config, comments=True)
+        sys.stdout.write(text)
         return 0
     document = plan(config, args.sequence_length, args.batch, args.precision, args.optimizer, args.recompute)
     return _emit(args, {"model": args.source, **document}, lambda: plan_tables(args.source, summary(config), document))
@@ -365,7 +366,8 @@ def run_train(args: argparse.Namespace) -> int:
 
     config = _run_config(args)
     if args.print_config:
-        sys.stdout.write(dump(config, comments=True))
+        text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n" if args.json else dump(config, comments=True)
+        sys.stdout.write(text)
         return 0
     if args.out is None:
         raise ConfigError("--out is missing: the directory of the run")

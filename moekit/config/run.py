@@ -123,7 +123,10 @@ class RunConfig(Strict):
                 f"{self.model.max_position_embeddings}"
             )
         if self.schedule.warmup_steps > self.steps:
-            raise ValueError(f"schedule.warmup_steps is {self.schedule.warmup_steps} but steps is {self.steps}")
+            raise ValueError(
+                f"schedule.warmup_steps is {self.schedule.warmup_steps} but steps is {self.steps}; "
+                f"choose at most {self.steps}"
+            )
         if isinstance(self.optimizer, MuonConfig) and isinstance(self.model.ffn, DenseConfig):
             raise ValueError(
                 "optimizer.kind is muon but model.ffn.kind is dense, and Muon is for expert matrices; use adamw"

@@ -40,7 +40,7 @@ def complete(
         raise ConfigError("a stop string is empty; leave it out")
     encoded = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
     texts = [_Text(tokenizer, stop) for _ in prompts]
-    for chosen in tokens(model, encoded, settings or SamplingSettings(), max_new_tokens):
+    for chosen in tokens(model, encoded, settings or SamplingSettings(), max_new_tokens, tokenizer.vocab_size):
         for number, (token, text) in enumerate(zip(chosen.tolist(), texts, strict=True)):
             certain = text.add(token)
             if stream is not None and certain:

@@ -15,12 +15,17 @@ from moekit.nn.model import Model
 
 @torch.no_grad()
 def tokens(
-    model: Model, prompts: Sequence[Sequence[int]], settings: SamplingSettings, max_new_tokens: int
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    settings: SamplingSettings,
+    max_new_tokens: int,
+    vocabulary: int | None = None,
 ) -> Iterator[Int[Tensor, " batch"]]:
     """Yields the next token of every sequence, `max_new_tokens` times. Prompts may differ in length.
 
-    The caller stops when all its sequences have ended. Raises ConfigError for an empty prompt, a token outside of the
-    vocabulary, or more tokens than the model has positions.
+    `vocabulary` is the tokenizer's number of entries where the model has more: ids behind it stand for no text and are
+    never chosen. The caller stops when all its sequences have ended. Raises ConfigError for an empty prompt, a token
+    outside of the vocabulary, or more tokens than the model has positions.
     """
     if not prompts or not all(prompts):
         raise ConfigError("a prompt is empty; give at least one token (the end-of-text token starts a new document)")
@@ -46,6 +51,8 @@ def tokens(
     try:
         last = model(ids, cache=cache, padding_mask=mask).logits[torch.arange(batch, device=device), lengths - 1]
         for left in range(max_new_tokens, 0, -1):
+            if vocabulary is not None:
+                last[:, vocabulary:] = -torch.inf
             chosen = draw(last, settings, seen, generators)
             if seen is not None:
                 seen.scatter_(1, chosen.unsqueeze(1), True)

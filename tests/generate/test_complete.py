@@ -153,3 +153,11 @@ def test_mistakes_are_one_clear_line(build: Build, tokenizer: Tokenizer) -> None
         complete(model, tokenizer, ["It was the best of times"], max_new_tokens=8)
     with pytest.raises(ConfigError, match="is this its tokenizer"):
         complete(build(vocab_size=20), tokenizer, ["床"], max_new_tokens=2)
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_never_chosen(build: Build, tokenizer: Tokenizer) -> None:
+    model = build(vocab_size=4 * tokenizer.vocab_size)
+    for one in complete(model, tokenizer, PROMPTS, DRAWN, max_new_tokens=20):
+        assert one.finish == "end" or one.text  # three of four draws would give no text at all
+    ids = [token for step in tokens(model, [[1, 2]], DRAWN, 30, tokenizer.vocab_size) for token in step.tolist()]
+    assert max(ids) < tokenizer.vocab_size
