@@ -115,6 +115,8 @@ def memory(
     In bfloat16 every matrix keeps its own half-size copy of a float32 input. Not counted: the allocator's slack, the
     optimiser's temporaries, rows that grouped products add for alignment.
     """
+    if optimizer == "muon" and config.ffn.kind != "moe":
+        raise ConfigError("optimizer is muon but the model has no experts for it to train; use adamw")
     count = parameters(config)
     total, size = config.num_parameters, 2 if precision == "bfloat16" else 4
     matrices = total - sum(count[role].total for role in ("embedding", "norm", "router"))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from moekit.config import AdamWConfig, MuonConfig
+from moekit.errors import UnsupportedError
 from moekit.nn.experts import Experts
 from moekit.nn.model import Model
 
@@ -29,6 +30,8 @@ class ExpertMuon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            raise UnsupportedError("ExpertMuon takes no closure; compute the gradients before the step")
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:

@@ -21,7 +21,6 @@ class TerminalProgress:
     def __init__(self, config: RunConfig, console: Console | None = None) -> None:
         self.config = config
         self.console = console or Console(stderr=True)
-        self._lines: list[str] = []
         self._train: dict[str, Any] = {}
         self._eval: dict[str, Any] = {}
         self._progress = Progress(

@@ -187,3 +187,8 @@ def test_a_plan_longer_than_the_context_and_an_unknown_rule_are_refused() -> Non
         plan(preset("tiny-dense"), 257)
     with pytest.raises(ConfigError, match=r"rule is 'papr' \(did you mean paper\?\)"):
         preset("tiny-dense").flops(256, "papr")  # type: ignore[arg-type]
+
+
+def test_muon_without_experts_is_refused_in_a_plan_as_in_a_run() -> None:
+    with pytest.raises(ConfigError, match="optimizer is muon but the model has no experts"):
+        memory(preset("tiny-dense"), 1, 256, optimizer="muon")
