@@ -4,7 +4,7 @@ from typing import Any
 
 from rich import box
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from moekit.config import preset
 
@@ -90,10 +90,8 @@ def quickstart_tables(result: dict[str, Any]) -> list[Table | str]:
 
 def table(*headers: str) -> Table:
     """Returns an empty table; a header that begins with > is a column of numbers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in headers:
-        table.add_column(header.lstrip(">"), justify="right" if header.startswith(">") else "left")
-    return table
+    columns = (Column(header.lstrip(">"), justify="right" if header[0] == ">" else "left") for header in headers)
+    return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
 
 
 def short(count: float) -> str:
