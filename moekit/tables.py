@@ -97,6 +97,6 @@ def table(*headers: str) -> Table:
 def short(count: float) -> str:
     """Returns 16375728128 as 16.38B, 74.4e12 as 74.42T."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= size:
+        if count >= 0.999995 * size:  # what rounds up to the next unit is written in it
             return f"{count / size:,.2f}{unit}"
     return f"{count:g}"

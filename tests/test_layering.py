@@ -20,7 +20,8 @@ LAYERS: list[set[str]] = [
     {"formats"},
     {"data"},
     {"train", "generate"},
-    {"quickstart", "tables"},
+    {"tables"},
+    {"quickstart"},
     {"cli"},
     {"__main__", "__init__"},
 ]

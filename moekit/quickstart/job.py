@@ -13,8 +13,9 @@ from moekit.formats.checkpoint import load
 from moekit.formats.tokenizer import load_tokenizer
 from moekit.generate import Completion, SamplingSettings, complete
 from moekit.quickstart.report import write_report
+from moekit.quickstart.results import read_result
 from moekit.train import train
-from moekit.train.metrics import Sink, read
+from moekit.train.metrics import Sink
 from moekit.train.state import newest
 
 logger = logging.getLogger(__name__)
@@ -43,12 +44,8 @@ def quickstart(
         raise ConfigError(f"{folder} holds something else; choose another --out")
     data = folder / "data"
     logger.info("1/5  reading the included text and training a tokenizer")
-    manifest = prepare(
-        sorted(TEXT.glob("*.train.jsonl.gz")),
-        data,
-        valid_paths=sorted(TEXT.glob("*.valid.jsonl.gz")),
-        vocab_size=4096,
-    )
+    texts, unseen = (sorted(TEXT.glob(f"*.{split}.jsonl.gz")) for split in ("train", "valid"))
+    manifest = prepare(texts, data, valid_paths=unseen, vocab_size=4096)
     runs = {}
     for number, preset in enumerate((MODEL, BASELINE), start=2):
         config = _config(preset, data, steps, device)
@@ -60,19 +57,14 @@ def quickstart(
     logger.info("4/5  letting it write")
     samples = _samples(runs[MODEL], data)
     logger.info("5/5  writing the report")
-    domains = manifest["splits"]["train"]["domains"]
-    report = write_report(folder, runs, samples, domains)
-    scores = {preset: [r for r in read(run) if r["kind"] == "eval"][-1] for preset, run in runs.items()}
+    report = write_report(folder, runs, samples, manifest["splits"]["train"]["domains"])
+    results = [read_result(preset, run, "first") for preset, run in runs.items()]
     return {
         "status": "done",
         "out": str(folder),
         "report": str(report),
         "seconds": round(time.perf_counter() - start, 1),
-        "bits_per_byte": {
-            preset: {"mean": score["bits_per_byte"]}
-            | {name: domain["bits_per_byte"] for name, domain in score["domains"].items()}
-            for preset, score in scores.items()
-        },
+        "bits_per_byte": {result.name: {"mean": result.score, **result.domains} for result in results},
         "samples": {domain: [completion._asdict() for completion in texts] for domain, texts in samples.items()},
     }
 
@@ -90,11 +82,8 @@ def _samples(run: Path, data: Path) -> dict[str, list[Completion]]:
     """Returns one continuation per domain of the beginning of a validation document."""
     checkpoint = newest(run)
     assert checkpoint is not None  # the run is done
-    model, tokenizer, valid = (
-        load(checkpoint, check_hashes=False),
-        load_tokenizer(checkpoint),
-        open_dataset(data, "valid"),
-    )
+    model, tokenizer = load(checkpoint, check_hashes=False), load_tokenizer(checkpoint)
+    valid = open_dataset(data, "valid")
     settings = SamplingSettings(temperature=0.7, top_p=0.9, repetition_penalty=1.1, seed=0)
     samples = {}
     for domain in valid.domains:
