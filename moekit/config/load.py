@@ -9,6 +9,7 @@ new kind has too.
 import json
 import re
 from collections.abc import Iterator, Mapping
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
@@ -16,44 +17,22 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from moekit.config.files import Tree, parse_yaml, read_yaml, write_yaml
 from moekit.config.model import ModelConfig, Strict
-from moekit.config.presets import MODELS, preset, recipe
+from moekit.config.presets import preset, preset_names, recipe
 from moekit.config.run import RunConfig
 from moekit.errors import ConfigError, nearest
 
-Tree = dict[str, Any]
 _Config = TypeVar("_Config", bound=Strict)
 
 _KINDS = ModelConfig.default_kinds | RunConfig.default_kinds
 _KEPT = {
-    part: {kind.model_fields["kind"].default: kind.model_fields.keys() for kind in get_args(field.annotation)}
-    for part, field in RunConfig.model_fields.items()
-    if part in RunConfig.default_kinds
+    (part, kind.model_fields["kind"].default): kind.model_fields.keys()
+    for part in RunConfig.default_kinds
+    for kind in get_args(RunConfig.model_fields[part].annotation)
 }
-"""Parts of a run, their kinds, and the settings of each. `lr` means the same in all of them; in a model's parts equal
-names do not (`intermediate_size`)."""
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-3 as a number (PyYAML does not) and refuses a key that is given twice."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return node
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the strings that `_Loader` would read as numbers."""
-
-
-_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
-for _yaml_class in (_Loader, _Dumper):
-    _yaml_class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+"""The settings of each kind of a run's parts. `lr` means the same in all of them; in a model's parts equal names do not
+(`intermediate_size`)."""
 
 
 class Key(NamedTuple):
@@ -92,27 +71,52 @@ def load_model_config(source: str | Path, overrides: Mapping[str, str] | None = 
         raise ConfigError(f"{_origin(source)}{_unknown(key)}")
     for key in given.keys() - {"model"}:
         raise ConfigError(f"--{key} is no setting of a model; overrides here begin with --model.")
-    if "model" not in tree:
-        raise ConfigError(f"{_origin(source)}model is missing; give its settings or `preset: NAME`")
-    return validate(ModelConfig, _merge(tree, given)["model"], _origin(source))
+    return validate(ModelConfig, _merge(tree, given).get("model", {}), _origin(source))
 
 
 def dump(config: Strict, comments: bool = False) -> str:
     """Returns YAML that loads to an equal config; with `comments` each setting's description stands behind it."""
-    return "".join(_lines(config, 0, comments))
+    text = write_yaml(config.model_dump())
+    if not comments:
+        return text
+    described = zip(text.splitlines(), _descriptions(config), strict=True)
+    return "".join(f"{line:<44}  # {description}\n" for line, description in described)
 
 
-def describe_keys() -> list[Key]:
+def _descriptions(config: Strict) -> Iterator[str | None]:
+    for name, field in type(config).model_fields.items():
+        yield field.description
+        if isinstance(part := getattr(config, name), Strict):
+            yield from _descriptions(part)
+
+
+def describe_keys(schema: type[Strict] = RunConfig, prefix: str = "") -> list[Key]:
     """Returns every setting of a run, in the order of the YAML file: dotted key, type, default, description."""
-    merged: dict[Key, list[str]] = {}
-    kinds_of = {}
-    for key, kind, kinds in _walk(RunConfig, ""):
-        merged.setdefault(key, []).append(kind)
-        kinds_of[key.key] = kinds
-    return [
-        key if len(given) == kinds_of[key.key] else key._replace(description=f"[{', '.join(given)}] {key.description}")
-        for key, given in merged.items()
-    ]
+    keys: list[Key] = []
+    for name, field in schema.model_fields.items():
+        key, description = prefix + name, str(field.description)
+        options = get_args(field.annotation) or (field.annotation,)
+        parts = [option for option in options if isinstance(option, type) and issubclass(option, Strict)]
+        kinds = [str(part.model_fields["kind"].default) for part in parts if "kind" in part.model_fields]
+        if kinds:
+            keys.append(Key(f"{key}.kind", " | ".join(kinds), schema.default_kinds[name], description))
+        elif name != "kind" and (not parts or type(None) in options):
+            default = "required" if field.is_required() else _show(field.default).strip('"')
+            keys.append(Key(key, _type(field.annotation), default, description))
+        inside = [describe_keys(part, f"{key}.") for part in parts]
+        for setting in dict.fromkeys(chain(*inside)):
+            known = [kind for kind, settings in zip(kinds, inside, strict=False) if setting in settings]
+            note = f"[{', '.join(known)}] " if len(known) < len(kinds) else ""
+            keys.append(setting._replace(description=note + setting.description))
+    return keys
+
+
+def _type(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " | ".join(get_args(annotation))
+    names = {type(None): "null"}
+    options = get_args(annotation) or (annotation,)
+    return " | ".join(names.get(o, "mapping" if issubclass(o, Strict) else o.__name__) for o in options)
 
 
 def where(name: str) -> str:
@@ -127,97 +131,70 @@ def parse_overrides(overrides: Mapping[str, str]) -> Tree:
     values = {}
     for key, text in overrides.items():
         try:
-            values[key] = yaml.load(text, _Loader)
+            values[key] = parse_yaml(text)
         except yaml.YAMLError:
             raise ConfigError(f"--{key} is {text!r}, which is not a YAML value; quote it if it is text") from None
     return _nest(values)
 
 
-def read_yaml(path: Path) -> Tree:
-    """Returns the mapping in a YAML file; anything else is a ConfigError naming file and line."""
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: byte {error.start}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}{_problem(error)}") from None
-    if not isinstance(tree, dict):
-        found = "empty" if tree is None else f"a {type(tree).__name__}"
-        raise ConfigError(f"{path} is {found}; a configuration is a mapping of settings, see `moekit train --help`")
-    return tree
-
-
-def _problem(error: yaml.YAMLError) -> str:
-    """Returns ":line: what is wrong", or what is wrong where the parser names no line."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        return f":{error.problem_mark.line + 1}: {error.problem}"
-    return f": {str(error).splitlines()[0]}"
-
-
 def _origin(source: str | Path) -> str:
-    return "" if str(source) in MODELS else f"{source}: "
+    return "" if str(source) in preset_names() else f"{source}: "
 
 
 def _source(source: str | Path) -> Tree:
     """Returns the tree of a preset or a file, presets inside it expanded."""
     name, path = str(source), Path(source)
-    if name in MODELS:
+    if name in preset_names():
         return _expand({"preset": name})
     if path.exists() or path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         return _expand(read_yaml(path))
-    raise ConfigError(f"there is no preset or file {name!r}{nearest(name, MODELS)}; `moekit presets` lists the presets")
+    hint = nearest(name, preset_names())
+    raise ConfigError(f"there is no preset or file {name!r}{hint}; `moekit presets` lists the presets")
 
 
 def _expand(tree: Tree) -> Tree:
     """Returns the tree with `preset`, at the top and under `model`, replaced by what it stands for."""
-    rest = {key: value for key, value in tree.items() if key != "preset"}
-    model = rest.get("model")
-    if isinstance(model, dict) and "preset" in model:
-        own = {key: value for key, value in model.items() if key != "preset"}
-        rest["model"] = _merge(preset(str(model["preset"])).model_dump(), own)
-    if "preset" not in tree:
-        return rest
-    name = str(tree["preset"])
-    return _merge({"model": preset(name).model_dump(), **recipe(name)}, rest)
+    base: Tree = {}
+    if "preset" in tree:
+        tree = dict(tree)
+        name = str(tree.pop("preset"))
+        base = {"model": preset(name).model_dump(), **recipe(name)}
+    if isinstance(tree.get("model"), dict) and "preset" in tree["model"]:
+        own = dict(tree["model"])
+        base["model"] = preset(str(own.pop("preset"))).model_dump()
+        tree = {**tree, "model": own}
+    return _merge(base, tree)
 
 
 def _nest(values: Mapping[str, Any]) -> Tree:
     tree: Tree = {}
-    for key, value in values.items():
+    for key, value in sorted(values.items()):  # a part as a whole comes before the settings inside it
         *parents, leaf = key.split(".")
         part = tree
         for parent in parents:
             part = part.setdefault(parent, {})
             if not isinstance(part, dict):
                 raise ConfigError(f"--{key} is given, but so is a value for {parent} as a whole; give one of them")
-        old = part.get(leaf)
-        if isinstance(old, dict) and not isinstance(value, dict):
-            raise ConfigError(f"--{key} is given as a whole, but so are settings inside it; give one of them")
-        part[leaf] = _merge(old, value) if isinstance(old, dict) else value
+        part[leaf] = value
     return tree
 
 
 def _merge(base: Tree, over: Tree) -> Tree:
     """Returns `base` with `over` on top, part by part; of a part whose kind changes only `_KEPT` stays."""
-    merged = dict(base)
-    for key, value in over.items():
-        old = base.get(key)
-        if isinstance(old, dict) and isinstance(value, dict):
+    merged = base | over
+    for key in base.keys() & over.keys():
+        old, new = base[key], over[key]
+        if isinstance(old, dict) and isinstance(new, dict):
             former = old.get("kind", _KINDS.get(key))
-            if (kind := value.get("kind", former)) != former:
-                kept = _KEPT.get(key, {}).get(str(kind), ())
+            if (kind := new.get("kind", former)) != former:
+                kept = _KEPT.get((key, str(kind)), ())
                 old = {name: setting for name, setting in old.items() if name in kept}
-            merged[key] = _merge(old, value)
-        else:
-            merged[key] = value
+            merged[key] = _merge(old, new)
     return merged
 
 
 def validate(schema: type[_Config], tree: Any, origin: str = "") -> _Config:
     """Returns the tree as a configuration, or raises one ConfigError that begins with `origin`, a file say."""
-    prefix = "model" if schema is ModelConfig else ""
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
@@ -225,39 +202,34 @@ def validate(schema: type[_Config], tree: Any, origin: str = "") -> _Config:
         # a misspelt key is reported as unknown and as missing; the unknown one is what the user wrote
         first = min(errors, key=lambda details: details["type"] != "extra_forbidden")
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise ConfigError(f"{origin}{_explain(first, prefix)}{more}") from None
+        raise ConfigError(f"{origin}{_explain(first, 'model' if schema is ModelConfig else '')}{more}") from None
 
 
-def _explain(error: ErrorDetails, prefix: str) -> str:
-    """Returns one line for one of pydantic's errors: the dotted field, what was found, what is allowed."""
-    path, tag_follows = [prefix] if prefix else [], False
-    for name in error["loc"]:
-        if tag_follows:  # behind a part with kinds pydantic names the kind, which is no key
-            tag_follows = False
-            continue
-        path.append(str(name))
-        tag_follows = ".".join([*path, "kind"]) in {key.key for key in _KEYS}
-    key, found, message = ".".join(path), error["input"], error["msg"]
+def _explain(error: ErrorDetails, root: str) -> str:
+    """Returns one line for one of pydantic's errors below `root`: the dotted field, what was found, what is allowed."""
+    names = [root, *map(str, error["loc"])]
+    path = [name for parent, name in pairwise(["", *names]) if name and (parent, name) not in _TAGS]
+    key, found, context = ".".join(path), error["input"], error.get("ctx", {})
     match error["type"]:
-        case "extra_forbidden":
+        case "extra_forbidden" | "invalid_key":
             return _unknown(key)
         case "missing":
-            found = [f"{k.description} ({k.type})" for k in _KEYS if k.key == key and k.default == "required"]
-            return f"{key} is missing: {found[0].rpartition('] ')[2] if found else 'give its settings'}"
+            wanted = [f"{k.description} ({k.type})" for k in _KEYS if k.key == key and k.default == "required"]
+            return f"{key} is missing: {wanted[0].rpartition('] ')[2] if wanted else 'give its settings'}"
         case "value_error":  # our own checks begin with the field's name
-            return ".".join([*path, str(error["ctx"]["error"])])
-        case "union_tag_invalid" | "union_tag_not_found":
-            allowed = next(k.type for k in _KEYS if k.key == f"{key}.kind").split(" | ")
-            kind = found.get("kind") if isinstance(found, dict) else None
-            return f"{key}.kind is {_show(kind)}{nearest(str(kind), allowed)}; allowed: {', '.join(allowed)}"
+            return ".".join([*path, str(context["error"])])
         case "literal_error":
-            allowed = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-            return f"{key} is {_show(found)}{nearest(str(found), allowed)}; allowed: {', '.join(allowed)}"
+            return _choose(key, found, re.findall(r"'([^']*)'", context["expected"]))
+        case "union_tag_invalid" | "union_tag_not_found":
+            key = f"{key}.kind"
+            return _choose(key, found.get("kind"), next(k.type for k in _KEYS if k.key == key).split(" | "))
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"{key or 'the file'} is {_show(found)} but must be a mapping of settings"
-        case "invalid_key":
-            return f"{key} is not the name of a setting; names are text"
-    return f"{key} is {_show(found)} but {message.replace('Input should be', 'must be', 1)}"
+    return f"{key} is {_show(found)} but {error['msg'].replace('Input should be', 'must be', 1)}"
+
+
+def _choose(key: str, found: Any, allowed: list[str]) -> str:
+    return f"{key} is {_show(found)}{nearest(str(found), allowed)}; allowed: {', '.join(allowed)}"
 
 
 def _unknown(key: str) -> str:
@@ -276,47 +248,6 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _lines(config: Strict, depth: int, comments: bool) -> Iterator[str]:
-    for name, field in type(config).model_fields.items():
-        value = getattr(config, name)
-        part = isinstance(value, Strict)
-        line = f"{'  ' * depth}{name}:" + ("" if part else f" {_scalar(value)}")
-        yield f"{line:<44}  # {field.description}\n" if comments else f"{line}\n"
-        if part:
-            yield from _lines(value, depth + 1, comments)
-
-
-def _scalar(value: Any) -> str:
-    style = '"' if isinstance(value, str) and not value.isprintable() else None
-    text: str = yaml.dump(value, Dumper=_Dumper, default_style=style, allow_unicode=True, width=2**31)
-    return text.removesuffix("...\n").strip()
-
-
-def _walk(schema: type[Strict], prefix: str, kind: str = "", kinds: int = 1) -> Iterator[tuple[Key, str, int]]:
-    """Yields every setting below `schema` with the kind of the part it belongs to, and how many kinds that part has."""
-    for name, field in schema.model_fields.items():
-        key, options = prefix + name, get_args(field.annotation) or (field.annotation,)
-        parts = [option for option in options if isinstance(option, type) and issubclass(option, Strict)]
-        if len(parts) > 1:
-            names = [str(part.model_fields["kind"].default) for part in parts]
-            default = _KINDS[name] if name in schema.default_kinds else "required"
-            yield Key(f"{key}.kind", " | ".join(names), default, str(field.description)), kind, kinds
-            for part, part_kind in zip(parts, names, strict=True):
-                yield from _walk(part, f"{key}.", part_kind, len(parts))
-            continue
-        if not (name == "kind" or (parts and type(None) not in options)):
-            default = "required" if field.is_required() else _show(field.default).strip('"')
-            yield Key(key, _type(field.annotation), default, str(field.description)), kind, kinds
-        for part in parts:
-            yield from _walk(part, f"{key}.", kind, kinds)
-
-
-def _type(annotation: Any) -> str:
-    if get_origin(annotation) is Literal:
-        return " | ".join(get_args(annotation))
-    options = get_args(annotation) or (annotation,)
-    names = {type(None): "null"}
-    return " | ".join(names.get(o, "mapping" if issubclass(o, Strict) else o.__name__) for o in options)
-
-
 _KEYS = describe_keys()
+_TAGS = {(k.key.split(".")[-2], kind) for k in _KEYS if k.key.endswith(".kind") for kind in k.type.split(" | ")}
+"""(part, kind): behind a part with kinds pydantic's locations name the kind, which is no key."""

@@ -143,7 +143,7 @@ def test_comments_describe_every_setting() -> None:
         ("a: \x01", "run.yaml: "),
         ("preset: tiny-gshrd", "there is no preset 'tiny-gshrd' (did you mean tiny-gshard?)"),
         ("preset: tiny-dense\nmodel: 3", "run.yaml: model is 3 but must be a mapping of settings"),
-        ("preset: tiny-dense\n3: 4", "run.yaml: 3 is not the name of a setting"),
+        ("preset: tiny-dense\n3: 4", "run.yaml: 3 is not a setting"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(text: str, said: str, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert "no.yaml cannot be read: No such file" in _said(tmp_path / "no.yaml")
     assert "cannot be read: Is a directory" in _said(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"device: caf\xe9")
-    assert "is not UTF-8 text" in _said(tmp_path / "latin.yaml")
+    assert "latin.yaml: 'utf-8' codec can't decode byte 0xe9" in _said(tmp_path / "latin.yaml")
 
 
 @pytest.mark.parametrize(
