@@ -6,16 +6,20 @@ The public names are below; each is imported when it is first used, so `import m
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from moekit.version import __version__
+from moekit.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from moekit.config import ModelConfig, RunConfig, preset
-    from moekit.formats.checkpoint import load, save
-    from moekit.formats.tokenizer import load_tokenizer
-    from moekit.generate import generate
-    from moekit.nn.cache import KVCache
-    from moekit.nn.model import Model, ModelOutput
-    from moekit.ops.routing import Routing
+    from moekit.config import ModelConfig as ModelConfig
+    from moekit.config import RunConfig as RunConfig
+    from moekit.config import preset as preset
+    from moekit.formats.checkpoint import load as load
+    from moekit.formats.checkpoint import save as save
+    from moekit.formats.tokenizer import load_tokenizer as load_tokenizer
+    from moekit.generate import generate as generate
+    from moekit.nn.cache import KVCache as KVCache
+    from moekit.nn.model import Model as Model
+    from moekit.nn.model import ModelOutput as ModelOutput
+    from moekit.ops.routing import Routing as Routing
 
 _WHERE = {
     "KVCache": "moekit.nn.cache",
@@ -30,21 +34,7 @@ _WHERE = {
     "preset": "moekit.config",
     "save": "moekit.formats.checkpoint",
 }
-
-__all__ = [
-    "KVCache",
-    "Model",
-    "ModelConfig",
-    "ModelOutput",
-    "Routing",
-    "RunConfig",
-    "__version__",
-    "generate",
-    "load",
-    "load_tokenizer",
-    "preset",
-    "save",
-]
+__all__ = [*_WHERE, "__version__"]
 
 
 def __dir__() -> list[str]:
@@ -54,7 +44,5 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'moekit' has no attribute {name!r}")
-    module = importlib.import_module(_WHERE[name])
-    return globals().setdefault(
-        name, getattr(module, name)
-    )  # `generate` is set already: the folder, which can be called
+    found = getattr(importlib.import_module(_WHERE[name]), name)
+    return globals().setdefault(name, found)  # `generate` is set already: the folder, which can be called

@@ -1,70 +1,34 @@
 """What a model is and what a run is: typed, frozen, strict; presets, counts, YAML. Nothing here imports torch."""
 
-from moekit.config.counts import Count, buffer_bytes, flops, kv_cache_bytes_per_token, memory, parameters, plan
-from moekit.config.load import Key, describe_keys, dump, load_model_config, load_run_config, validate, where
-from moekit.config.model import (
-    AttentionConfig,
-    DenseConfig,
-    FFNConfig,
-    MHAConfig,
-    MLAConfig,
-    ModelConfig,
-    MoEConfig,
-    RopeConfig,
-    Strict,
-    YarnConfig,
-)
-from moekit.config.presets import preset, preset_names, recipe, summary
-from moekit.config.run import (
-    AdamWConfig,
-    ConstantSchedule,
-    CosineSchedule,
-    DataConfig,
-    MuonConfig,
-    OptimizerConfig,
-    RunConfig,
-    ScheduleConfig,
-    StepSchedule,
-    WSDSchedule,
-)
-
-__all__ = [
-    "AdamWConfig",
-    "AttentionConfig",
-    "ConstantSchedule",
-    "CosineSchedule",
-    "Count",
-    "DataConfig",
-    "DenseConfig",
-    "FFNConfig",
-    "Key",
-    "MHAConfig",
-    "MLAConfig",
-    "MoEConfig",
-    "ModelConfig",
-    "MuonConfig",
-    "OptimizerConfig",
-    "RopeConfig",
-    "RunConfig",
-    "ScheduleConfig",
-    "StepSchedule",
-    "Strict",
-    "WSDSchedule",
-    "YarnConfig",
-    "buffer_bytes",
-    "describe_keys",
-    "dump",
-    "flops",
-    "kv_cache_bytes_per_token",
-    "load_model_config",
-    "load_run_config",
-    "memory",
-    "parameters",
-    "plan",
-    "preset",
-    "preset_names",
-    "recipe",
-    "summary",
-    "validate",
-    "where",
-]
+from moekit.config.counts import buffer_bytes as buffer_bytes
+from moekit.config.counts import memory as memory
+from moekit.config.counts import parameters as parameters
+from moekit.config.counts import plan as plan
+from moekit.config.load import Key as Key
+from moekit.config.load import describe_keys as describe_keys
+from moekit.config.load import dump as dump
+from moekit.config.load import load_model_config as load_model_config
+from moekit.config.load import load_run_config as load_run_config
+from moekit.config.load import validate as validate
+from moekit.config.load import where as where
+from moekit.config.model import DenseConfig as DenseConfig
+from moekit.config.model import MHAConfig as MHAConfig
+from moekit.config.model import MLAConfig as MLAConfig
+from moekit.config.model import ModelConfig as ModelConfig
+from moekit.config.model import MoEConfig as MoEConfig
+from moekit.config.model import RopeConfig as RopeConfig
+from moekit.config.model import Strict as Strict
+from moekit.config.model import YarnConfig as YarnConfig
+from moekit.config.presets import preset as preset
+from moekit.config.presets import preset_names as preset_names
+from moekit.config.presets import recipe as recipe
+from moekit.config.presets import summary as summary
+from moekit.config.run import AdamWConfig as AdamWConfig
+from moekit.config.run import ConstantSchedule as ConstantSchedule
+from moekit.config.run import CosineSchedule as CosineSchedule
+from moekit.config.run import DataConfig as DataConfig
+from moekit.config.run import MuonConfig as MuonConfig
+from moekit.config.run import RunConfig as RunConfig
+from moekit.config.run import ScheduleConfig as ScheduleConfig
+from moekit.config.run import StepSchedule as StepSchedule
+from moekit.config.run import WSDSchedule as WSDSchedule

@@ -5,14 +5,14 @@ s (24 L d^2 + 12 L d s + 48 d^2 L r + 6 V d) for s tokens, where r is the active
 `rule="exact"` keeps its accounting (forward and backward, attention scores in full) and counts the real shapes.
 """
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from moekit.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from moekit.config.model import AttentionConfig, ModelConfig
 
-Rule = Literal["exact", "paper"]
+Rule = Literal["paper", "exact"]
 Precision = Literal["float32", "bfloat16"]
 Optimizer = Literal["adamw", "muon"]
 
@@ -38,21 +38,20 @@ def parameters(config: "ModelConfig") -> dict[str, Count]:
     vocabulary, moe = config.vocab_size * d, len(config.moe_layers)
     router = routed = active = shared = 0
     if ffn.kind == "moe":
-        expert = 3 * d * ffn.moe_intermediate_size
         router = 0 if ffn.topk_method == "hash" else ffn.n_routed_experts * d
-        routed, active, shared = (
-            n * expert for n in (ffn.n_routed_experts, ffn.num_experts_per_tok, ffn.n_shared_experts)
-        )
-    return {
-        "embedding": _always(vocabulary),
-        "attention": _always(layers * matrices),
-        "router": _always(moe * router),
-        "routed": Count(moe * routed, moe * active),
-        "shared": _always(moe * shared),
-        "dense": _always((layers - moe) * 3 * d * (ffn.intermediate_size or 0)),
-        "norm": _always(layers * (2 * d + norms) + d),
-        "head": _always(0 if config.tie_word_embeddings else vocabulary),
+        experts = (ffn.n_routed_experts, ffn.num_experts_per_tok, ffn.n_shared_experts)
+        routed, active, shared = (n * 3 * d * ffn.moe_intermediate_size for n in experts)
+    totals = {
+        "embedding": vocabulary,
+        "attention": layers * matrices,
+        "router": moe * router,
+        "routed": moe * routed,
+        "shared": moe * shared,
+        "dense": (layers - moe) * 3 * d * (ffn.intermediate_size or 0),
+        "norm": layers * (2 * d + norms) + d,
+        "head": 0 if config.tie_word_embeddings else vocabulary,
     }
+    return {role: Count(total, moe * active if role == "routed" else total) for role, total in totals.items()}
 
 
 def flops(config: "ModelConfig", sequence_length: int, rule: Rule = "exact") -> int:
@@ -61,8 +60,8 @@ def flops(config: "ModelConfig", sequence_length: int, rule: Rule = "exact") -> 
     No rule halves attention for causality. `paper` counts every layer as MoE, attention as full multi-head, each FFN at
     its nominal size (`nominal_size`, or else its real width over 8/3 hidden_size), and leaves the router out.
     """
-    if rule not in ("exact", "paper"):
-        raise ConfigError(f"rule is {rule!r}{nearest(rule, ('exact', 'paper'))}; allowed: exact, paper")
+    if rule not in (allowed := get_args(Rule)):
+        raise ConfigError(f"rule is {rule!r}{nearest(rule, allowed)}; allowed: {', '.join(allowed)}")
     s, d, layers = sequence_length, config.hidden_size, config.num_hidden_layers
     if rule == "paper":
         weights = layers * (4 * d * d + 8 * d * d * _active_standard_ffns(config)) + config.vocab_size * d
@@ -136,12 +135,9 @@ def memory(
         "generation_weights": size * total + training["buffers"],
         "kv_cache": tokens * kv_cache_bytes_per_token(config, size),
     }
-    return {
-        **training,
-        "training_total": sum(training.values()),
-        **generation,
-        "generation_total": sum(generation.values()),
-    }
+    training["training_total"] = sum(training.values())
+    generation["generation_total"] = sum(generation.values())
+    return training | generation
 
 
 def plan(
@@ -164,19 +160,11 @@ def plan(
             "active_without_embedding": config.num_active_parameters_without_embedding,
             "by_role": {role: count._asdict() for role, count in parameters(config).items()},
         },
-        "flops": {
-            "paper": flops(config, length, "paper"),
-            "exact": flops(config, length, "exact"),
-            "sequence_length": length,
-        },
+        "flops": {rule: flops(config, length, rule) for rule in get_args(Rule)} | {"sequence_length": length},
         "kv_cache_bytes_per_token": kv_cache_bytes_per_token(config),
         "memory": memory(config, batch, length, precision, optimizer, recompute),
         "settings": {"batch": batch, "precision": precision, "optimizer": optimizer, "recompute": recompute},
     }
-
-
-def _always(count: int) -> Count:
-    return Count(count, count)
 
 
 def _attention(attention: "AttentionConfig", d: int) -> tuple[int, int]:
@@ -201,11 +189,10 @@ def _head_widths(attention: "AttentionConfig") -> tuple[int, int]:
 
 def _active_standard_ffns(config: "ModelConfig") -> float:
     """Returns r of the paper's rule: the active FFN width in standard FFNs."""
-    ffn = config.ffn
+    ffn, standard = config.ffn, 8 / 3 * config.hidden_size  # a SwiGLU of 8 hidden_size^2 parameters
     if ffn.kind == "dense":
-        return ffn.nominal_size or ffn.intermediate_size / config.standard_width
-    size = ffn.nominal_size or ffn.moe_intermediate_size / config.standard_width
-    return size * (ffn.n_shared_experts + ffn.num_experts_per_tok)
+        return ffn.nominal_size or ffn.intermediate_size / standard
+    return (ffn.nominal_size or ffn.moe_intermediate_size / standard) * (ffn.n_shared_experts + ffn.num_experts_per_tok)
 
 
 def _block_bytes(config: "ModelConfig", layer: int, size: int) -> int:

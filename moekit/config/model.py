@@ -49,18 +49,14 @@ class MHAConfig(Strict):
     kind: Literal["mha"] = Field("mha", description="multi-head or grouped-query attention")
     num_attention_heads: int = Field(gt=0, description="query heads")
     num_key_value_heads: int = Field(gt=0, description="key-value heads; divides num_attention_heads")
-    head_dim: int = Field(gt=0, description="width of one head, even")
+    head_dim: int = Field(gt=0, multiple_of=2, description="width of one head, even")
     rope: RopeConfig = Field(RopeConfig(), description="rotary position embedding, half-split pairing")
 
     @model_validator(mode="after")
     def _check(self) -> "MHAConfig":
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads is {self.num_key_value_heads} but must divide "
-                f"num_attention_heads, {self.num_attention_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim} but rotary embedding needs an even width")
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % kv_heads:
+            raise ValueError(f"num_key_value_heads is {kv_heads} but must divide num_attention_heads, {heads}")
         return self
 
 
@@ -72,15 +68,12 @@ class MLAConfig(Strict):
     kv_lora_rank: int = Field(gt=0, description="width of the compressed keys and values")
     q_lora_rank: int | None = Field(None, gt=0, description="width of the compressed queries, or null for full queries")
     qk_nope_head_dim: int = Field(gt=0, description="width of a query and key head without rotation")
-    qk_rope_head_dim: int = Field(gt=0, description="width of the rotated part, even")
+    qk_rope_head_dim: int = Field(gt=0, multiple_of=2, description="width of the rotated part, even")
     v_head_dim: int = Field(gt=0, description="width of a value head")
     rope: RopeConfig = Field(RopeConfig(), description="rotary position embedding, interleaved pairing")
 
-    @model_validator(mode="after")
-    def _check(self) -> "MLAConfig":
-        if self.qk_rope_head_dim % 2:
-            raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim} but rotary embedding needs an even width")
-        return self
+
+_NOMINAL = "in standard FFNs (8/3 hidden_size), for the paper's FLOPs rule; null: real width"
 
 
 class DenseConfig(Strict):
@@ -88,9 +81,7 @@ class DenseConfig(Strict):
 
     kind: Literal["dense"] = Field("dense", description="one SwiGLU network per block")
     intermediate_size: int = Field(gt=0, description="intermediate width")
-    nominal_size: float | None = Field(
-        None, gt=0, description="in standard FFNs (8/3 hidden_size), for the paper's FLOPs rule; null: real width"
-    )
+    nominal_size: float | None = Field(None, gt=0, description=_NOMINAL)
 
 
 class MoEConfig(Strict):
@@ -104,9 +95,7 @@ class MoEConfig(Strict):
     intermediate_size: int | None = Field(None, gt=0, description="width of the dense layers; needed if there are any")
     first_k_dense_replace: int = Field(0, ge=0, description="leading layers with a dense FFN")
     moe_layer_freq: int = Field(1, gt=0, description="among the rest, every n-th layer is MoE")
-    nominal_size: float | None = Field(
-        None, gt=0, description="one expert in standard FFNs, for the paper's FLOPs rule; null: real width"
-    )
+    nominal_size: float | None = Field(None, gt=0, description=f"one expert {_NOMINAL}")
 
     scoring_func: Literal["softmax", "sigmoid"] = Field("softmax", description="affinity of a token to the experts")
     topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc", "hash"] = Field(
@@ -124,9 +113,7 @@ class MoEConfig(Strict):
 
     aux_loss_alpha: float = Field(0.0, ge=0, description="expert-level balance factor, alpha_1")
     seq_aux: bool = Field(True, description="expert-level balance per sequence; false: over the micro-batch")
-    global_aux: bool = Field(
-        False, description="with seq_aux false: load counted over the optimiser step so far, all micro-batches"
-    )
+    global_aux: bool = Field(False, description="with seq_aux false: load counted over the optimiser step so far")
     device_aux_loss_alpha: float = Field(0.0, ge=0, description="device-level balance factor, alpha_2")
     comm_aux_loss_alpha: float = Field(0.0, ge=0, description="communication balance factor, alpha_3")
     z_loss_alpha: float = Field(0.0, ge=0, description="factor of the squared log-sum-exp of router logits")
@@ -140,55 +127,41 @@ class MoEConfig(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> "MoEConfig":
-        def refuse(text: str) -> None:
-            raise ValueError(text)
-
-        experts, k, groups = self.n_routed_experts, self.num_experts_per_tok, self.n_group
+        method, experts, k, groups = self.topk_method, self.n_routed_experts, self.num_experts_per_tok, self.n_group
+        used, dense_layers = self.topk_group, self.first_k_dense_replace > 0 or self.moe_layer_freq > 1
         if k > experts:
-            refuse(f"num_experts_per_tok is {k} but n_routed_experts is {experts}; choose at most {experts}")
+            raise ValueError(f"num_experts_per_tok is {k} but n_routed_experts is {experts}; choose at most {experts}")
         if experts % groups:
-            refuse(f"n_group is {groups} but must divide n_routed_experts, {experts}")
-        if self.topk_group > groups:
-            refuse(f"topk_group is {self.topk_group} but n_group is {groups}; choose at most {groups}")
-        if self.topk_group != groups and self.topk_method in ("greedy", "hash"):
-            refuse(
-                f"topk_group is {self.topk_group} of n_group {groups}, which topk_method {self.topk_method} ignores; "
-                "use group_limited_greedy or noaux_tc, or set topk_group equal to n_group"
-            )
-        if k > experts // groups * self.topk_group:
-            refuse(f"num_experts_per_tok is {k} but topk_group leaves {experts // groups * self.topk_group} experts")
-        if self.topk_method == "noaux_tc" and groups > 1 and experts // groups < 2:
-            refuse(f"n_group is {groups} but noaux_tc needs two experts in a group; choose at most {experts // 2}")
-        if self.bias_update_speed and self.topk_method != "noaux_tc":
-            refuse(f"bias_update_speed is {self.bias_update_speed} but only topk_method noaux_tc has a bias")
-        if self.topk_method == "hash":
-            losses = ("aux_loss_alpha", "device_aux_loss_alpha", "comm_aux_loss_alpha", "z_loss_alpha")
-            for name in (*losses, "norm_topk_prob"):
-                if getattr(self, name):
-                    refuse(f"{name} is {getattr(self, name)} but topk_method hash has no router to train; leave it out")
-            if self.scoring_func != "softmax":
-                refuse(f"scoring_func is {self.scoring_func} but topk_method hash has no scores; leave it out")
-            if groups > 1:
-                refuse(f"n_group is {groups} but topk_method hash knows no groups; leave it at 1")
-        elif self.hash_method != "random":
-            refuse(f"hash_method is {self.hash_method} but topk_method is {self.topk_method}; it is for hash only")
-        if self.norm_topk_prob and k == 1 < experts:
-            refuse("norm_topk_prob is true but num_experts_per_tok is 1: every weight is 1, so the router cannot learn")
-        if self.global_aux and (self.seq_aux or not self.aux_loss_alpha):
-            refuse("global_aux is true but needs seq_aux false and aux_loss_alpha above 0")
-        if not (self.seq_aux or self.aux_loss_alpha or self.device_aux_loss_alpha or self.comm_aux_loss_alpha):
-            refuse(
-                "seq_aux is false but there is no balance loss; "
-                "set aux_loss_alpha, device_aux_loss_alpha or comm_aux_loss_alpha"
-            )
-        if groups == 1 and (self.device_aux_loss_alpha or self.comm_aux_loss_alpha):
-            refuse("device_aux_loss_alpha and comm_aux_loss_alpha have no gradient with n_group 1; use more groups")
-        if self.drop_policy != "position" and self.capacity_factor is None:
-            refuse(f"drop_policy is {self.drop_policy} but capacity_factor is null, so nothing is dropped")
-        if self.first_k_dense_replace == 0 and self.moe_layer_freq == 1 and self.intermediate_size is not None:
-            refuse(f"intermediate_size is {self.intermediate_size} but no layer is dense; leave it out")
-        if (self.first_k_dense_replace or self.moe_layer_freq > 1) and self.intermediate_size is None:
-            refuse("intermediate_size is missing but first_k_dense_replace or moe_layer_freq leaves dense layers")
+            raise ValueError(f"n_group is {groups} but must divide n_routed_experts, {experts}")
+        if used > groups:
+            raise ValueError(f"topk_group is {used} but n_group is {groups}; choose at most {groups}")
+        if used < groups and method in ("greedy", "hash"):
+            raise ValueError(f"topk_group is {used} but topk_method {method} uses all of n_group, {groups}")
+        if k > (most := experts // groups * used):
+            raise ValueError(f"num_experts_per_tok is {k} but topk_group {used} leaves {most} of {experts} experts")
+        if method == "noaux_tc" and 1 < groups == experts:
+            raise ValueError(f"n_group is {groups} but noaux_tc needs groups of two: choose at most {experts // 2}")
+        if dense_layers and self.intermediate_size is None:
+            raise ValueError("intermediate_size is missing: first_k_dense_replace or moe_layer_freq has dense layers")
+
+        of_router = ("aux_loss_alpha", "z_loss_alpha", "scoring_func", "norm_topk_prob", "n_group")
+        alphas = (self.aux_loss_alpha, self.device_aux_loss_alpha, self.comm_aux_loss_alpha)
+        effects = [  # a setting, whether anything but its default can take effect, and what it needs for that
+            *((name, method != "hash", "a router, and topk_method hash has none") for name in of_router),
+            ("bias_update_speed", method == "noaux_tc", "topk_method noaux_tc"),
+            ("hash_method", method == "hash", "topk_method hash"),
+            ("norm_topk_prob", k > 1 or experts == 1, "num_experts_per_tok above 1: else every weight is 1 for ever"),
+            ("device_aux_loss_alpha", groups > 1, "n_group above 1: else it has no gradient"),
+            ("comm_aux_loss_alpha", groups > 1, "n_group above 1: else it has no gradient"),
+            ("global_aux", self.aux_loss_alpha and not self.seq_aux, "seq_aux false and aux_loss_alpha above 0"),
+            ("seq_aux", any(alphas), "aux_loss_alpha, device_aux_loss_alpha or comm_aux_loss_alpha above 0"),
+            ("drop_policy", self.capacity_factor is not None, "a capacity_factor, else nothing is dropped"),
+            ("intermediate_size", dense_layers, "dense layers: first_k_dense_replace or moe_layer_freq"),
+        ]
+        for name, effective, needed in effects:
+            value = getattr(self, name)
+            if not effective and value != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is {str(value).lower()} but takes effect only with {needed}")
         return self
 
 
@@ -229,11 +202,6 @@ class ModelConfig(Strict):
     def moe_layers(self) -> list[int]:
         """Indices of the blocks that hold an MoE layer."""
         return [layer for layer in range(self.num_hidden_layers) if self.is_moe(layer)]
-
-    @property
-    def standard_width(self) -> float:
-        """Intermediate width of a standard FFN, 8/3 hidden_size: a SwiGLU of 8 hidden_size^2 parameters."""
-        return 8 / 3 * self.hidden_size
 
     @property
     def num_parameters(self) -> int:

@@ -18,7 +18,7 @@ def _runs() -> dict[str, Tree]:
     """Returns every preset as a run's tree without `data.path`."""
     book = read_yaml(Path(__file__).with_name("presets.yaml"))
     families = {size: _family(size, run, book["variants"]) for size, run in book["families"].items()}
-    return families["2b"] | book["models"] | families["tiny"] | families["mini"]
+    return {**families["2b"], **book["models"], **families["tiny"], **families["mini"]}
 
 
 def _family(size: str, run: Tree, variants: dict[str, Tree]) -> dict[str, Tree]:

@@ -4,13 +4,13 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from moekit.config.model import DenseConfig, ModelConfig, Strict
+from moekit.config.model import ModelConfig, Strict
 
 
 class DataConfig(Strict):
     """Which tokens a step sees."""
 
-    path: str = Field(description="directory written by `moekit prepare`")
+    path: str = Field(description="directory written by `moekit prepare`; --data sets it too")
     sequence_length: int = Field(256, gt=1, description="tokens per sequence")
     batch_size: int = Field(16, gt=0, description="sequences per optimiser step, the global batch")
     micro_batch_size: int | None = Field(None, gt=0, description="sequences per forward pass; null: batch_size")
@@ -18,10 +18,8 @@ class DataConfig(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
-        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"micro_batch_size is {self.micro_batch_size} but must divide {self.batch_size}, batch_size"
-            )
+        if self.batch_size % (micro := self.micro_batch_size or self.batch_size):
+            raise ValueError(f"micro_batch_size is {micro} but must divide batch_size, {self.batch_size}")
         return self
 
 
@@ -117,18 +115,11 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
-        if self.data.sequence_length > self.model.max_position_embeddings:
-            raise ValueError(
-                f"data.sequence_length is {self.data.sequence_length} but model.max_position_embeddings is "
-                f"{self.model.max_position_embeddings}"
-            )
-        if self.schedule.warmup_steps > self.steps:
-            raise ValueError(
-                f"schedule.warmup_steps is {self.schedule.warmup_steps} but steps is {self.steps}; "
-                f"choose at most {self.steps}"
-            )
-        if isinstance(self.optimizer, MuonConfig) and isinstance(self.model.ffn, DenseConfig):
-            raise ValueError(
-                "optimizer.kind is muon but model.ffn.kind is dense, and Muon is for expert matrices; use adamw"
-            )
+        length, longest = self.data.sequence_length, self.model.max_position_embeddings
+        if length > longest:
+            raise ValueError(f"data.sequence_length is {length} but model.max_position_embeddings is {longest}")
+        if (warmup := self.schedule.warmup_steps) > self.steps:
+            raise ValueError(f"schedule.warmup_steps is {warmup} but steps is {self.steps}, which must not be less")
+        if isinstance(self.optimizer, MuonConfig) and self.model.ffn.kind == "dense":
+            raise ValueError("optimizer.kind is muon but model.ffn.kind is dense, which has no experts; use adamw")
         return self

@@ -39,7 +39,9 @@ def test_a_preset_is_a_run_once_it_has_data() -> None:
     run = load_run_config("tiny-deepseekmoe", **DATA)
     assert run.model == preset("tiny-deepseekmoe")
     assert (run.steps, run.optimizer.lr, run.schedule.warmup_steps, run.data.batch_size) == (300, 3e-3, 30, 16)
-    with pytest.raises(ConfigError, match=r"^data.path is missing: directory written by `moekit prepare` \(str\)$"):
+    with pytest.raises(
+        ConfigError, match=r"^data.path is missing: directory written by `moekit prepare`; --data sets it too \(str\)$"
+    ):
         load_run_config("tiny-deepseekmoe")
 
 
@@ -176,7 +178,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ("model.attention.kv_lora_rank", "8", "kv_lora_rank is a setting of model.attention.kind mla only"),
         ("model.ffn.kind", "dense", "model.ffn.intermediate_size is missing: intermediate width (int)"),
         ("data.sequence_length", "512", "data.sequence_length is 512 but model.max_position_embeddings is 256"),
-        ("data.micro_batch_size", "5", "data.micro_batch_size is 5 but must divide 16, batch_size"),
+        ("data.micro_batch_size", "5", "data.micro_batch_size is 5 but must divide batch_size, 16"),
         ("schedule.warmup_steps", "301", "schedule.warmup_steps is 301 but steps is 300"),
         ("steps", "[1", "--steps is '[1', which is not a YAML value"),
         ("seed", str(10**20), "seed is 100000000000000000000 but must be less than 9223372036854775808"),
