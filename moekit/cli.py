@@ -1,18 +1,19 @@
 """The `moekit` command: one sub-command a verb; parse, make a configuration, one library call.
 
 Results go to standard output, as a table or with --json as one document; everything else goes to standard error. Exit
-status: 0 done, 1 a check did not hold, 2 bad usage or input. Whatever is slow to import is imported inside the verb
-that needs it, so that --help answers at once.
+status: 0 done, 1 a check did not hold, 2 bad usage or input. A verb's `--help` is the docstring of its function.
+Whatever is slow to import is imported inside the verb that needs it, so that --help answers at once.
 """
 
 import argparse
 import contextlib
+import inspect
 import io
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,25 +23,17 @@ from moekit.version import __version__
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from moekit.config import RunConfig
+    from moekit.config import Strict
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises our one-line error instead of printing a usage block, and takes an epilog that is made when shown."""
-
-    make_epilog: Callable[[], str] | None = None
+    """Raises our one-line error instead of printing a usage block."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see `{self.prog} --help`")
-
-    def format_help(self) -> str:
-        if self.make_epilog is not None:
-            self.epilog = f"{self.epilog}\n\n{self.make_epilog()}"
-            self.make_epilog = None
-        return super().format_help()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,67 +43,55 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(encoding="utf-8", errors="replace")
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     logging.getLogger("moekit").setLevel(logging.INFO)
+    status = 0
     try:
-        try:
+        with contextlib.suppress(SystemExit):  # argparse's --help and --version
             status = _run(list(sys.argv[1:] if argv is None else argv))
-        except SystemExit as done:  # argparse's --help and --version
-            status = int(done.code or 0)
         sys.stdout.flush()
         return status
     except MoekitError as error:
-        return _fail(str(error))
-    except BrokenPipeError:  # the reader of our output has gone
-        _drop_output()
-        return 141
+        message = str(error)
     except OSError as error:
-        if error.filename is None:  # a full disk, say, under a file that is open already, standard output included
-            _drop_output()
-            return _fail(f"cannot write or read: {error.strerror or error}")
-        return _fail(f"{error.filename}: {error.strerror}")
+        if error.filename is None:  # under a file that is open already: a full disk, or a reader that has gone
+            with contextlib.suppress(OSError):  # what is still buffered must not raise again at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 141
+        message = f"{error.filename or 'cannot write or read'}: {error.strerror or error}"
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
             raise
         reason = str(error).partition(". ")[0]
-        return _fail(f"{reason}; in training, a smaller data.micro_batch_size or recompute true needs less memory")
+        message = f"{reason}; in training, a smaller data.micro_batch_size or recompute true needs less memory"
     except KeyboardInterrupt:
         sys.stderr.write("\nmoekit: interrupted\n")
         return 130
-
-
-def _drop_output() -> None:
-    """Makes sure that what is still buffered does not raise again at exit."""
-    with contextlib.suppress(OSError):  # a stream without a file, in a test say, has nothing that could
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _fail(message: str) -> int:
     sys.stderr.write(f"moekit: error: {' '.join(message.split())}\n")
     return 2
 
 
 def _run(argv: list[str]) -> int:
     parser, verbs = _parsers()
-    verb = next((word for word in argv if not word.startswith("-")), None)
-    if verb is None:
-        parser.parse_args(argv or ["--help"])
-        return 0
-    if argv[0] != verb:
-        raise ConfigError(f"{argv[0]} stands before the verb; write `moekit {verb} {argv[0]}`")
-    if verb not in verbs:
-        raise ConfigError(f"there is no verb {verb!r}{nearest(verb, verbs)}; verbs: {', '.join(verbs)}")
-    words, overrides = _take_overrides(verbs[verb], argv[1:])
-    args = verbs[verb].parse_args(words)
-    args.overrides = overrides
-    run: Callable[[argparse.Namespace], int] = args.run
-    return run(args)
+    name, *words = argv or ["--help"]
+    if name in ("-h", "--help", "--version"):
+        parser.parse_args([name])
+    if name.startswith("-"):
+        raise ConfigError(f"{name} stands before the verb; write `moekit VERB {name}`, see `moekit --help`")
+    if name not in verbs:
+        raise ConfigError(f"there is no verb {name!r}{nearest(name, verbs)}; verbs: {', '.join(verbs)}")
+    verb = verbs[name]
+    root = verb.get_default("settings")
+    if root is not None and {"-h", "--help"} & {*words}:
+        verb.epilog = f"{verb.epilog}\n\n{_settings_help(root)}"
+    words, overrides = _take_overrides(verb, words)
+    args = verb.parse_args(words, argparse.Namespace(overrides=overrides))
+    status: int = args.run(args)
+    return status
 
 
-def _take_overrides(parser: _Parser, words: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Returns the words that are the parser's own, and the overrides, `--a.b v` or `--a.b=v`, wherever they stand.
-
-    A dotted name is an override where the verb takes them, and so is the name of any setting of a run.
-    """
-    known = {option for action in parser._actions for option in action.option_strings}
+def _take_overrides(verb: _Parser, words: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Returns the words that are the parser's own, and the overrides, `--a.b v` or `--a.b=v`, wherever they stand."""
+    known = verb._option_string_actions
     kept: list[str] = []
     overrides: dict[str, str] = {}
     rest = iter(words)
@@ -119,34 +100,24 @@ def _take_overrides(parser: _Parser, words: list[str]) -> tuple[list[str], dict[
         if not option.startswith("--") or option in known:
             kept.append(word)
             continue
-        key = option[2:].replace("-", "_")
-        if not _is_override(parser, key):
-            raise ConfigError(f"unknown option {option}{_hint(parser, key, known)}; see `{parser.prog} --help`")
-        if not equals:
-            following = next(rest, None)
-            if following is None or following.startswith("--"):
-                raise ConfigError(f"{option} needs a value: `{option} VALUE`")
-            value = following
-        overrides[key] = value
+        _check_override(verb, option, known)
+        if not equals and (value := next(rest, "--")).startswith("--"):
+            raise ConfigError(f"{option} needs a value: `{option} VALUE`")
+        overrides[option[2:].replace("-", "_")] = value
     return kept, overrides
 
 
-def _is_override(parser: _Parser, key: str) -> bool:
-    if parser.get_default("takes_overrides") is None:
-        return False
-    from moekit.config import RunConfig
+def _check_override(verb: _Parser, option: str, known: Mapping[str, Any]) -> None:
+    """Raises unless the option is an override, dotted or a setting of a run, and the verb takes them."""
+    hint = nearest(option.replace("_", "-"), known)
+    if verb.get_default("settings") is not None:
+        from moekit.config import RunConfig, where
 
-    return "." in key or key in RunConfig.model_fields
-
-
-def _hint(parser: _Parser, key: str, known: set[str]) -> str:
-    if near := nearest("--" + key.replace("_", "-"), known):
-        return near
-    if parser.get_default("takes_overrides") is None:
-        return ""
-    from moekit.config import where
-
-    return where(key)
+        key = option[2:].replace("-", "_")
+        if "." in key or key in RunConfig.model_fields:
+            return
+        hint = hint or where(key)
+    raise ConfigError(f"unknown option {option}{hint}; see `{verb.prog} --help`")
 
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
@@ -159,106 +130,77 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     parser.add_argument("--version", action="version", version=f"moekit {__version__}")
     subparsers = parser.add_subparsers(metavar="VERB", title="verbs", parser_class=_Parser)
-    verbs: dict[str, _Parser] = {}
 
-    def verb(name: str, run: Callable[[argparse.Namespace], int], text: str, example: str) -> _Parser:
-        verbs[name] = subparsers.add_parser(name, help=text, description=text, epilog=f"example:\n  {example}")
-        verbs[name].set_defaults(run=run)
-        verbs[name].add_argument("--json", action="store_true", help="one JSON document on standard output")
-        return verbs[name]
+    def verb(name: str, run: Callable[[argparse.Namespace], int]) -> Callable[..., argparse.Action]:
+        text, _, example = inspect.cleandoc(run.__doc__ or "").partition("\n\n")
+        added = subparsers.add_parser(name, help=text, description=text, epilog=example)
+        added.set_defaults(run=run)
+        added.add_argument("--json", action="store_true", help="one JSON document on standard output")
+        return added.add_argument
 
-    p = verb(
-        "quickstart", run_quickstart, "the main job, from text to report, in minutes", "moekit quickstart --out first"
-    )
-    p.add_argument("--out", type=Path, default=Path("moekit-quickstart"), help="directory to write (moekit-quickstart)")
-    p.add_argument("--steps", type=_positive, help="training steps of each model (the recipe's, about four minutes)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
+    device = {"default": "auto", "help": "auto, cpu, cuda or cuda:N (auto)"}
+    shown = {"action": "store_true", "help": "print the resolved YAML and exit"}
 
-    verb("presets", run_presets, "list the models that can be named", "moekit presets --json")
+    add = verb("quickstart", run_quickstart)
+    add("--out", type=Path, default=Path("moekit-quickstart"), help="directory to write (moekit-quickstart)")
+    add("--steps", type=_positive, help="training steps of each model (the recipe's, about four minutes)")
+    add("--device", **device)
 
-    p = verb(
-        "plan",
-        run_plan,
-        "count a model's parameters, FLOPs and bytes; no weights are made",
-        "moekit plan deepseekmoe-2b --model.ffn.n_routed_experts 127 --batch 8",
-    )
-    p.add_argument("source", metavar="PRESET|FILE", help="a preset, or a YAML file of a run or of a model")
-    p.add_argument("--sequence-length", type=_positive, help="tokens (the model's context, at most 4096)")
-    p.add_argument("--batch", type=_positive, default=1, help="sequences in one forward pass, for memory (1)")
-    p.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of the compute (bfloat16)")
-    p.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="whose states to count (adamw)")
-    p.add_argument("--recompute", action="store_true", help="activations are recomputed in the backward pass")
-    _takes_overrides(p, "model")
+    verb("presets", run_presets)
 
-    p = verb(
-        "prepare",
-        run_prepare,
-        "turn text into a tokenizer and tokenised shards; run again, it goes on where it stopped",
-        "moekit prepare books/ news.jsonl.gz --out data --vocab-size 4096",
-    )
-    p.add_argument(
-        "files", nargs="+", metavar="FILE", help="jsonl, txt or parquet, plain, .gz or .zst; or folders of them"
-    )
-    p.add_argument("--out", type=Path, required=True, metavar="DATA", help="directory to write")
-    p.add_argument("--valid", nargs="+", metavar="FILE", help="validation text; else a part of FILES is held out")
-    p.add_argument("--valid-fraction", type=float, metavar="F", help="documents held out without --valid (0.01)")
-    p.add_argument("--vocab-size", type=_positive, metavar="N", help="of the tokenizer that is trained (4096)")
-    p.add_argument("--tokenizer", metavar="FILE|DIR", help="use this tokenizer.json instead of training one")
-    p.add_argument("--text-field", default="text", help="field of a record that holds its text (text)")
-    p.add_argument("--domain-field", default="domain", help="field that names its domain (domain)")
+    add = verb("plan", run_plan)
+    add("source", metavar="PRESET|FILE", help="a preset, or a YAML file of a run or of a model")
+    add("--sequence-length", type=_positive, help="tokens (the model's context, at most 4096)")
+    add("--batch", type=_positive, default=1, help="sequences in one forward pass, for memory (1)")
+    add("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of the compute (bfloat16)")
+    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="whose states to count (adamw)")
+    add("--recompute", action="store_true", help="activations are recomputed in the backward pass")
+    add("--print_config", "--print-config", **shown)
 
-    p = verb(
-        "train",
-        run_train,
-        "train a model, or go on with a run",
-        "moekit train tiny-deepseekmoe --data data --out run --steps 300 --optimizer.lr 1e-3\n"
-        "  moekit train --resume --out run",
-    )
-    p.add_argument(
-        "source", nargs="?", metavar="PRESET|FILE", help="a preset or a run's YAML file; not needed to resume"
-    )
-    p.add_argument("--data", metavar="DATA", help="directory that `moekit prepare` wrote; sets data.path")
-    p.add_argument("--out", type=Path, metavar="RUN", help="directory of the run; it must not exist, unless --resume")
-    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
-    p.add_argument("--quiet", action="store_true", help="no progress display")
-    _takes_overrides(p, "")
+    add = verb("prepare", run_prepare)
+    add("files", nargs="+", metavar="FILE", help="jsonl, txt or parquet, plain, .gz or .zst; or folders of them")
+    add("--out", type=Path, required=True, metavar="DATA", help="directory to write")
+    add("--valid", nargs="+", metavar="FILE", help="validation text; else a part of FILES is held out")
+    add("--valid-fraction", type=float, metavar="F", help="documents held out without --valid (0.01)")
+    add("--vocab-size", type=_positive, metavar="N", help="of the tokenizer that is trained (4096)")
+    add("--tokenizer", metavar="FILE|DIR", help="use this tokenizer.json instead of training one")
+    add("--text-field", default="text", help="field of a record that holds its text (text)")
+    add("--domain-field", default="domain", help="field that names its domain (domain)")
 
-    p = verb(
-        "generate",
-        run_generate,
-        "continue a text",
-        'moekit generate run --prompt "Once upon a time" --temperature 0.8',
-    )
-    p.add_argument("model", type=Path, metavar="DIR", help="a model directory or a run")
-    p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be repeated")
-    p.add_argument("--prompts-file", type=Path, metavar="FILE", help="one prompt per line")
-    p.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="(64)")
-    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)")
-    p.add_argument("--top-k", type=_positive, metavar="N", help="sample among the N likeliest tokens")
-    p.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest tokens of total probability P")
-    p.add_argument("--min-p", type=float, metavar="P", help="drop tokens below P times the likeliest one's probability")
-    p.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: avoid tokens seen (1)")
-    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    p.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (as saved)")
+    add = verb("train", run_train)
+    add("source", nargs="?", metavar="PRESET|FILE", help="a preset or a run's YAML file; not needed to resume")
+    add("--data", metavar="DATA", help="directory that `moekit prepare` wrote; sets data.path")
+    add("--out", type=Path, metavar="RUN", help="directory of the run; it must not exist, unless --resume")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
+    add("--quiet", action="store_true", help="no progress display")
+    add("--print_config", "--print-config", **shown)
+
+    add = verb("generate", run_generate)
+    add("model", type=Path, metavar="DIR", help="a model directory or a run")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be repeated")
+    add("--prompts-file", type=Path, metavar="FILE", help="one prompt per line")
+    add("--max-new-tokens", type=_positive, default=64, metavar="N", help="(64)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)")
+    add("--top-k", type=_positive, metavar="N", help="sample among the N likeliest tokens")
+    add("--top-p", type=float, metavar="P", help="sample among the likeliest tokens of total probability P")
+    add("--min-p", type=float, metavar="P", help="drop tokens below P times the likeliest one's probability")
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: avoid tokens seen (1)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    add("--seed", type=int, default=0, help="of the sampling (0)")
+    add("--device", **device)
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (as saved)")
+
+    verbs: dict[str, _Parser] = dict(subparsers.choices)
+    verbs["plan"].set_defaults(settings="model")
+    verbs["train"].set_defaults(settings="")
     return parser, verbs
-
-
-def _takes_overrides(parser: _Parser, root: str) -> None:
-    parser.add_argument(
-        "--print_config", "--print-config", action="store_true", help="print the resolved YAML and exit"
-    )
-    parser.add_argument_group("settings", f"--{root or 'model'}.x.y VALUE changes one; they are listed below")
-    parser.set_defaults(takes_overrides=root)
-    parser.make_epilog = lambda: _settings_help(root)
 
 
 def _settings_help(root: str) -> str:
     """Returns all settings below `root`, by part, each as the option that changes it."""
     from moekit.config import describe_keys
 
-    lines: list[str] = []
+    lines = ["settings, each changed by --NAME VALUE, (default):"]
     part = None
     for key, kind, default, description in describe_keys():
         if not key.startswith(root):
@@ -266,7 +208,7 @@ def _settings_help(root: str) -> str:
         if part != (part := key.rpartition(".")[0]):
             lines.append(f"\n{part or 'run'}:")
         lines += [f"  --{key} {kind.replace(' | ', '|')} ({default})", f"        {description}"]
-    return "settings, (default):" + "\n".join(["", *lines])
+    return "\n".join(lines)
 
 
 def _positive(text: str) -> int:
@@ -290,39 +232,54 @@ def _emit(args: argparse.Namespace, document: Any, make_tables: Callable[[], Seq
     return 0
 
 
+def _emit_config(args: argparse.Namespace, config: "Strict") -> int:
+    from moekit.config import dump
+
+    if args.json:
+        return _emit(args, config.model_dump(mode="json"), list)
+    sys.stdout.write(dump(config, comments=True))
+    return 0
+
+
 def run_presets(args: argparse.Namespace) -> int:
-    """Lists the presets with their total and active parameters."""
+    """list the models that can be named
+
+    example:
+      moekit presets --json
+    """
     from moekit.config import preset, preset_names, summary
     from moekit.tables import presets_tables
 
-    rows: list[dict[str, Any]] = [
-        {
-            "name": name,
-            "parameters": {"total": config.num_parameters, "active": config.num_active_parameters},
-            "description": summary(config),
-        }
-        for name, config in ((name, preset(name)) for name in preset_names())
-    ]
-
+    rows: list[dict[str, Any]] = []
+    for name in preset_names():
+        config = preset(name)
+        parameters = {"total": config.num_parameters, "active": config.num_active_parameters}
+        rows.append({"name": name, "parameters": parameters, "description": summary(config)})
     return _emit(args, {"presets": rows}, lambda: presets_tables(rows))
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    """Shows what a model costs."""
-    from moekit.config import dump, load_model_config, plan, summary
+    """count a model's parameters, FLOPs and bytes; no weights are made
+
+    example:
+      moekit plan deepseekmoe-2b --model.ffn.n_routed_experts 127 --batch 8
+    """
+    from moekit.config import load_model_config, plan, summary
     from moekit.tables import plan_tables
 
     config = load_model_config(args.source, args.overrides)
     if args.print_config:
-        text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n" if args.json else dump(config, comments=True)
-        sys.stdout.write(text)
-        return 0
+        return _emit_config(args, config)
     document = plan(config, args.sequence_length, args.batch, args.precision, args.optimizer, args.recompute)
     return _emit(args, {"model": args.source, **document}, lambda: plan_tables(args.source, summary(config), document))
 
 
 def run_prepare(args: argparse.Namespace) -> int:
-    """Turns text into a tokenizer and shards, with a bar per phase."""
+    """turn text into a tokenizer and tokenised shards; run again, it goes on where it stopped
+
+    example:
+      moekit prepare books/ news.jsonl.gz --out data --vocab-size 4096
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -341,36 +298,36 @@ def run_prepare(args: argparse.Namespace) -> int:
             tasks[phase] = bars.add_task(phase)
         bars.update(tasks[phase], completed=done, total=total)
 
+    same = ("valid_fraction", "vocab_size", "tokenizer", "text_field", "domain_field")
+    options = {name: getattr(args, name) for name in same}
     try:
-        manifest = prepare(
-            args.files,
-            args.out,
-            valid_paths=args.valid,
-            valid_fraction=args.valid_fraction,
-            vocab_size=args.vocab_size,
-            tokenizer=args.tokenizer,
-            text_field=args.text_field,
-            domain_field=args.domain_field,
-            progress=progress,
-        )
+        manifest = prepare(args.files, args.out, valid_paths=args.valid, progress=progress, **options)
     finally:
         if tasks:
             bars.stop()
-
     return _emit(args, manifest, lambda: prepare_tables(manifest, str(args.out)))
 
 
 def run_train(args: argparse.Namespace) -> int:
-    """Trains, or goes on with a run."""
-    from moekit.config import dump
+    """train a model, or go on with a run
 
-    config = _run_config(args)
-    if args.print_config:
-        text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n" if args.json else dump(config, comments=True)
-        sys.stdout.write(text)
-        return 0
-    if args.out is None:
+    example:
+      moekit train tiny-deepseekmoe --data data --out run --steps 300 --optimizer.lr 1e-3
+      moekit train --resume --out run
+    """
+    from moekit.config import load_run_config
+
+    fixed = {} if args.data is None else {"data.path": args.data}
+    if fixed.keys() & args.overrides.keys():
+        raise ConfigError("--data and --data.path are both given; they are the same setting")
+    if args.out is None and (args.resume or not args.print_config):
         raise ConfigError("--out is missing: the directory of the run")
+    if args.source is None and not args.resume:
+        raise ConfigError("PRESET or FILE is missing: what to train; `moekit presets` lists the presets")
+    source = args.source or args.out / "config.yaml"
+    config = load_run_config(source, args.overrides, template=args.print_config, **fixed)
+    if args.print_config:
+        return _emit_config(args, config)
     from moekit.train import train
     from moekit.train.progress import TerminalProgress
 
@@ -381,30 +338,12 @@ def run_train(args: argparse.Namespace) -> int:
     return _emit(args, receipt, lambda: [f"{args.out} holds the run; next: moekit generate {args.out} --prompt ..."])
 
 
-def _run_config(args: argparse.Namespace) -> "RunConfig":
-    """Returns the configuration to train with; that of a resumed run keeps its model."""
-    from moekit.config import load_run_config
-
-    if args.data is not None and "data.path" in args.overrides:
-        raise ConfigError("--data and --data.path are both given; they are the same setting")
-    fixed = {} if args.data is None else {"data.path": args.data}
-    if not args.resume:
-        if args.source is None:
-            raise ConfigError("PRESET or FILE is missing: what to train; `moekit presets` lists the presets")
-        return load_run_config(args.source, args.overrides, template=args.print_config, **fixed)
-    if args.out is None:
-        raise ConfigError("--out is missing: the run to go on with")
-    saved = args.out / "config.yaml"
-    if not saved.is_file():
-        raise ConfigError(f"{saved} does not exist, so there is no run to go on with; leave out --resume to start one")
-    config = load_run_config(args.source or saved, args.overrides, **fixed)
-    if config.model != load_run_config(saved).model:
-        raise ConfigError(f"the model differs from the one in {saved}; a run goes on with its own model")
-    return config
-
-
 def run_generate(args: argparse.Namespace) -> int:
-    """Continues each prompt."""
+    """continue a text
+
+    example:
+      moekit generate run --prompt "Once upon a time" --temperature 0.8
+    """
     try:
         more = args.prompts_file.read_text(encoding="utf-8").splitlines() if args.prompts_file else []
     except UnicodeDecodeError as error:
@@ -421,17 +360,13 @@ def run_generate(args: argparse.Namespace) -> int:
     from moekit.train.hardware import choose_device
     from moekit.train.state import newest
 
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    settings = validate(SamplingSettings, {name: getattr(args, name) for name in names})
+    settings = validate(SamplingSettings, {name: getattr(args, name) for name in SamplingSettings.model_fields})
     folder = newest(args.model) if (args.model / "checkpoints").is_dir() else args.model
     if folder is None:
         raise ConfigError(f"{args.model} is a run without a checkpoint yet")
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    model, tokenizer = (
-        load(folder, choose_device(args.device), dtype, check_hashes=folder is args.model),
-        load_tokenizer(folder),
-    )
-
+    model = load(folder, choose_device(args.device), dtype, check_hashes=folder is args.model)
+    tokenizer = load_tokenizer(folder)
     untold = [prompts[0]]  # not written before the first token comes: a mistake must not follow half a line
 
     def stream(number: int, text: str) -> None:
@@ -451,7 +386,11 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 def run_quickstart(args: argparse.Namespace) -> int:
-    """Runs the whole job on the included text."""
+    """the main job, from text to report, in minutes
+
+    example:
+      moekit quickstart --out first
+    """
     from moekit.quickstart import quickstart
     from moekit.tables import quickstart_tables
     from moekit.train.progress import TerminalProgress
@@ -460,5 +399,4 @@ def run_quickstart(args: argparse.Namespace) -> int:
     if result["status"] != "done":
         _emit(args, result, lambda: [f"saved; `moekit quickstart --out {args.out}` goes on"])
         return 130
-
     return _emit(args, result, lambda: quickstart_tables(result))

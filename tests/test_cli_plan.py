@@ -109,8 +109,8 @@ def test_every_verb_has_an_example_in_its_help(verb: str, capsys: pytest.Capture
     ("words", "said"),
     [
         ("pln", "there is no verb 'pln' (did you mean plan?)"),
-        ("--json plan tiny-dense", "--json stands before the verb"),
-        ("--vrsion", "--vrsion"),
+        ("--json plan tiny-dense", "--json stands before the verb; write `moekit VERB --json`"),
+        ("--vrsion", "--vrsion stands before the verb; write `moekit VERB --vrsion`, see `moekit --help`"),
         ("plan", "PRESET|FILE"),
         ("plan tiny-dens", "no preset or file 'tiny-dens' (did you mean tiny-dense"),
         ("plan tiny-dense --jsn", "unknown option --jsn (did you mean --json?)"),
@@ -128,7 +128,7 @@ def test_every_verb_has_an_example_in_its_help(verb: str, capsys: pytest.Capture
         ("presets --model.hidden_size 3", "unknown option --model.hidden_size"),
         ("quickstart --steps soon", "'soon' is not a whole number above 0"),
         ("train --data d --out r", "PRESET or FILE is missing"),
-        ("train tiny-dense --out r", "data.path is missing"),
+        ("train tiny-dense --out r", "data.path is missing: directory written by `moekit prepare`; --data sets it too"),
         ("train tiny-dense --data d", "--out is missing"),
         ("train tiny-dense --data d --data.path e --out r", "--data and --data.path are both given"),
         ("train tiny-dense --data d --out r --stepps 3", "unknown option --stepps (did you mean steps?)"),
@@ -136,8 +136,8 @@ def test_every_verb_has_an_example_in_its_help(verb: str, capsys: pytest.Capture
         ("prepare a --out d --valid v --valid-fraction 0.1", "valid_fraction is 0.1 but validation text is given"),
         ("prepare a --out d --tokenizer t --vocab-size 300", "vocab_size is 300 but a tokenizer is given"),
         ("train tiny-dense --data d --out r --grad-clip -1", "grad_clip is -1 but must be greater than 0"),
-        ("train --resume", "--out is missing: the run to go on with"),
-        ("train --resume --out nowhere", "config.yaml does not exist"),
+        ("train --resume", "--out is missing: the directory of the run"),
+        ("train --resume --out nowhere", "config.yaml cannot be read: No such file or directory"),
         ("generate somewhere", "--prompt or --prompts-file is missing"),
         ("generate somewhere --prompts-file nowhere.txt", "nowhere.txt: No such file or directory"),
     ],
@@ -151,8 +151,9 @@ def test_a_resumed_run_keeps_its_model(capsys: pytest.CaptureFixture[str], tmp_p
     (tmp_path / "config.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
     resume = ["train", "--resume", "--out", str(tmp_path)]
     said = _error(capsys, *resume, "--model.hidden_size", "48")
-    assert "a run goes on with its own model" in said
-    assert "a run goes on with its own model" in _error(capsys, *resume, "tiny-gshard", "--data", "d")
+    assert "model.hidden_size is 48 but 96 in" in said
+    assert "a resumed run must keep it" in said
+    assert "model.ffn." in _error(capsys, *resume, "tiny-gshard", "--data", "d")
     assert main([*resume, "--steps", "900", "--print_config"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["steps"] == 900
 

@@ -67,7 +67,8 @@ def check_directory(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} has no {MANIFEST}, so it is not a checkpoint that was written to its end")
     content = read_json(manifest)
     if content.get("format") != FORMAT:
-        raise CheckpointError(f"{manifest} has format {content.get('format')!r} but only {FORMAT} is read")
+        found = f"{manifest} has format {content.get('format')!r}"
+        raise CheckpointError(f"{found} but a model's is {FORMAT}; moekit-tokens is prepared data, not a model")
     files = content.get("files")
     if not isinstance(files, dict) or not files:
         raise CheckpointError(f"{manifest} lists no files")

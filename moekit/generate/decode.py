@@ -103,7 +103,8 @@ def _check(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) 
         raise ConfigError(f"a prompt holds token {foreign[0]} but the vocabulary has {vocab}; is this its tokenizer?")
     longest = max(map(len, prompts))
     if longest + max_new_tokens > limit:
+        advice = f"ask for at most {limit - longest}" if longest < limit else "the prompt itself is too long"
         raise ConfigError(
             f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more than "
-            f"max_position_embeddings, {limit}; ask for at most {max(limit - longest, 0)}"
+            f"max_position_embeddings, {limit}; {advice}"
         )
