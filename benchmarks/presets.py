@@ -1,6 +1,6 @@
 """Speed and memory of a training step: tokens per second, share of the measured matmul speed, peak memory.
 
-    python benchmarks/train_step.py --out benchmarks/results/train_step.md
+    python benchmarks/presets.py --out benchmarks/results/presets.md
 
 Every preset and precision runs in a process of its own (peak memory is a process's), in turn, `--rounds` times; the
 medians over rounds are reported. Threads are bound to cores in the measuring processes only: bound here, this process
@@ -80,9 +80,9 @@ def main() -> None:
             found[case].append(json.loads(done.stdout))
     versions = receipts.versions()
     lines = [
-        "# Training step",
+        "# Training step of the presets",
         "",
-        f"`python benchmarks/train_step.py`, commit {args.commit}, moekit "
+        f"`python benchmarks/presets.py`, commit {args.commit}, moekit "
         f"{versions['moekit']}, torch {versions['torch']}, {versions['system']}, {versions['threads']} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}. Batch 16 x 256, AdamW, random tokens; medians of {args.rounds} "
         f"rounds in turn, {args.steps} steps each.",
