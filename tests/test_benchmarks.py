@@ -1,0 +1,108 @@
+"""Every benchmark of models runs, at sizes that say nothing about speed, and its result file says what it must."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+ARGUMENTS = {
+    "layer": "--sizes 16x8 --tokens 24 --dtype fp32 amp --backend auto",
+    "train_step": "--batch 2 --length 12 --dtype fp32 bf16",
+    "prefill": "--prompts 1x12 2x5 --dtype fp32 amp",
+    "decode": "--batch 2 --prompt 5 --tokens 3 --dtype fp32",
+    "scaling": "--sweep granularity --values 1 2 --budget 256 --steps 1 --dtype fp32",
+}
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)  # as if a script of the folder had been started
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def _rows(text: str) -> list[dict[str, str]]:
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+@pytest.mark.usefixtures("scripts")
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_its_file_names_command_machine_and_guard_and_has_a_row_for_ours_and_theirs(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    out = tmp_path / "result.md"
+    words = ["--shape", "tiny", "--repeats", "1", "--out", str(out), *ARGUMENTS[name].split()]
+    _module(name).main(words)
+    text = out.read_text()
+    assert f"`python benchmarks/{name}.py --shape tiny" in text
+    assert all(
+        part in text for part in (", commit ", f"torch {torch.__version__}", " threads", "Guard: matmul GFLOP/s")
+    )
+    rows = _rows(text)
+    assert {row["who"] for row in rows} - {"dense"} == {"transformers grouped_mm", "moekit auto"}
+    for row in rows:
+        assert float(row.get("speed-up") or row["eff"]) > 0
+        if row["dtype"] == "fp32":  # the same weights: what is compared computes the same
+            assert float(row.get("logits off by", 0)) < 1e-5
+            assert row.get("tokens as ours", "4 of 4") == "4 of 4"
+
+
+@pytest.mark.usefixtures("scripts")
+def test_who_cannot_run_is_named_with_the_reason(tmp_path: Path) -> None:
+    out = tmp_path / "result.md"
+    words = ["--shape", "tiny", "--repeats", "1", "--dtype", "fp32", "--models", "qwen2_moe", "--prompts", "1x5"]
+    _module("prefill").main([*words, "--out", str(out), "--impl", "none", "--backend", "auto", "nonesuch"])
+    text = out.read_text()
+    assert "- moekit nonesuch, Qwen2Moe, plain attention, fp32: " in text
+    assert "- llama.cpp: " in text
+    assert [row["who"] for row in _rows(text)] == ["moekit auto"]
+
+
+@pytest.mark.usefixtures("scripts")
+def test_reference_shape_has_164_million_parameters_35_of_them_active() -> None:
+    peers = _module("peers")
+    for kind in peers.KINDS:
+        made = peers.config(peers.Shape(), kind, 512)
+        assert made.num_parameters == pytest.approx(163.9e6, rel=1e-3)
+        assert made.num_active_parameters_without_embedding == pytest.approx(35e6, rel=0.05)
+
+
+@pytest.mark.usefixtures("scripts")
+def test_granularity_keeps_routed_parameters_and_active_width() -> None:
+    peers, scaling = _module("peers"), _module("scaling")
+    cut = [scaling.granular(peers.Shape(), m) for m in scaling.SWEEPS["granularity"]]
+    assert {shape.experts * shape.width for shape in cut} == {64 * 192}
+    assert {(shape.chosen + shape.shared) * shape.width for shape in cut} == {8 * 192}
+    assert cut[2] == peers.Shape()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no list of allowed cores")
+def test_a_script_binds_its_threads_but_not_what_it_starts(tmp_path: Path) -> None:
+    """The process restarts itself with the binding; a child that is let go has all cores again."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, subprocess, sys\n"
+        f"sys.path.insert(0, {str(FOLDER)!r})\n"
+        "import binding\n"
+        "def main(argv):\n"
+        "    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # as OpenMP does to the first thread\n"
+        "    seen = 'import os; print(len(os.sched_getaffinity(0)))'\n"
+        "    child = subprocess.run([sys.executable, '-c', seen], preexec_fn=binding.unbound, capture_output=True)\n"
+        "    sys.stdout.write(os.environ['OMP_PROC_BIND'] + ' ' + ' '.join(argv) + ' ' + child.stdout.decode())\n"
+        "binding.bound(main)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
+    done = subprocess.run([sys.executable, str(script), "word"], capture_output=True, text=True, env=environment)
+    binding, word, cores = done.stdout.split()
+    assert (binding, word) == ("close", "word")
+    assert int(cores) >= len(os.sched_getaffinity(0))
