@@ -124,7 +124,7 @@ def theirs(shape: Shape, kind: str, positions: int, implementation: str, weights
         "num_attention_heads": shape.heads, "num_key_value_heads": shape.heads, "num_experts_per_tok": shape.chosen,
         "max_position_embeddings": positions, "rms_norm_eps": weights.config.rms_norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "tie_word_embeddings": False,
-        "attn_implementation": "sdpa",
+        "attn_implementation": "sdpa", "use_cache": False,
     }  # fmt: skip
     if kind == "deepseek_v2":
         made = transformers.DeepseekV2ForCausalLM(transformers.DeepseekV2Config(
@@ -189,7 +189,7 @@ def lineup(args: argparse.Namespace, shape: Shape, kind: str, dtype: str, positi
                 logits[name] = model(ids).logits.float()
             yield name, model
         except (MoekitError, ImportError, ValueError, RuntimeError) as error:
-            missing.append(f"{name}, {KINDS[kind]}, {dtype}: {error}")
+            missing.append(f"{name}, {KINDS[kind]}, {dtype}: {' '.join(str(error).split())}")
 
     for backend in args.backend:
         mine.update(tried(f"moekit {backend}", partial(ours, shape, kind, positions, backend)))
