@@ -3,7 +3,7 @@
 from moekit.data.prepare import prepare
 from moekit.data.sampler import IGNORE, Batch, Sampler, validation_windows
 from moekit.data.shards import Manifest, TokenDataset, open_dataset, read_manifest
-from moekit.data.text import Document, read_documents, text_files
+from moekit.data.text import Document, file_documents, text_files
 
 __all__ = [
     "IGNORE",
@@ -12,9 +12,9 @@ __all__ = [
     "Manifest",
     "Sampler",
     "TokenDataset",
+    "file_documents",
     "open_dataset",
     "prepare",
-    "read_documents",
     "read_manifest",
     "text_files",
     "validation_windows",

@@ -5,52 +5,51 @@ shards and the place in the text where the next one begins; whatever is not in t
 """
 
 import hashlib
+import itertools
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import Field
 
-from moekit.config.model import Strict
+from moekit.config import Strict, validate
 from moekit.data.shards import (
     JOURNAL,
     MANIFEST,
+    Arguments,
     Manifest,
     Shard,
+    Side,
     Source,
     check_file,
-    file_sha256,
     read_manifest,
     split_entry,
     token_dtype,
-    write_atomic,
+    write,
     write_shard,
 )
 from moekit.data.text import Document, file_documents, text_files
 from moekit.errors import ConfigError, DataError
-from moekit.formats.tokenizer import Tokenizer, check_vocab_size, load_tokenizer, train_tokenizer
+from moekit.files import read_json, sha256
+from moekit.formats.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 1 << 20  # text that is tokenised at once
-OURS = re.compile(
-    r"\.?(progress\.json|tokenizer(_config)?\.json|manifest\.json|(train|valid)(/\.?(\d+\.(bin|npy)|token_counts\.npy))?)(\.part)?"
-)
+BATCH_CHARACTERS = 1 << 20  # text that is tokenised at once
 
 
 class Journal(Strict):
     """How far an unfinished `prepare` has come: everything before document `document` of source `file` is done."""
 
     version: Literal[1] = 1
-    arguments: dict[str, Any]
+    arguments: Arguments
     sources: list[Source]
     tokenizer: str | None = None
-    domains: list[str]
-    shards: dict[str, list[Shard]]
+    domains: list[str] = Field([])
+    shards: dict[str, list[Shard]] = Field({"train": [], "valid": []})
     units: int = 0
     file: int = 0
     document: int = 0
@@ -98,18 +97,10 @@ def prepare(
         raise ConfigError(
             f"vocab_size is {vocab_size} but a tokenizer is given, which has its own vocabulary; leave one of them out"
         )
-    valid_fraction = 0.01 if valid_fraction is None else valid_fraction
     vocab_size = 4096 if vocab_size is None else vocab_size
-    if not 0 <= valid_fraction < 1:
-        raise ConfigError(f"valid_fraction is {valid_fraction}; choose at least 0 and less than 1")
-    for name, value in (("tokenizer_bytes", tokenizer_bytes), ("shard_tokens", shard_tokens)):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; choose at least 1")
-    if tokenizer is None:
-        check_vocab_size(vocab_size)
     given = None if tokenizer is None else load_tokenizer(tokenizer)
     arguments = {
-        "valid_fraction": valid_fraction if valid_paths is None else None,
+        "valid_fraction": 0.01 if valid_fraction is None and valid_paths is None else valid_fraction,
         "tokenizer": given and given.fingerprint,
         "vocab_size": None if given else vocab_size,
         "tokenizer_bytes": None if given else tokenizer_bytes,
@@ -117,19 +108,19 @@ def prepare(
         "domain_field": domain_field,
         "shard_tokens": shard_tokens,
     }
-    sources = _sources(paths, valid_paths, report)
+    new = Journal(arguments=validate(Arguments, arguments), sources=_sources(paths, valid_paths, report))
     if (out / MANIFEST).exists():
         manifest = read_manifest(out)
-        _check_same(out, manifest, arguments, sources)
+        _check_same(out, manifest, new)
         (out / JOURNAL).unlink(missing_ok=True)
         logger.info("%s is finished, nothing to do", out)
         return manifest.model_dump()
 
-    journal = _open_journal(out, arguments, sources)
+    journal = _begin(out, new)
     if journal.tokenizer is None:
         vocabulary = given or train_tokenizer(_sample(journal, tokenizer_bytes, report), vocab_size)
         for name, content in vocabulary.files().items():
-            write_atomic(out / name, content)
+            write(out / name, content)
         journal = _save(out, journal, tokenizer=vocabulary.fingerprint)
     else:
         vocabulary = load_tokenizer(out)
@@ -141,96 +132,82 @@ def prepare(
 
 def _sources(paths: Iterable[str | Path], valid_paths: Iterable[str | Path] | None, report: Progress) -> list[Source]:
     """Returns every file with its size, sha256 and split; "both" where the text's hash decides."""
-    split: Literal["train", "both"] = "both" if valid_paths is None else "train"
-    files: list[tuple[Path, str | None, Literal["train", "valid", "both"]]]
-    files = [(file, folder, split) for file, folder in text_files(paths).items()]
-    if valid_paths is not None:
-        train = {file.resolve() for file, *_ in files}
-        for file, folder in text_files(valid_paths).items():
-            if file.resolve() in train:
-                raise DataError(f"{file} is given both as training and as validation text; give it once")
-            files.append((file, folder, "valid"))
-    sources: list[Source] = []
-    total, done = sum(file.stat().st_size for file, *_ in files), 0
-    for file, folder, name in files:
-        size = file.stat().st_size
-        sources.append(Source(path=str(file), split=name, folder=folder, size=size, sha256=file_sha256(file)))
-        done += size
-        report("hash", done, total)
+    train, valid = text_files(paths), {} if valid_paths is None else text_files(valid_paths)
+    for file in {file.resolve() for file in train} & {file.resolve() for file in valid}:
+        raise DataError(f"{file} is given both as training and as validation text; give it once")
+    side: Side = "both" if valid_paths is None else "train"
+    given = [(file, folder, side) for file, folder in train.items()]
+    given += [(file, folder, "valid") for file, folder in valid.items()]
+    sources, sizes = list[Source](), [file.stat().st_size for file, *_ in given]
+    for (file, folder, side), size, done in zip(given, sizes, itertools.accumulate(sizes), strict=True):
+        sources.append(Source(path=str(file), split=side, folder=folder, size=size, sha256=sha256(file)))
+        report("hash", done, sum(sizes))
     return sources
 
 
-def _check_same(out: Path, old: Manifest | Journal, arguments: dict[str, Any], sources: list[Source]) -> None:
-    """Raises DataError unless `old` was begun with these arguments and files; they may have moved."""
-    advice = f"repeat the first command, choose another --out, or delete {out}"
-    for name, value in arguments.items():
-        if old.arguments.get(name) != value:
-            raise DataError(f"{out} was begun with {name} = {old.arguments.get(name)}, now it is {value}; {advice}")
-    if len(old.sources) != len(sources):
-        raise DataError(f"{out} was begun with {len(old.sources)} files, now there are {len(sources)}; {advice}")
-    for before, now in zip(old.sources, sources, strict=True):
-        if Path(before.path).name != Path(now.path).name or before.split != now.split:
-            raise DataError(f"{out} was begun with {before.path} ({before.split}) where {now.path} is now; {advice}")
-        if before.folder != now.folder:
-            old_name, new_name = (source.folder or "a file by itself" for source in (before, now))
-            raise DataError(f"{out} was begun with {now.path} in {old_name}, now it is in {new_name}; {advice}")
-        if (before.size, before.sha256) != (now.size, now.sha256):
-            raise DataError(f"{now.path} has changed since {out} was begun; {advice}")
+def _check_same(out: Path, old: Manifest | Journal, new: Journal) -> None:
+    """Raises DataError unless both have the same arguments and files; these may have moved."""
+
+    def described(run: Manifest | Journal) -> dict[str, Any]:
+        files = {
+            f"file {number}": f"{Path(source.path).name} ({source.split}, "
+            f"{f'in {source.folder}' if source.folder else 'by itself'}, {source.size} bytes, SHA-256 {source.sha256})"
+            for number, source in enumerate(run.sources, start=1)
+        }
+        return {**run.arguments.model_dump(), "number of files": len(run.sources), **files}
+
+    before = described(old)
+    for name, now in described(new).items():
+        if before[name] != now:
+            advice = f"repeat the first command, choose another --out, or delete {out}"
+            raise DataError(f"{out} was begun with {name} = {before[name]}, now it is {now}; {advice}")
 
 
-def _open_journal(out: Path, arguments: dict[str, Any], sources: list[Source]) -> Journal:
-    """Returns the journal of an unfinished run, or a new one; leaves every folder that is not ours as it is."""
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out} is a file; --out must be a new or empty directory")
-    begun = (out / JOURNAL).is_file()
-    for path in sorted(out.rglob("*")):
-        name = path.relative_to(out).as_posix()
-        if not (OURS.fullmatch(name) if begun else name == f".{JOURNAL}.part"):
-            raise DataError(f"{out} holds something else ({name}); choose another --out")
-    new = Journal(arguments=arguments, sources=sources, domains=[], shards={"train": [], "valid": []})
-    if not begun:
+def _begin(out: Path, new: Journal) -> Journal:
+    """Returns the journal of an unfinished run, or the new one; leaves a folder of something else as it is."""
+    if not (out / JOURNAL).is_file():
+        if out.exists() and not out.is_dir():
+            raise DataError(f"{out} is a file; --out must be a new or empty directory")
+        for path in sorted(out.glob("*")):
+            if path.name != f".{JOURNAL}.writing":  # a run was killed before it began
+                raise DataError(f"{out} holds something else ({path.name}); choose another --out")
         return _save(out, new)
+    journal = read_json(out / JOURNAL, Journal, DataError, f"delete {out} and start again")
     try:
-        journal = Journal.model_validate_json((out / JOURNAL).read_bytes())
-    except ValidationError as error:
-        raise DataError(
-            f"{out / JOURNAL} is damaged ({error.errors()[0]['msg']}); delete {out} and start again"
-        ) from None
-    try:
-        _check_same(out, journal, arguments, sources)
+        _check_same(out, journal, new)
     except DataError:
-        if any(journal.shards.values()):
+        if journal.units:
             raise
         return _save(out, new)  # nothing was made from the old sources yet: a repaired file just starts again
-    for shard in (shard for shards in journal.shards.values() for shard in shards):
+    for shard in [*journal.shards["train"], *journal.shards["valid"]]:
         check_file(out / f"{shard.name}.bin", shard.data)
         check_file(out / f"{shard.name}.npy", shard.index)
-    return journal.model_copy(update={"sources": sources})
+    return journal.model_copy(update={"sources": new.sources})
 
 
 def _save(out: Path, journal: Journal, **changes: Any) -> Journal:
     """Returns the changed journal after it is on disk."""
     journal = journal.model_copy(update=changes)
-    write_atomic(out / JOURNAL, journal.model_dump_json(indent=1).encode())
+    write(out / JOURNAL, journal.model_dump_json(indent=1).encode())
     return journal
 
 
 def _pieces(journal: Journal, numbers: Iterable[int], report: Progress) -> Iterator[Piece]:
     """Yields the documents of these sources with their splits."""
-    sizes = [source.size for source in journal.sources]
-    fields = journal.arguments["text_field"], journal.arguments["domain_field"]
+    arguments, ends = journal.arguments, list(itertools.accumulate(source.size for source in journal.sources))
     for file in numbers:
         source = journal.sources[file]
-        with open(source.path, "rb") as raw:
-            for number, document in enumerate(file_documents(Path(source.path), raw, *fields, source.folder)):
+        path, fields = Path(source.path), (arguments.text_field, arguments.domain_field)
+        with path.open("rb") as raw:
+            for number, document in enumerate(file_documents(path, raw, *fields, source.folder)):
                 split = source.split
                 if split == "both":
                     draw = int.from_bytes(hashlib.sha256(document.text.encode()).digest()[:8]) / 2**64
-                    split = "valid" if draw < journal.arguments["valid_fraction"] else "train"
+                    split = "valid" if draw < (arguments.valid_fraction or 0) else "train"
                 yield Piece(document, split, file, number)
                 if number % 256 == 255:
-                    report("tokenise", sum(sizes[:file]) + min(raw.tell(), source.size), sum(sizes))
-        report("tokenise", sum(sizes[: file + 1]), sum(sizes))
+                    report("tokenise", ends[file] - max(source.size - raw.tell(), 0), ends[-1])
+        report("tokenise", ends[file], ends[-1])
 
 
 def _sample(journal: Journal, budget: int, report: Progress) -> Iterator[str]:
@@ -255,56 +232,47 @@ def _tokenise(out: Path, journal: Journal, vocabulary: Tokenizer, report: Progre
     """Returns the journal with every shard written."""
     domains = {name: number for number, name in enumerate(journal.domains)}
     unit: dict[str, list[tuple[int, np.ndarray, int]]] = {"train": [], "valid": []}
-    tokens = 0
+    tokens, dtype = 0, token_dtype(vocabulary.vocab_size)
 
     def flush(file: int, document: int) -> Journal:
-        shards = {split: list(done) for split, done in journal.shards.items()}
-        for split, documents in unit.items():
-            if documents:
-                shards[split].append(write_shard(out, f"{split}/{journal.units:05d}", documents))
+        shards = {
+            split: [*done, write_shard(out, f"{split}/{journal.units:05d}", unit[split])] if unit[split] else done
+            for split, done in journal.shards.items()
+        }
         place = {"file": file, "document": document, "units": journal.units + 1}
         return _save(out, journal, domains=list(domains), shards=shards, **place)
 
-    for piece, ids in _encoded(_remaining(journal, report), vocabulary):
-        domain = domains.setdefault(piece.document.domain, len(domains))
-        unit[piece.split].append((domain, ids, len(piece.document.text.encode())))
-        tokens += len(ids)
-        if tokens >= journal.arguments["shard_tokens"]:
-            journal = flush(piece.file, piece.number + 1)
-            unit, tokens = {"train": [], "valid": []}, 0
+    pieces = _pieces(journal, range(journal.file, len(journal.sources)), report)
+    begin = journal.file, journal.document
+    for batch in _batches(piece for piece in pieces if (piece.file, piece.number) >= begin):
+        texts = [piece.document.text for piece in batch]
+        for piece, text, ids in zip(batch, texts, vocabulary.encode_batch(texts), strict=True):
+            domain = domains.setdefault(piece.document.domain, len(domains))
+            unit[piece.split].append((domain, np.array([*ids, vocabulary.eos_id], dtype), len(text.encode())))
+            tokens += len(ids) + 1
+            if tokens >= journal.arguments.shard_tokens:
+                journal = flush(piece.file, piece.number + 1)
+                unit, tokens = {"train": [], "valid": []}, 0
     return flush(len(journal.sources), 0) if tokens else journal
 
 
-def _remaining(journal: Journal, report: Progress) -> Iterator[Piece]:
-    """Yields the documents that no shard holds yet."""
-    for piece in _pieces(journal, range(journal.file, len(journal.sources)), report):
-        if piece.file > journal.file or piece.number >= journal.document:
-            yield piece
-
-
-def _encoded(pieces: Iterable[Piece], vocabulary: Tokenizer) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Yields each document with its ids and end-of-text, tokenised many at a time."""
-    dtype = token_dtype(vocabulary.vocab_size)
-
-    def encode(batch: list[Piece]) -> Iterator[tuple[Piece, np.ndarray]]:
-        for piece, ids in zip(batch, vocabulary.encode_batch([p.document.text for p in batch]), strict=True):
-            yield piece, np.array([*ids, vocabulary.eos_id], dtype=dtype)
-
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Yields the documents many at a time, as the tokenizer is fastest."""
     batch, size = list[Piece](), 0
     for piece in pieces:
         batch.append(piece)
-        size += len(piece.document.text)
-        if len(batch) >= BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
-            yield from encode(batch)
+        size += len(piece.document.text) + BATCH_CHARACTERS // 1024  # so a batch has at most 1024 documents
+        if size >= BATCH_CHARACTERS:
+            yield batch
             batch, size = [], 0
-    yield from encode(batch)
+    yield batch
 
 
 def _finish(out: Path, journal: Journal, vocabulary: Tokenizer) -> Manifest:
-    """Returns the manifest, written when every other file is there."""
+    """Returns the manifest, written last, of all shards."""
     if not journal.shards["train"]:
         raise DataError(
-            f"every document became validation text; lower valid_fraction, now {journal.arguments['valid_fraction']}"
+            f"every document became validation text; lower valid_fraction, now {journal.arguments.valid_fraction}"
         )
     splits = {
         split: split_entry(out, split, shards, journal.domains, vocabulary.vocab_size)
@@ -325,8 +293,6 @@ def _finish(out: Path, journal: Journal, vocabulary: Tokenizer) -> Manifest:
         domains_without_validation=unseen,
         splits=splits,
     )
-    for part in out.rglob(".*.part"):  # of a run that was killed while writing
-        part.unlink()
-    write_atomic(out / MANIFEST, manifest.model_dump_json(indent=1).encode())
+    write(out / MANIFEST, manifest.model_dump_json(indent=1).encode())
     (out / JOURNAL).unlink()
     return manifest

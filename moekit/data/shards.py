@@ -10,18 +10,20 @@ DATA/valid/...
 
 import hashlib
 import io
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import Field
 
-from moekit.config.model import Strict
+from moekit import files
+from moekit.config import Strict
 from moekit.errors import DataError, nearest
+from moekit.formats.tokenizer import MIN_VOCAB_SIZE
 
 MANIFEST, JOURNAL = "manifest.json", "progress.json"
 START, TOKENS, BYTES, DOMAIN = range(4)  # columns of the index
+Side = Literal["train", "valid", "both"]  # where a file's documents go; "both": the hash of each decides
 
 
 class FileEntry(Strict):
@@ -61,9 +63,21 @@ class Source(FileEntry):
     """A file that text was read from."""
 
     path: str
-    split: Literal["train", "valid", "both"]
+    split: Side
     folder: str | None = None
     """The one it was found in, by name: the domain of documents that name none. None: the file was named itself."""
+
+
+class Arguments(Strict):
+    """What a dataset is made with; null is what has no effect."""
+
+    valid_fraction: float | None = Field(ge=0, lt=1)
+    tokenizer: str | None
+    vocab_size: int | None = Field(ge=MIN_VOCAB_SIZE)
+    tokenizer_bytes: int | None = Field(gt=0)
+    text_field: str
+    domain_field: str
+    shard_tokens: int = Field(gt=0)
 
 
 class Manifest(Strict):
@@ -74,7 +88,7 @@ class Manifest(Strict):
     tokenizer: str
     vocab_size: int
     eos_id: int
-    arguments: dict[str, Any]
+    arguments: Arguments
     sources: list[Source]
     domains: list[str]
     domains_without_validation: list[str]
@@ -86,31 +100,20 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
-def write_atomic(path: Path, content: bytes) -> FileEntry:
-    """Writes a file so that after a crash it is there whole or not at all. Raises DataError when the disk refuses."""
-    part = path.with_name(f".{path.name}.part")
+def write(path: Path, content: bytes) -> FileEntry:
+    """Returns the entry of a file after it is on disk, whole. Raises DataError when the disk refuses."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        if os.name == "posix":  # elsewhere a directory cannot be opened; here the new name must be on disk too
-            handle = os.open(path.parent, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+        files.write(path, content)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise DataError(f"cannot write {path}: {error.strerror}; make room and run the same command again") from error
     return FileEntry(size=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
-def array_bytes(array: np.ndarray) -> bytes:
-    """Returns `array` as the content of a .npy file."""
+def write_array(path: Path, array: np.ndarray) -> FileEntry:
+    """Returns the entry of a .npy file after it is on disk."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
+    return write(path, buffer.getvalue())
 
 
 def write_shard(directory: Path, name: str, documents: list[tuple[int, np.ndarray, int]]) -> Shard:
@@ -126,65 +129,51 @@ def write_shard(directory: Path, name: str, documents: list[tuple[int, np.ndarra
         name=name,
         documents=len(index),
         tokens=len(tokens),
-        data=write_atomic(directory / f"{name}.bin", tokens.tobytes()),
-        index=write_atomic(directory / f"{name}.npy", array_bytes(index)),
+        data=write(directory / f"{name}.bin", tokens.tobytes()),
+        index=write_array(directory / f"{name}.npy", index),
     )
 
 
-def check_file(path: Path, entry: FileEntry, verify: bool = False) -> None:
-    """Raises DataError unless `path` has the size, and with `verify` the sha256, of `entry`."""
+def check_file(path: Path, entry: FileEntry, verify: bool = False) -> Path:
+    """Returns `path`; raises DataError unless it has the size, and with `verify` the sha256, of `entry`."""
     size = path.stat().st_size if path.is_file() else None
-    if size != entry.size:
-        found = "is missing" if size is None else f"has {size} bytes"
-        raise DataError(f"{path} {found}, it was written with {entry.size}; delete the dataset and prepare it again")
-    if verify and file_sha256(path) != entry.sha256:
-        raise DataError(f"{path} has changed since it was written (sha256); delete the dataset and prepare it again")
+    if size != entry.size or (verify and files.sha256(path) != entry.sha256):
+        found = "is missing" if size is None else f"has changed since it was written, it has {size} bytes now"
+        raise DataError(
+            f"{path} {found}, not {entry.size} of SHA-256 {entry.sha256}; delete the dataset and prepare it again"
+        )
+    return path
 
 
-def file_sha256(path: Path) -> str:
-    """Returns the sha256 of a file in hexadecimal."""
-    # receipts.sha256 is the same; its import would bring torch, which nothing here needs
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def open_shard(directory: Path, shard: Shard, vocab_size: int, verify: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the tokens, which stay on disk, and the index, int64 (documents, 4), of a shard.
 
-
-def read_index(directory: Path, shard: Shard, n_domains: int) -> np.ndarray:
-    """Returns int64 (documents, 4), the checked index of a shard."""
-    path = directory / f"{shard.name}.npy"
-    try:
-        index: np.ndarray = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{path} is not a document index: {error}") from None
-    good = index.shape == (shard.documents, 4) and index.dtype == np.int64 and index.size > 0
-    if good:
-        stops = np.cumsum(index[:, TOKENS])
-        good = stops[-1] == shard.tokens and bool((index[:, TOKENS] > 0).all())
-        good = good and bool((index[:, START] == stops - index[:, TOKENS]).all())
-        good = good and index[:, DOMAIN].min() >= 0 and index[:, DOMAIN].max() < n_domains
-    if not good:
-        raise DataError(f"{path} does not fit its shard in {MANIFEST}; delete the dataset and prepare it again")
-    return index
+    Raises DataError unless the index is what was written, and the tokens are: by size, with `verify` by sha256.
+    """
+    tokens = check_file(directory / f"{shard.name}.bin", shard.data, verify)
+    index = check_file(directory / f"{shard.name}.npy", shard.index, verify=True)
+    return np.memmap(tokens, token_dtype(vocab_size), mode="r"), np.load(index, allow_pickle=False)
 
 
 def split_entry(directory: Path, split: str, shards: list[Shard], domains: list[str], vocab_size: int) -> Split:
     """Returns the manifest's entry of a split, counted in its files; writes token_counts.npy."""
     table = np.zeros((len(domains), 3), dtype=np.int64)
-    tokens = np.zeros(vocab_size, dtype=np.int64)
+    counts = np.zeros(vocab_size, dtype=np.int64)
     for shard in shards:
-        index = read_index(directory, shard, len(domains))
+        tokens, index = open_shard(directory, shard, vocab_size)
         np.add.at(table, index[:, DOMAIN], np.column_stack([np.ones(len(index), np.int64), index[:, [TOKENS, BYTES]]]))
-        tokens += np.bincount(
-            np.fromfile(directory / f"{shard.name}.bin", token_dtype(vocab_size)), minlength=vocab_size
-        )
+        counts += np.bincount(tokens, minlength=vocab_size)
     by_domain = {name: _counts(row) for name, row in sorted(zip(domains, table, strict=True)) if row[0]}
-    entry = write_atomic(directory / split / "token_counts.npy", array_bytes(tokens))
-    totals = _counts(table.sum(0)).model_dump()
-    return Split(**totals, domains=by_domain, shards=shards, token_counts=entry)
+    return Split(
+        **_counts(table.sum(0)).model_dump(),
+        domains=by_domain,
+        shards=shards,
+        token_counts=write_array(directory / split / "token_counts.npy", counts),
+    )
 
 
 def _counts(row: np.ndarray) -> Counts:
-    documents, tokens, size = row.tolist()
-    return Counts(documents=documents, tokens=tokens, bytes=size)
+    return Counts(**dict(zip(Counts.model_fields, row.tolist(), strict=True)))
 
 
 class TokenDataset:
@@ -202,47 +191,33 @@ class TokenDataset:
         self.domains = sorted(manifest.domains)
         self.num_tokens, self.num_documents = part.tokens, part.documents
 
-        dtype = token_dtype(self.vocab_size)
-        self._shards, indices = [], []
-        for number, shard in enumerate(part.shards):
-            data = directory / f"{shard.name}.bin"
-            check_file(data, shard.data, verify)
-            check_file(data.with_suffix(".npy"), shard.index, verify)
-            if shard.data.size != shard.tokens * dtype.itemsize:
-                raise DataError(f"{data} has {shard.data.size} bytes, not {shard.tokens} tokens of type {dtype.name}")
-            self._shards.append(np.memmap(data, dtype=dtype, mode="r"))
-            index = read_index(directory, shard, len(self.domains))
-            indices.append(np.column_stack([index, np.full(len(index), number)]))
-        index = np.concatenate(indices)
-
-        rank = np.array([self.domains.index(name) for name in manifest.domains])
-        index[:, DOMAIN] = rank[index[:, DOMAIN]]
-        index = index[np.argsort(index[:, DOMAIN], kind="stable")]
-        shard_of = index[:, 4]
+        opened = [open_shard(directory, shard, self.vocab_size, verify) for shard in part.shards]
+        self._shards = [tokens for tokens, _ in opened]
+        index = np.concatenate([index for _, index in opened])
+        shard_of = np.repeat(np.arange(len(opened)), [len(index) for _, index in opened])
+        rank = np.array([self.domains.index(name) for name in manifest.domains])[index[:, DOMAIN]]
+        order = np.argsort(rank, kind="stable")
+        index, rank, shard_of = index[order], rank[order], shard_of[order]
         self._starts = np.concatenate([[0], np.cumsum(index[:, TOKENS])])  # of each document, and the end
-        if self._starts[-1] != self.num_tokens or len(index) != self.num_documents:
+        if not self._starts[-1] == sum(map(len, self._shards)) == self.num_tokens:
             raise DataError(f"{directory / MANIFEST}: the {split} shards do not add up to its totals")
-        self._domain_stops = np.searchsorted(index[:, DOMAIN], np.arange(len(self.domains)), side="right")
-        # A run is a stretch of the stream that is contiguous in one shard.
-        joined = (shard_of[1:] == shard_of[:-1]) & (index[1:, START] == index[:-1, START] + index[:-1, TOKENS])
-        heads = np.concatenate([[0], np.flatnonzero(~joined) + 1])
-        self._runs = list(zip(shard_of[heads].tolist(), index[heads, START].tolist(), strict=True))
+        self._domain_stops = np.searchsorted(rank, np.arange(len(self.domains)), side="right")
+        # A run is a stretch of the stream that is contiguous in one shard, `shift` tokens further on.
+        shift = index[:, START] - self._starts[:-1]
+        heads = np.flatnonzero(np.diff(shift, prepend=-1) | np.diff(shard_of, prepend=-1))
+        self._runs = list(zip(shard_of[heads].tolist(), shift[heads].tolist(), strict=True))
         self._run_starts = np.append(self._starts[heads], self.num_tokens)
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Returns int64 (length,), the tokens from position `start` on. Raises IndexError outside of the stream."""
         stop = self._stop(start, length)
-        tokens = np.empty(length, dtype=np.int64)
-        run = int(np.searchsorted(self._run_starts, start, side="right")) - 1
-        position = start
-        while position < stop:
-            shard, offset = self._runs[run]
-            begin, end = int(self._run_starts[run]), min(stop, int(self._run_starts[run + 1]))
-            tokens[position - start : end - start] = self._shards[shard][
-                offset + position - begin : offset + end - begin
-            ]
-            position, run = end, run + 1
-        return tokens
+        first, last = np.searchsorted(self._run_starts, start, "right") - 1, np.searchsorted(self._run_starts, stop)
+        parts = [np.empty(0, dtype=np.int64)]
+        for run in range(first, last):
+            shard, shift = self._runs[run]
+            begin, end = max(start, self._run_starts[run]), min(stop, self._run_starts[run + 1])
+            parts.append(self._shards[shard][shift + begin : shift + end])
+        return np.concatenate(parts)
 
     def document_ids(self, start: int, length: int) -> np.ndarray:
         """Returns int64 (length,): the number, counted along the stream, of the document that each token belongs to."""
@@ -256,10 +231,8 @@ class TokenDataset:
     def domain_range(self, domain: str) -> tuple[int, int]:
         """Returns the positions (start, stop) of a domain; equal when this split has nothing of it."""
         if domain not in self.domains:
-            known = ", ".join(self.domains)
-            raise DataError(
-                f"domain {domain!r} is not in {self.directory}{nearest(domain, self.domains)}; found: {known}"
-            )
+            hint = f"{nearest(domain, self.domains)}; found: {', '.join(self.domains)}"
+            raise DataError(f"domain {domain!r} is not in {self.directory}{hint}")
         number = self.domains.index(domain)
         first = self._domain_stops[number - 1] if number else 0
         return int(self._starts[first]), int(self._starts[self._domain_stops[number]])
@@ -268,8 +241,7 @@ class TokenDataset:
         """Returns int64 (vocab,): how often each id occurs in the split, end-of-text included."""
         path = self.directory / self.split / "token_counts.npy"
         check_file(path, self.manifest.splits[self.split].token_counts, verify=True)
-        counts: np.ndarray = np.load(path, allow_pickle=False)
-        return counts
+        return np.asarray(np.load(path, allow_pickle=False))
 
     def _stop(self, start: int, length: int) -> int:
         if start < 0 or length < 0 or start + length > self.num_tokens:
@@ -280,18 +252,11 @@ class TokenDataset:
 def read_manifest(path: str | Path) -> Manifest:
     """Returns the manifest of a finished dataset; DataError when `path` is none, or of another version."""
     directory = Path(path)
-    if not (directory / MANIFEST).is_file():
-        if (directory / JOURNAL).is_file():
-            raise DataError(f"{directory} is not finished; run the same `moekit prepare` again to complete it")
-        raise DataError(
-            f"{directory} is not a dataset (no {MANIFEST}); `moekit prepare FILES --out {directory}` makes one"
-        )
-    try:
-        return Manifest.model_validate_json((directory / MANIFEST).read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the file"
-        raise DataError(f"{directory / MANIFEST}: {field}: {first['msg']}; prepare the data again") from None
+    if (directory / MANIFEST).is_file():
+        return files.read_json(directory / MANIFEST, Manifest, DataError, "prepare the data again")
+    if (directory / JOURNAL).is_file():
+        raise DataError(f"{directory} is not finished; run the same `moekit prepare` again to complete it")
+    raise DataError(f"{directory} is not a dataset (no {MANIFEST}); `moekit prepare FILES --out {directory}` makes one")
 
 
 def open_dataset(path: str | Path, split: str, verify: bool = False) -> TokenDataset:
@@ -301,6 +266,6 @@ def open_dataset(path: str | Path, split: str, verify: bool = False) -> TokenDat
     """
     manifest = read_manifest(path)
     if split not in manifest.splits:
-        known = ", ".join(manifest.splits)
-        raise DataError(f"{path} has no split {split!r}{nearest(split, manifest.splits)}; found: {known}")
+        found = ", ".join(manifest.splits)
+        raise DataError(f"{path} has no split {split!r}{nearest(split, manifest.splits)}; found: {found}")
     return TokenDataset(Path(path), split, manifest, verify)

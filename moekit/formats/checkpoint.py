@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moekit import receipts
+from moekit import files, receipts
 from moekit.config import ModelConfig, validate
 from moekit.errors import CheckpointError, ConfigError, nearest
-from moekit.formats.directory import MANIFEST, atomic_directory, check_directory, read_json
+from moekit.formats.directory import MANIFEST, PlainName, atomic_directory, check_directory
 from moekit.formats.names import pieces
 from moekit.formats.tokenizer import Tokenizer
 from moekit.nn.model import Model
@@ -21,6 +22,12 @@ from moekit.nn.model import Model
 MODEL_TYPE = "moekit"
 SHARD_BYTES = 5_000_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Index(BaseModel):
+    """What is read of model.safetensors.index.json."""
+
+    weight_map: dict[str, PlainName]
 
 
 def save(
@@ -39,47 +46,37 @@ def save(
     """
     with atomic_directory(Path(path), overwrite) as folder:
         _write_weights(model, folder)
-        dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-        receipts.write_json(folder / "config.json", describe(model.config, dtype))
+        config, weight = model.config.model_dump(mode="json"), model.embed_tokens.weight
+        content = {
+            "architectures": ["MoekitForCausalLM"],
+            "model_type": MODEL_TYPE,
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "vocab_size": model.config.vocab_size,
+            "moekit": config,
+        }
+        files.write_json(folder / "config.json", content)
         if tokenizer is not None:
             tokenizer.save(folder)
-            generation = {
-                "eos_token_id": tokenizer.eos_id,
-                "bos_token_id": tokenizer.bos_id,
-                "pad_token_id": tokenizer.pad_id,
-            }
-            receipts.write_json(folder / "generation_config.json", generation)
+            ids = {"eos": tokenizer.eos_id, "bos": tokenizer.bos_id, "pad": tokenizer.pad_id}
+            files.write_json(folder / "generation_config.json", {f"{key}_token_id": ids[key] for key in ids})
         if extra is not None:
             extra(folder)
         if receipt is None:
-            device = str(model.embed_tokens.weight.device)
-            config = model.config.model_dump(mode="json")
-            receipt = receipts.make("save", config=config, model=model.config, device=device)
-        files = receipts.file_hashes(folder, [entry.name for entry in folder.iterdir()])
-        receipt = {**receipt, "outputs": {**receipt["outputs"], **files}}
-        receipts.write_json(folder / receipts.FILE, receipt)
+            receipt = receipts.make("save", model.config, config=config, device=str(weight.device))
+        written = files.hashes(folder, [entry.name for entry in folder.iterdir()])
+        receipt = {**receipt, "outputs": {**receipt["outputs"], **written}}
+        files.write_json(folder / receipts.FILE, receipt)
     return receipt
-
-
-def describe(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Returns the content of config.json."""
-    return {
-        "architectures": ["MoekitForCausalLM"],
-        "model_type": MODEL_TYPE,
-        "dtype": dtype,
-        "vocab_size": config.vocab_size,
-        "moekit": config.model_dump(mode="json"),
-    }
 
 
 def load_config(path: str | os.PathLike[str]) -> ModelConfig:
     """Returns the configuration of a model directory."""
     file = Path(path) / "config.json"
-    content = read_json(file)
-    if content.get("model_type") != MODEL_TYPE or not isinstance(content.get("moekit"), dict):
+    content = files.read_json(file, dict[str, Any], CheckpointError)
+    if content.get("model_type") != MODEL_TYPE:
         raise CheckpointError(f"{file} says model_type {content.get('model_type')!r} but only {MODEL_TYPE!r} is read")
     try:
-        return validate(ModelConfig, content["moekit"])
+        return validate(ModelConfig, content.get("moekit"))
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from error
 
@@ -121,97 +118,71 @@ def _tied(config: ModelConfig, name: str) -> bool:
 
 def _write_weights(model: Model, folder: Path) -> None:
     """Writes one key an expert, in shards of at most SHARD_BYTES."""
-    shards: list[list[tuple[str, Tensor]]] = [[]]
-    size = 0
+    shards: list[dict[str, Tensor]] = [{}]
+    size = total = 0
     for name, tensor in model.state_dict().items():
         if _tied(model.config, name):
             continue
         for key, index in pieces(name, tuple(tensor.shape)):
-            part = tensor[index] if index else tensor
-            nbytes = part.numel() * part.element_size()
-            if shards[-1] and size + nbytes > SHARD_BYTES:
-                shards.append([])
+            part = tensor[index]
+            if shards[-1] and size + part.nbytes > SHARD_BYTES:
+                shards.append({})
                 size = 0
-            shards[-1].append((key, part))
-            size += nbytes
-    if len(shards) == 1:
-        names = [SINGLE]
-    else:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, shard in zip(names, shards, strict=True):
+            shards[-1][key] = part
+            size, total = size + part.nbytes, total + part.nbytes
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         # copies, a shard at a time: safetensors refuses views of one storage
-        content = {key: part.detach().cpu().contiguous().clone() for key, part in shard}
+        content = {key: part.detach().cpu().contiguous().clone() for key, part in shard.items()}
         save_file(content, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
-        weight_map = {key: file for file, shard in zip(names, shards, strict=True) for key, _ in shard}
-        total = sum(part.numel() * part.element_size() for shard in shards for _, part in shard)
-        receipts.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        files.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _read_weights(
     folder: Path, wanted: dict[str, Tensor], device: torch.device, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     """Returns the state dict, assembled tensor by tensor from the files' pieces."""
-    where = _weight_files(folder)
+    opened = _open_weights(folder)
+    left = opened.keys() - {key for name, meta in wanted.items() for key, _ in pieces(name, tuple(meta.shape))}
     state: dict[str, Tensor] = {}
-    used: set[str] = set()
-    handles: dict[Path, Any] = {}
     for name, meta in wanted.items():
         for key, index in pieces(name, tuple(meta.shape)):
-            if key not in where:
-                raise CheckpointError(f"{folder} has no tensor {key}{nearest(key, where.keys() - used)}")
-            file = where[key]
-            if file not in handles:
-                handles[file] = safe_open(file, framework="pt")
-            part = handles[file].get_tensor(key)
-            used.add(key)
-            expected = tuple(meta[index].shape) if index else tuple(meta.shape)
-            if tuple(part.shape) != expected:
-                raise CheckpointError(
-                    f"{key} in {file} has shape {tuple(part.shape)} but the config asks for {expected}"
-                )
-            of = state.get(name, meta)  # all pieces of a tensor have one dtype
+            if key not in opened:
+                raise CheckpointError(f"{folder} has no tensor {key}{nearest(key, left)}")
+            part, of = opened[key].get_tensor(key), state.get(name, meta)  # all pieces of a tensor have one dtype
+            if part.shape != meta[index].shape:
+                shapes = f"{tuple(part.shape)} but the config asks for {tuple(meta[index].shape)}"
+                raise CheckpointError(f"{key} in {folder} has shape {shapes}")
             if part.is_floating_point() != of.is_floating_point() or (name in state and part.dtype != of.dtype):
-                raise CheckpointError(f"{key} in {file} has dtype {part.dtype} but the model holds {of.dtype} there")
-            if not index:
-                state[name] = part.clone()  # not a map of a file that may be removed or written over
-            else:
-                if name not in state:
-                    state[name] = torch.empty(meta.shape, dtype=part.dtype)
-                state[name][index] = part
+                raise CheckpointError(f"{key} in {folder} has dtype {part.dtype} but the model holds {of.dtype} there")
+            if name not in state:
+                state[name] = torch.empty(meta.shape, dtype=part.dtype)  # a map of a file would not survive it
+            state[name][index] = part
         keep = dtype is None or not meta.is_floating_point() or name.endswith("expert_bias")
         state[name] = state[name].to(device=device, dtype=None if keep else dtype)
-    left = sorted(where.keys() - used)
     if left:
         raise CheckpointError(
-            f"{folder} holds {len(left)} tensors that the config has no place for, the first {left[0]}"
+            f"{folder} holds {len(left)} tensors that the config has no place for, the first {min(left)}"
         )
     return state
 
 
-def _weight_files(folder: Path) -> dict[str, Path]:
-    """Returns the file of every tensor on disk."""
+def _open_weights(folder: Path) -> dict[str, Any]:
+    """Returns, for every tensor on disk, the open file that holds it."""
+    names = {SINGLE}
     if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{folder / INDEX} has no weight_map")
-        names = sorted(set(map(str, weight_map.values())))
-        if foreign := [name for name in names if Path(name).name != name]:
-            raise CheckpointError(
-                f"{folder / INDEX} names {foreign[0]!r}, which is not the plain name of a file beside it"
-            )
-    else:
-        names = [SINGLE]
-    where: dict[str, Path] = {}
-    for name in names:
-        file = folder / name
+        names = set(files.read_json(folder / INDEX, Index, CheckpointError).weight_map.values())
+    opened: dict[str, Any] = {}
+    for name in sorted(names):
         try:
-            with safe_open(file, framework="pt") as tensors:
-                keys = list(tensors.keys())
+            file = safe_open(folder / name, framework="pt")
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
-        for key in keys:
-            if key in where:
-                raise CheckpointError(f"tensor {key} is in {where[key].name} and again in {name}")
-            where[key] = file
-    return where
+            raise CheckpointError(f"{folder / name} cannot be read as safetensors: {error}") from error
+        for key in file.keys():  # noqa: SIM118  not a dictionary
+            if key in opened:
+                raise CheckpointError(f"tensor {key} is in {name} and again in another file of {folder}")
+            opened[key] = file
+    return opened

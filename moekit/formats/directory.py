@@ -1,19 +1,36 @@
 """Directories that appear whole or not at all, and say what they hold."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from safetensors import SafetensorError
 
-from moekit import receipts
+from moekit import files
+from moekit.config import Strict
 from moekit.errors import CheckpointError
 
-MANIFEST, FORMAT = "manifest.json", 1
+MANIFEST = "manifest.json"
+PlainName = Annotated[str, Field(pattern=r"^[^/\\]+$")]
+"""The name of a file in the same folder, never a path that leads elsewhere."""
+
+
+class Entry(Strict):
+    """What a file must be."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(Strict):
+    """What a directory holds."""
+
+    format: Literal[1]
+    files: dict[PlainName, Entry] = Field(min_length=1)
 
 
 @contextmanager
@@ -34,17 +51,13 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         names = [entry.name for entry in temporary.iterdir()]
         for name in names:
             with (temporary / name).open("rb+") as file:
-                receipts.sync(file.fileno())
-        manifest = {"format": FORMAT, "files": receipts.file_hashes(temporary, names)}
-        receipts.write_json(temporary / MANIFEST, manifest)
-        receipts.sync_folder(temporary)
+                os.fsync(file.fileno())
+        files.write_json(temporary / MANIFEST, {"format": 1, "files": files.hashes(temporary, names)})
         if path.exists():
             path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            temporary.rename(path)
-        receipts.sync_folder(path.parent)
+        temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+        files.sync_folder(path.parent)
     except BaseException as error:
         if old.exists() and not path.exists():
             old.rename(path)
@@ -62,37 +75,15 @@ def check_directory(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory")
-    manifest = path / MANIFEST
-    if not manifest.is_file():
+    if not (path / MANIFEST).is_file():
         raise CheckpointError(f"{path} has no {MANIFEST}, so it is not a checkpoint that was written to its end")
-    content = read_json(manifest)
-    if content.get("format") != FORMAT:
-        found = f"{manifest} has format {content.get('format')!r}"
-        raise CheckpointError(f"{found} but a model's is {FORMAT}; moekit-tokens is prepared data, not a model")
-    files = content.get("files")
-    if not isinstance(files, dict) or not files:
-        raise CheckpointError(f"{manifest} lists no files")
-    for name, expected in files.items():
-        if Path(name).name != name or not isinstance(expected, dict):
-            raise CheckpointError(f"{manifest} lists {name!r}, which is not the plain name of a file beside it")
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing but {MANIFEST} lists it")
-        if file.stat().st_size != expected.get("bytes"):
-            raise CheckpointError(f"{file} has {file.stat().st_size} bytes but {MANIFEST} says {expected.get('bytes')}")
-        if receipts.sha256(file) != expected.get("sha256"):
-            raise CheckpointError(f"{file} has changed since it was written: its SHA-256 is not the one in {MANIFEST}")
-    return files
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file; CheckpointError if it is missing or is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__} but must hold an object")
-    return value
+    advice = "this is prepared data, not a model" if (path / "train").is_dir() else ""
+    listed = files.read_json(path / MANIFEST, Manifest, CheckpointError, advice).model_dump()["files"]
+    for name, expected in listed.items():
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path / name} is missing but {MANIFEST} lists it")
+        if (found := files.hashes(path, [name])[name]) != expected:
+            raise CheckpointError(
+                f"{path / name} has changed since it was written: {found}, {MANIFEST} says {expected}"
+            )
+    return dict(listed)

@@ -14,10 +14,11 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from moekit.errors import CheckpointError, ConfigError, DataError
+from moekit.files import read_json, write
 
 logger = logging.getLogger(__name__)
 
-END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT, MIN_VOCAB_SIZE = "<|endoftext|>", 257  # every byte and end-of-text
 # Tried in this order where tokenizer_config.json names no token.
 EOS_NAMES = (END_OF_TEXT, "</s>", "<｜end▁of▁sentence｜>", "<|end_of_text|>", "<eos>")  # noqa: RUF001
 BOS_NAMES = ("<s>", "<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<bos>")  # noqa: RUF001
@@ -39,12 +40,10 @@ class Tokenizer:
 
     def __init__(self, data: bytes, config: dict[str, Any] | None = None, name: str = "tokenizer.json"):
         try:
-            self._plain = tokenizers.Tokenizer.from_str(data.decode())
+            self._plain = _backend(data)
         except Exception as error:  # the library raises bare Exception
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{name} is not a tokenizer.json that `tokenizers` can read: {reason}") from None
-        self._plain.no_truncation()  # a file may carry a length limit, which would cut documents without a word
-        self._plain.no_padding()
         self._plain.encode_special_tokens = True
         self.data, self.config = data, dict(config or {})
         self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
@@ -73,10 +72,7 @@ class Tokenizer:
     @cached_property
     def _special_aware(self) -> tokenizers.Tokenizer:
         """A second copy that finds special tokens in text: the switch is on the object, so threads need one each."""
-        copy = tokenizers.Tokenizer.from_str(self.data.decode())
-        copy.no_truncation()
-        copy.no_padding()
-        return copy
+        return _backend(self.data)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Returns the ids of `text`; nothing is added. `allow_special` lets text name special tokens (chat prompts)."""
@@ -134,9 +130,16 @@ class Tokenizer:
 
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json, byte for byte as it was read or trained, and tokenizer_config.json."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
         for name, content in self.files().items():
-            (Path(directory) / name).write_bytes(content)
+            write(Path(directory) / name, content)
+
+
+def _backend(data: bytes) -> tokenizers.Tokenizer:
+    """Returns the library's tokenizer, which gives a text's ids and nothing else."""
+    backend = tokenizers.Tokenizer.from_str(data.decode())
+    backend.no_truncation()  # a file may carry a length limit, which would cut documents without a word
+    backend.no_padding()
+    return backend
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -149,21 +152,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist; give a tokenizer.json or a directory that holds one")
     beside = file.parent / "tokenizer_config.json"
-    config: Any = {}
-    if beside.is_file():
-        try:
-            config = json.loads(beside.read_bytes())
-        except ValueError as error:
-            raise CheckpointError(f"{beside} is not JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{beside} holds a {type(config).__name__}, not an object")
+    config = read_json(beside, dict[str, Any], CheckpointError) if beside.is_file() else None
     return Tokenizer(file.read_bytes(), config, str(file))
-
-
-def check_vocab_size(vocab_size: int) -> None:
-    """Raises ConfigError when a byte-level vocabulary cannot be so small."""
-    if vocab_size < 257:
-        raise ConfigError(f"vocab_size is {vocab_size} but 256 bytes and {END_OF_TEXT} need at least 257")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -172,13 +162,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Holds all 256 bytes, so any text survives encode and decode, and one special token, `<|endoftext|>`. Smaller than
     asked for (a warning says so) when the texts offer fewer merges. Raises ConfigError when `vocab_size` is under 257.
     """
-    check_vocab_size(vocab_size)
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ConfigError(f"vocab_size is {vocab_size} but 256 bytes and {END_OF_TEXT} need at least {MIN_VOCAB_SIZE}")
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRE_TOKENIZER), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+        [pre_tokenizers.Split(Regex(PRE_TOKENIZER), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -207,7 +195,5 @@ def _encodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"text holds a lone surrogate, U+{ord(text[error.start]):04X}, at character {error.start}"
-        ) from None
+        raise DataError(f"text holds half a surrogate pair at character {error.start}") from None
     return text

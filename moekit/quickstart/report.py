@@ -15,8 +15,8 @@ import jinja2
 import matplotlib
 import numpy as np
 
+from moekit import files
 from moekit.config import preset_names
-from moekit.data.shards import write_atomic
 from moekit.generate.complete import Completion
 from moekit.quickstart import experts, pictures
 from moekit.quickstart.results import Result, read_result
@@ -65,7 +65,7 @@ def write_report(
     page = re.sub(
         r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", page.replace("\r\n", "\n")
     )  # from the samples; HTML forbids them
-    write_atomic(Path(out) / FILE, page.encode())
+    files.write(Path(out) / FILE, page)
     return Path(out) / FILE
 
 

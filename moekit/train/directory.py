@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from moekit import receipts
+from moekit import files
 from moekit.config import RunConfig, dump, load_run_config
 from moekit.errors import ConfigError
 
@@ -42,5 +42,5 @@ def _difference(name: str, before: Any, now: Any, file: str) -> str:
 def claim(run: Path, config: RunConfig) -> None:
     """Makes the run's directory. A kill at any moment leaves it free, or with a whole config.yaml."""
     run.mkdir(parents=True, exist_ok=True)
-    receipts.write_text(run / "config.yaml", dump(config))
+    files.write(run / "config.yaml", dump(config))
     (run / "checkpoints").mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moekit import receipts
+from moekit import files, receipts
 from moekit.config import MoEConfig, RunConfig
 from moekit.data import Batch, Sampler, TokenDataset, open_dataset
 from moekit.errors import CheckpointError, ConfigError, TrainingError
@@ -280,11 +280,11 @@ class _Run:
     def _finish(self, signals: list[int]) -> dict[str, Any]:
         done = self.step == self.config.steps
         folder = state.folder_of(self.run, self.step)
-        outputs = {f"checkpoints/{folder.name}": receipts.sha256(folder / "manifest.json")}
+        outputs = {f"checkpoints/{folder.name}": files.sha256(folder / "manifest.json")}
         receipt = self._receipt("train", outputs) | {"status": "done" if done else "interrupted", "step": self.step}
         if signals:
             receipt["signal"] = signals[0]
-        receipts.write_json(self.run / receipts.FILE, receipt)
+        files.write_json(self.run / receipts.FILE, receipt)
         return receipt
 
     def _receipt(self, action: str, outputs: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from moekit import receipts
+from moekit import files
 from moekit.errors import UnsupportedError
 
 FILE = "metrics.jsonl"
@@ -28,7 +28,7 @@ class JsonLines:
         if self.path.exists():
             text = self.path.read_text(encoding="utf-8", errors="replace")  # a kill may have cut a character
             kept = [line for line in text.split("\n") if _step(line) <= step]
-            receipts.write_text(self.path, "".join(f"{line}\n" for line in kept))
+            files.write(self.path, "".join(f"{line}\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
 
     def record(self, record: dict[str, Any]) -> None:

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from moekit import receipts
+from moekit import files
 from moekit.errors import CheckpointError
 from moekit.formats.checkpoint import load, save
-from moekit.formats.directory import check_directory, read_json
+from moekit.formats.directory import check_directory
 from moekit.formats.tokenizer import Tokenizer
 from moekit.nn.model import Model
 from moekit.train import optimizer as optim
@@ -53,7 +53,7 @@ def write(
 
     def extra(folder: Path) -> None:
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, folder / TENSORS)
-        receipts.write_json(folder / STATE, state)
+        files.write_json(folder / STATE, state)
 
     folder = folder_of(run, state["step"])
     save(model, folder, tokenizer, receipt=receipt, extra=extra, overwrite=True)
@@ -104,4 +104,6 @@ def read(folder: Path, model: Model, optimizers: list[Optimizer]) -> tuple[dict[
     for name, value in parts["random"].items():
         if torch.cuda.is_available() and int(name.removeprefix("cuda")) < torch.cuda.device_count():
             torch.cuda.set_rng_state(value, int(name.removeprefix("cuda")))
-    return read_json(folder / STATE), {name: value.clone() for name, value in parts["other"].items()}
+    return files.read_json(folder / STATE, dict[str, Any], CheckpointError), {
+        name: value.clone() for name, value in parts["other"].items()
+    }

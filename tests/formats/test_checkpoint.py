@@ -18,12 +18,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from moekit import receipts
+from moekit import files, receipts
 from moekit.config import ModelConfig
 from moekit.errors import CheckpointError
 from moekit.formats import checkpoint
 from moekit.formats.checkpoint import INDEX, load, load_config, save
-from moekit.formats.directory import FORMAT, MANIFEST, check_directory
+from moekit.formats.directory import MANIFEST, check_directory
 from moekit.formats.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from moekit.nn.model import Model
 
@@ -65,7 +65,7 @@ def assert_same(a: Model, b: Model) -> None:
 def reseal(folder: Path) -> None:
     """Writes a manifest that fits the files, so that what is tested is not the hashes."""
     names = [entry.name for entry in folder.iterdir() if entry.name != MANIFEST]
-    receipts.write_json(folder / MANIFEST, {"format": FORMAT, "files": receipts.file_hashes(folder, names)})
+    files.write_json(folder / MANIFEST, {"format": 1, "files": files.hashes(folder, names)})
 
 
 def refusal(folder: Path) -> str:
@@ -246,7 +246,7 @@ def test_a_config_that_is_not_ours_is_refused(moe: Path) -> None:
     good = json.loads((moe / "config.json").read_text())
     for change, message in (
         ({"model_type": "llama"}, "says model_type 'llama' but only 'moekit' is read"),
-        ({"moekit": None}, "says model_type"),
+        ({"moekit": None}, "model is null but must be a mapping of settings"),
         ({"moekit": {**good["moekit"], "n_layers": 3}}, "n_layers"),
         ({"moekit": {**good["moekit"], "hidden_sise": 3}}, "did you mean hidden_size?"),
         ({"moekit": {**good["moekit"], "hidden_size": "18"}}, "hidden_size"),
@@ -300,20 +300,21 @@ def test_a_cut_weight_file_is_an_error_even_under_a_manifest_that_fits(moe: Path
 
 def test_an_index_cannot_lead_elsewhere(moe: Path) -> None:
     shutil.copy(moe / "model.safetensors", moe.parent / "evil.safetensors")
-    receipts.write_json(moe / INDEX, {"weight_map": {"model.norm.weight": "../evil.safetensors"}})
+    files.write_json(moe / INDEX, {"weight_map": {"model.norm.weight": "../evil.safetensors"}})
     assert "is not listed in manifest.json" in refusal(moe)
     reseal(moe)
-    assert "'../evil.safetensors', which is not the plain name" in refusal(moe)
-    receipts.write_json(moe / INDEX, {"weight_map": ["model.safetensors"]})
+    assert "weight_map.model.norm.weight: String should match pattern" in refusal(moe)
+    assert "found '../evil.safetensors'" in refusal(moe)
+    files.write_json(moe / INDEX, {"weight_map": ["model.safetensors"]})
     reseal(moe)
-    assert "has no weight_map" in refusal(moe)
+    assert "weight_map: Input should be an object, found ['model.safetensors']" in refusal(moe)
 
 
 def test_a_tensor_that_is_in_two_shards_is_refused(moe: Path) -> None:
     shutil.copy(moe / "model.safetensors", moe / "other.safetensors")
-    receipts.write_json(moe / INDEX, {"weight_map": {"a": "model.safetensors", "b": "other.safetensors"}})
+    files.write_json(moe / INDEX, {"weight_map": {"a": "model.safetensors", "b": "other.safetensors"}})
     reseal(moe)
-    assert "and again in other.safetensors" in refusal(moe)
+    assert "is in other.safetensors and again in another file" in refusal(moe)
 
 
 def test_a_folder_that_is_no_checkpoint_is_one_clear_line(tmp_path: Path) -> None:

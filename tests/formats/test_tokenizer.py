@@ -88,7 +88,7 @@ def test_training_is_the_same_in_another_process_with_other_threads(tokenizer: T
 
 
 def test_a_lone_surrogate_is_a_data_error(tokenizer: Tokenizer) -> None:
-    with pytest.raises(DataError, match=r"U\+DC00, at character 2"):
+    with pytest.raises(DataError, match="half a surrogate pair at character 2"):
         tokenizer.encode("ab\udc00")
 
 
@@ -191,8 +191,8 @@ def test_bad_files_are_checkpoint_errors_that_name_them(tokenizer: Tokenizer, tm
             load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(tokenizer.data)
     configs = {
-        "{": "is not JSON",
-        "[]": "holds a list",
+        "{": "Invalid JSON",
+        "[]": r"Input should be an object, found \[\]",
         '{"eos_token": "<no>"}': "eos_token is '<no>'",
         '{"eos_token": 3}': "3",
     }

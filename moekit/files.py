@@ -1,0 +1,81 @@
+"""Files that are whole or not there: written in one atomic step, told apart by hash, JSON checked as it is read."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from moekit.errors import MoekitError, nearest
+
+_Content = TypeVar("_Content")
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Writes a file, and its folder if need be, in one atomic step: a kill leaves the old content or the new one.
+
+    Raises OSError that names the file (the disk is full, say); then nothing half-written stays.
+    """
+    part = path.with_name(f".{path.name}.writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if part.exists():
+            part.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON in one atomic step."""
+    write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, kind: type[_Content], error: type[MoekitError], advice: str = "") -> _Content:
+    """Returns a file's JSON as a `kind` of content; raises `error` naming the file, the field and what was found."""
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror}") from None
+    except ValidationError as problem:
+        raise error(f"{path}: {explain(problem)}{advice and '; '}{advice}") from None
+
+
+def explain(problem: ValidationError) -> str:
+    """Returns one line on the first of pydantic's errors: the field, what it must be, what was found."""
+    first = problem.errors(include_url=False)[0]
+    field, found, hint = ".".join(map(str, first["loc"])), first["input"], ""
+    if first["type"] == "missing":
+        found = list(found)
+        hint = nearest(str(first["loc"][-1]), found)
+    shown = repr(found) if len(repr(found)) <= 80 else f"{found!r:.77}..."
+    return f"{field}{': ' if field else ''}{first['msg']}{hint}, found {shown}"
+
+
+def sha256(path: Path) -> str:
+    """Returns the file's SHA-256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hashes(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Returns size in bytes and SHA-256 of each named file in the folder."""
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in sorted(names)}
+
+
+def sync_folder(path: Path) -> None:
+    """Asks the system to put a folder's entries on the disk, where it can (Windows cannot)."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
