@@ -23,7 +23,7 @@ from moekit.data.shards import (
     Shard,
     Side,
     Source,
-    check_file,
+    open_shard,
     read_manifest,
     split_entry,
     token_dtype,
@@ -126,6 +126,8 @@ def prepare(
         vocabulary = load_tokenizer(out)
         if vocabulary.fingerprint != journal.tokenizer:
             raise DataError(f"{out / 'tokenizer.json'} has changed since the run began; delete {out} and start again")
+        for shard in itertools.chain(*journal.shards.values()):
+            open_shard(out, shard, vocabulary.vocab_size)  # an error where it is damaged
         logger.info("%s: %d shards are done, going on", out, journal.units)
     return _finish(out, _tokenise(out, journal, vocabulary, report), vocabulary).model_dump()
 
@@ -179,9 +181,6 @@ def _begin(out: Path, new: Journal) -> Journal:
         if journal.units:
             raise
         return _save(out, new)  # nothing was made from the old sources yet: a repaired file just starts again
-    for shard in [*journal.shards["train"], *journal.shards["valid"]]:
-        check_file(out / f"{shard.name}.bin", shard.data)
-        check_file(out / f"{shard.name}.npy", shard.index)
     return journal.model_copy(update={"sources": new.sources})
 
 

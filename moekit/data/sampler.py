@@ -1,6 +1,7 @@
 """Which tokens a step sees: a pure function of (seed, step), so resuming needs a step number and nothing else."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,6 @@ class Batch(NamedTuple):
     input_ids: np.ndarray  # (batch, length)
     labels: np.ndarray  # (batch, length), the next token
     document_ids: np.ndarray  # (batch, length), of the inputs
-    domain: np.ndarray  # (batch,), of each sequence's first token
 
 
 class Sampler:
@@ -34,7 +34,7 @@ class Sampler:
                 f"{dataset.directory}: split {dataset.split} has {dataset.num_tokens} tokens, fewer than one window "
                 f"of sequence_length + 1 = {sequence_length + 1}; add text or shorten data.sequence_length"
             )
-        self._orders: dict[int, np.ndarray] = {}  # a cache: the last epochs that were asked for
+        self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def batch(self, step: int) -> Batch:
         """Returns the batch of a step, counted from 0."""
@@ -51,17 +51,12 @@ class Sampler:
             input_ids=tokens[:, :-1],
             labels=tokens[:, 1:],
             document_ids=np.stack([self.dataset.document_ids(start, length) for start in starts]),
-            domain=np.array([self.dataset.domain_at(start) for start in starts]),
         )
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def _shuffled(self, epoch: int) -> np.ndarray:
         """Returns an epoch's permutation: raw Philox draws are fixed for ever, numpy's own shuffles may change."""
-        if epoch not in self._orders:
-            while len(self._orders) > 1:
-                self._orders.pop(next(iter(self._orders)))
-            draws = np.random.Philox(key=[self.seed, epoch]).random_raw(self.num_windows)
-            self._orders[epoch] = np.argsort(draws, kind="stable")
-        return self._orders[epoch]
+        draws = np.random.Philox(key=[self.seed, epoch]).random_raw(self.num_windows)
+        return np.argsort(draws, kind="stable")
 
 
 def validation_windows(
@@ -74,7 +69,6 @@ def validation_windows(
     """
     start, stop = dataset.domain_range(domain)
     predicted = min(max_tokens, stop - start - 1)
-    number = dataset.domains.index(domain)
     for first in range(0, predicted, batch_size * sequence_length):
         count = min(predicted - first, batch_size * sequence_length)
         rows = -(-count // sequence_length)
@@ -83,6 +77,4 @@ def validation_windows(
         tokens = dataset.read(start + first, count + 1)
         input_ids[:count], labels[:count] = tokens[:-1], tokens[1:]
         document_ids[:count] = dataset.document_ids(start + first, count)
-        shape = (rows, sequence_length)
-        domains = np.full(rows, number)
-        yield Batch(input_ids.reshape(shape), labels.reshape(shape), document_ids.reshape(shape), domains)
+        yield Batch(*(flat.reshape(rows, sequence_length) for flat in (input_ids, labels, document_ids)))

@@ -161,19 +161,14 @@ def split_entry(directory: Path, split: str, shards: list[Shard], domains: list[
     counts = np.zeros(vocab_size, dtype=np.int64)
     for shard in shards:
         tokens, index = open_shard(directory, shard, vocab_size)
-        np.add.at(table, index[:, DOMAIN], np.column_stack([np.ones(len(index), np.int64), index[:, [TOKENS, BYTES]]]))
+        index[:, START] = 1  # from here on the number of documents
+        np.add.at(table, index[:, DOMAIN], index[:, [START, TOKENS, BYTES]])
         counts += np.bincount(tokens, minlength=vocab_size)
-    by_domain = {name: _counts(row) for name, row in sorted(zip(domains, table, strict=True)) if row[0]}
-    return Split(
-        **_counts(table.sum(0)).model_dump(),
-        domains=by_domain,
-        shards=shards,
-        token_counts=write_array(directory / split / "token_counts.npy", counts),
-    )
-
-
-def _counts(row: np.ndarray) -> Counts:
-    return Counts(**dict(zip(Counts.model_fields, row.tolist(), strict=True)))
+    rows = {name: row.tolist() for name, row in sorted(zip(domains, table, strict=True)) if row[0]}
+    by_domain = {name: Counts(documents=row[0], tokens=row[1], bytes=row[2]) for name, row in rows.items()}
+    documents, tokens, size = table.sum(0).tolist()
+    entry = write_array(directory / split / "token_counts.npy", counts)
+    return Split(documents=documents, tokens=tokens, bytes=size, domains=by_domain, shards=shards, token_counts=entry)
 
 
 class TokenDataset:
@@ -189,7 +184,7 @@ class TokenDataset:
         self.tokenizer_fingerprint = manifest.tokenizer
         self.vocab_size, self.eos_id = manifest.vocab_size, manifest.eos_id
         self.domains = sorted(manifest.domains)
-        self.num_tokens, self.num_documents = part.tokens, part.documents
+        self.num_tokens = part.tokens
 
         opened = [open_shard(directory, shard, self.vocab_size, verify) for shard in part.shards]
         self._shards = [tokens for tokens, _ in opened]
@@ -201,7 +196,7 @@ class TokenDataset:
         self._starts = np.concatenate([[0], np.cumsum(index[:, TOKENS])])  # of each document, and the end
         if not self._starts[-1] == sum(map(len, self._shards)) == self.num_tokens:
             raise DataError(f"{directory / MANIFEST}: the {split} shards do not add up to its totals")
-        self._domain_stops = np.searchsorted(rank, np.arange(len(self.domains)), side="right")
+        self._domain_starts = self._starts[np.searchsorted(rank, np.arange(len(self.domains) + 1))]
         # A run is a stretch of the stream that is contiguous in one shard, `shift` tokens further on.
         shift = index[:, START] - self._starts[:-1]
         heads = np.flatnonzero(np.diff(shift, prepend=-1) | np.diff(shard_of, prepend=-1))
@@ -223,19 +218,13 @@ class TokenDataset:
         """Returns int64 (length,): the number, counted along the stream, of the document that each token belongs to."""
         return np.searchsorted(self._starts, np.arange(start, self._stop(start, length)), side="right") - 1
 
-    def domain_at(self, position: int) -> int:
-        """Returns the number of the domain at a position, its place in `domains`."""
-        document = np.searchsorted(self._starts, position, side="right") - 1
-        return int(np.searchsorted(self._domain_stops, document, side="right"))
-
     def domain_range(self, domain: str) -> tuple[int, int]:
         """Returns the positions (start, stop) of a domain; equal when this split has nothing of it."""
         if domain not in self.domains:
             hint = f"{nearest(domain, self.domains)}; found: {', '.join(self.domains)}"
             raise DataError(f"domain {domain!r} is not in {self.directory}{hint}")
         number = self.domains.index(domain)
-        first = self._domain_stops[number - 1] if number else 0
-        return int(self._starts[first]), int(self._starts[self._domain_stops[number]])
+        return int(self._domain_starts[number]), int(self._domain_starts[number + 1])
 
     def token_counts(self) -> np.ndarray:
         """Returns int64 (vocab,): how often each id occurs in the split, end-of-text included."""

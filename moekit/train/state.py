@@ -104,6 +104,5 @@ def read(folder: Path, model: Model, optimizers: list[Optimizer]) -> tuple[dict[
     for name, value in parts["random"].items():
         if torch.cuda.is_available() and int(name.removeprefix("cuda")) < torch.cuda.device_count():
             torch.cuda.set_rng_state(value, int(name.removeprefix("cuda")))
-    return files.read_json(folder / STATE, dict[str, Any], CheckpointError), {
-        name: value.clone() for name, value in parts["other"].items()
-    }
+    state = files.read_json(folder / STATE, dict[str, Any], CheckpointError)
+    return state, {name: value.clone() for name, value in parts["other"].items()}

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moekit.data import IGNORE, Batch, Sampler, TokenDataset, open_dataset, prepare, validation_windows
+from moekit.data import Batch, Sampler, TokenDataset, open_dataset, prepare, validation_windows
+from moekit.data.sampler import IGNORE
 from moekit.errors import DataError
 from moekit.ops.loss import IGNORED
 
@@ -75,10 +76,9 @@ def test_labels_are_the_next_tokens_and_ids_are_those_of_the_stream(dataset: Tok
         assert np.array_equal(batch.input_ids[0], dataset.read(start, LENGTH))
         assert np.array_equal(batch.labels[0], dataset.read(start + 1, LENGTH))
         assert np.array_equal(batch.document_ids[0], dataset.document_ids(start, LENGTH))
-        assert batch.domain[0] == dataset.domain_at(start)
-        assert [field.dtype for field in batch] == [np.int64] * 4
+        assert [field.dtype for field in batch] == [np.int64] * 3
     batch = sampler.batch(2)
-    assert [field.shape for field in batch] == [(5, LENGTH)] * 3 + [(5,)]
+    assert [field.shape for field in batch] == [(5, LENGTH)] * 3
 
 
 def test_a_batch_depends_on_seed_and_step_alone(dataset: TokenDataset, path: Path) -> None:
@@ -128,7 +128,7 @@ def test_too_few_tokens_are_an_error_with_the_numbers(dataset: TokenDataset) -> 
 @pytest.mark.parametrize("limit", [1, 20, 10**9])
 def test_validation_predicts_each_token_but_the_first_once_in_order(path: Path, batch_size: int, limit: int) -> None:
     dataset = open_dataset(path, "valid")
-    for number, domain in enumerate(dataset.domains):
+    for domain in dataset.domains:
         start, stop = dataset.domain_range(domain)
         stream = dataset.read(start, stop - start)
         batches = list(validation_windows(dataset, domain, LENGTH, limit, batch_size))
@@ -145,7 +145,6 @@ def test_validation_predicts_each_token_but_the_first_once_in_order(path: Path, 
         assert (documents[~real] == -1).all()
         assert len(labels) - count < LENGTH
         assert all(batch.input_ids.shape == (batch_size, LENGTH) for batch in batches[:-1])
-        assert all((batch.domain == number).all() for batch in batches)
 
 
 def test_validation_of_a_domain_without_text_yields_nothing_and_of_an_unknown_one_raises(

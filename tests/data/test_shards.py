@@ -70,9 +70,6 @@ def test_any_stretch_equals_the_same_stretch_of_the_whole(data: Path) -> None:
     # A document ends with end-of-text and nowhere else, so the numbers step up just behind each one.
     expected = np.concatenate([[0], np.cumsum(whole[:-1] == dataset.eos_id)])
     assert np.array_equal(ids, expected)
-    for number, domain in enumerate(dataset.domains):
-        start, stop = dataset.domain_range(domain)
-        assert [dataset.domain_at(start), dataset.domain_at(stop - 1)] == [number, number]
 
 
 def test_token_counts_are_the_counts_of_the_stream(data: Path) -> None:

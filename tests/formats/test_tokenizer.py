@@ -67,11 +67,10 @@ def test_a_batch_equals_one_by_one(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
 
 
-def test_special_tokens_in_text_are_text_unless_asked_for(tokenizer: Tokenizer) -> None:
+def test_special_tokens_in_text_are_text(tokenizer: Tokenizer) -> None:
     text = "a<|endoftext|>b"
     assert tokenizer.eos_id not in tokenizer.encode(text)
-    assert tokenizer.eos_id in tokenizer.encode(text, allow_special=True)
-    assert tokenizer.eos_id not in tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_digits_are_split_in_groups_of_at_most_three() -> None:
