@@ -9,27 +9,13 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import Field
 
-from moekit.config import Strict, validate
-from moekit.data.shards import (
-    JOURNAL,
-    MANIFEST,
-    Arguments,
-    Manifest,
-    Shard,
-    Side,
-    Source,
-    open_shard,
-    read_manifest,
-    split_entry,
-    token_dtype,
-    write,
-    write_shard,
-)
+from moekit.config import validate
+from moekit.data import shards
+from moekit.data.shards import Arguments, Journal, Manifest, Side, Source
 from moekit.data.text import Document, file_documents, text_files
 from moekit.errors import ConfigError, DataError
 from moekit.files import read_json, sha256
@@ -37,22 +23,9 @@ from moekit.formats.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 logger = logging.getLogger(__name__)
 
+Paths = Iterable[str | Path]
 Progress = Callable[[str, int, int], None]
 BATCH_CHARACTERS = 1 << 20  # text that is tokenised at once
-
-
-class Journal(Strict):
-    """How far an unfinished `prepare` has come: everything before document `document` of source `file` is done."""
-
-    version: Literal[1] = 1
-    arguments: Arguments
-    sources: list[Source]
-    tokenizer: str | None = None
-    domains: list[str] = Field([])
-    shards: dict[str, list[Shard]] = Field({"train": [], "valid": []})
-    units: int = 0
-    file: int = 0
-    document: int = 0
 
 
 class Piece(NamedTuple):
@@ -65,10 +38,10 @@ class Piece(NamedTuple):
 
 
 def prepare(
-    paths: Iterable[str | Path],
+    paths: Paths,
     out: str | Path,
     *,
-    valid_paths: Iterable[str | Path] | None = None,
+    valid_paths: Paths | None = None,
     valid_fraction: float | None = None,
     vocab_size: int | None = None,
     tokenizer: str | Path | None = None,
@@ -109,10 +82,10 @@ def prepare(
         "shard_tokens": shard_tokens,
     }
     new = Journal(arguments=validate(Arguments, arguments), sources=_sources(paths, valid_paths, report))
-    if (out / MANIFEST).exists():
-        manifest = read_manifest(out)
+    if (out / shards.MANIFEST).exists():
+        manifest = shards.read_manifest(out)
         _check_same(out, manifest, new)
-        (out / JOURNAL).unlink(missing_ok=True)
+        (out / shards.JOURNAL).unlink(missing_ok=True)
         logger.info("%s is finished, nothing to do", out)
         return manifest.model_dump()
 
@@ -120,19 +93,19 @@ def prepare(
     if journal.tokenizer is None:
         vocabulary = given or train_tokenizer(_sample(journal, tokenizer_bytes, report), vocab_size)
         for name, content in vocabulary.files().items():
-            write(out / name, content)
+            shards.write(out / name, content)
         journal = _save(out, journal, tokenizer=vocabulary.fingerprint)
     else:
         vocabulary = load_tokenizer(out)
         if vocabulary.fingerprint != journal.tokenizer:
             raise DataError(f"{out / 'tokenizer.json'} has changed since the run began; delete {out} and start again")
         for shard in itertools.chain(*journal.shards.values()):
-            open_shard(out, shard, vocabulary.vocab_size)  # an error where it is damaged
+            shards.open_shard(out, shard, vocabulary.vocab_size)  # an error where it is damaged
         logger.info("%s: %d shards are done, going on", out, journal.units)
     return _finish(out, _tokenise(out, journal, vocabulary, report), vocabulary).model_dump()
 
 
-def _sources(paths: Iterable[str | Path], valid_paths: Iterable[str | Path] | None, report: Progress) -> list[Source]:
+def _sources(paths: Paths, valid_paths: Paths | None, report: Progress) -> list[Source]:
     """Returns every file with its size, sha256 and split; "both" where the text's hash decides."""
     train, valid = text_files(paths), {} if valid_paths is None else text_files(valid_paths)
     for file in {file.resolve() for file in train} & {file.resolve() for file in valid}:
@@ -167,27 +140,24 @@ def _check_same(out: Path, old: Manifest | Journal, new: Journal) -> None:
 
 def _begin(out: Path, new: Journal) -> Journal:
     """Returns the journal of an unfinished run, or the new one; leaves a folder of something else as it is."""
-    if not (out / JOURNAL).is_file():
+    if not (out / shards.JOURNAL).is_file():
         if out.exists() and not out.is_dir():
             raise DataError(f"{out} is a file; --out must be a new or empty directory")
         for path in sorted(out.glob("*")):
-            if path.name != f".{JOURNAL}.writing":  # a run was killed before it began
+            if path.name != f".{shards.JOURNAL}.writing":  # a run was killed before it began
                 raise DataError(f"{out} holds something else ({path.name}); choose another --out")
         return _save(out, new)
-    journal = read_json(out / JOURNAL, Journal, DataError, f"delete {out} and start again")
-    try:
-        _check_same(out, journal, new)
-    except DataError:
-        if journal.units:
-            raise
+    journal = read_json(out / shards.JOURNAL, Journal, DataError, f"delete {out} and start again")
+    if not journal.units:
         return _save(out, new)  # nothing was made from the old sources yet: a repaired file just starts again
+    _check_same(out, journal, new)
     return journal.model_copy(update={"sources": new.sources})
 
 
 def _save(out: Path, journal: Journal, **changes: Any) -> Journal:
     """Returns the changed journal after it is on disk."""
     journal = journal.model_copy(update=changes)
-    write(out / JOURNAL, journal.model_dump_json(indent=1).encode())
+    shards.write(out / shards.JOURNAL, journal.model_dump_json(indent=1).encode())
     return journal
 
 
@@ -231,15 +201,15 @@ def _tokenise(out: Path, journal: Journal, vocabulary: Tokenizer, report: Progre
     """Returns the journal with every shard written."""
     domains = {name: number for number, name in enumerate(journal.domains)}
     unit: dict[str, list[tuple[int, np.ndarray, int]]] = {"train": [], "valid": []}
-    tokens, dtype = 0, token_dtype(vocabulary.vocab_size)
+    tokens, dtype = 0, shards.token_dtype(vocabulary.vocab_size)
 
     def flush(file: int, document: int) -> Journal:
-        shards = {
-            split: [*done, write_shard(out, f"{split}/{journal.units:05d}", unit[split])] if unit[split] else done
-            for split, done in journal.shards.items()
-        }
+        done = {split: list(finished) for split, finished in journal.shards.items()}
+        for split, documents in unit.items():
+            if documents:
+                done[split].append(shards.write_shard(out, f"{split}/{journal.units:05d}", documents))
         place = {"file": file, "document": document, "units": journal.units + 1}
-        return _save(out, journal, domains=list(domains), shards=shards, **place)
+        return _save(out, journal, domains=list(domains), shards=done, **place)
 
     pieces = _pieces(journal, range(journal.file, len(journal.sources)), report)
     begin = journal.file, journal.document
@@ -274,9 +244,9 @@ def _finish(out: Path, journal: Journal, vocabulary: Tokenizer) -> Manifest:
             f"every document became validation text; lower valid_fraction, now {journal.arguments.valid_fraction}"
         )
     splits = {
-        split: split_entry(out, split, shards, journal.domains, vocabulary.vocab_size)
-        for split, shards in journal.shards.items()
-        if shards
+        split: shards.split_entry(out, split, written, journal.domains, vocabulary.vocab_size)
+        for split, written in journal.shards.items()
+        if written
     }
     validated = splits["valid"].domains if "valid" in splits else {}
     if unseen := [name for name in splits["train"].domains if name not in validated]:
@@ -292,6 +262,6 @@ def _finish(out: Path, journal: Journal, vocabulary: Tokenizer) -> Manifest:
         domains_without_validation=unseen,
         splits=splits,
     )
-    write(out / MANIFEST, manifest.model_dump_json(indent=1).encode())
-    (out / JOURNAL).unlink()
+    shards.write(out / shards.MANIFEST, manifest.model_dump_json(indent=1).encode())
+    (out / shards.JOURNAL).unlink()
     return manifest

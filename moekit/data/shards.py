@@ -95,6 +95,20 @@ class Manifest(Strict):
     splits: dict[str, Split]
 
 
+class Journal(Strict):
+    """How far an unfinished `prepare` has come: everything before document `document` of source `file` is done."""
+
+    version: Literal[1] = 1
+    arguments: Arguments
+    sources: list[Source]
+    tokenizer: str | None = None
+    domains: list[str] = Field([])
+    shards: dict[str, list[Shard]] = Field({"train": [], "valid": []})
+    units: int = 0
+    file: int = 0
+    document: int = 0
+
+
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Returns the narrowest type that holds every id, little-endian on any machine."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
