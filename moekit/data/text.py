@@ -39,20 +39,16 @@ def text_files(paths: Iterable[str | Path]) -> dict[Path, str | None]:
 
     Raises DataError for a path that does not exist, a named file of another kind, and a folder without text.
     """
-    known = f"known suffixes: {', '.join(SUFFIXES)}"
     found: dict[Path, tuple[Path, str | None]] = {}
     for path in map(Path, paths):
-        if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if _suffix(file) and file.is_file()]
-            files = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-            if not files:
-                raise DataError(f"{path} holds no text file; {known}")
-        elif not path.exists():
+        if not path.exists():
             raise DataError(f"{path} does not exist{nearest(path.name, [file.name for file in path.parent.glob('*')])}")
-        elif not _suffix(path):
-            raise DataError(f"{path} has an unknown suffix; {known}")
-        else:
-            files = [path]
+        inside = [file for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if _suffix(file)]
+        shown = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        files = [file for file in shown if file.is_file()]
+        if not files:
+            problem = "holds no text file" if path.is_dir() else "has an unknown suffix"
+            raise DataError(f"{path} {problem}; known suffixes: {', '.join(SUFFIXES)}")
         for file in files:
             found.setdefault(file.resolve(), (file, path.resolve().name if path.is_dir() else None))
     if not found:
