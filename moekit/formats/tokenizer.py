@@ -39,15 +39,15 @@ class Tokenizer:
 
     def __init__(self, data: bytes, config: dict[str, Any] | None = None, name: str = "tokenizer.json"):
         try:
-            self._backend = tokenizers.Tokenizer.from_str(data.decode())
+            self._plain = tokenizers.Tokenizer.from_str(data.decode())
         except Exception as error:  # the library raises bare Exception
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{name} is not a tokenizer.json that `tokenizers` can read: {reason}") from None
-        self._backend.no_truncation()  # a file may carry a length limit, which would cut documents without a word
-        self._backend.no_padding()
-        self._backend.encode_special_tokens = True
+        self._plain.no_truncation()  # a file may carry a length limit, which would cut documents without a word
+        self._plain.no_padding()
+        self._plain.encode_special_tokens = True
         self.data, self.config = data, dict(config or {})
-        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id = self._special("bos_token", BOS_NAMES, name)
         pad_id = self._special("pad_token", PAD_NAMES, name)
         eos_id = self._special("eos_token", EOS_NAMES, name)
@@ -65,8 +65,8 @@ class Tokenizer:
         if isinstance(token, dict):  # an AddedToken as transformers wrote it before version 5
             token = token.get("content")
         if token is None:
-            return next((i for i in map(self._backend.token_to_id, names) if i is not None), None)
-        if not isinstance(token, str) or (number := self._backend.token_to_id(token)) is None:
+            return next((i for i in map(self._plain.token_to_id, names) if i is not None), None)
+        if not isinstance(token, str) or (number := self._plain.token_to_id(token)) is None:
             raise CheckpointError(f"tokenizer_config.json says {key} is {token!r}, which {where} does not contain")
         return number
 
@@ -76,12 +76,12 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns `encode` of each text; the texts are shared out over the processor's cores."""
-        batch = self._backend.encode_batch_fast([_encodable(text) for text in texts], add_special_tokens=False)
+        batch = self._plain.encode_batch_fast([_encodable(text) for text in texts], add_special_tokens=False)
         return [encoding.ids for encoding in batch]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`, special tokens included; bytes that are not UTF-8 become U+FFFD."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+        return str(self._plain.decode(list(ids), skip_special_tokens=False))
 
     @property
     def fingerprint(self) -> str:
@@ -99,14 +99,14 @@ class Tokenizer:
         parts = json.loads(self.data)
         byte_level = '"ByteLevel"' in json.dumps([parts.get("pre_tokenizer"), parts.get("decoder")])
         byte_fallback = parts["model"].get("byte_fallback", False)
-        for token, number in self._backend.get_vocab(with_added_tokens=False).items():
+        for token, number in self._plain.get_vocab(with_added_tokens=False).items():
             if byte_level:
                 lengths[number] = len(token)  # one character of the byte-level alphabet is one byte
             elif byte_fallback and re.fullmatch("<0x[0-9A-F]{2}>", token):
                 lengths[number] = 1
             else:
                 lengths[number] = len(token.removeprefix("##").replace("▁", " ").encode())
-        for number, added in self._backend.get_added_tokens_decoder().items():
+        for number, added in self._plain.get_added_tokens_decoder().items():
             lengths[number] = 0 if added.special else len(added.content.encode())
         lengths[self.eos_id] = 0
         return lengths
@@ -117,7 +117,7 @@ class Tokenizer:
         defaults = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,  # would change spaces before punctuation when decoding
-            **{key: None if number is None else self._backend.id_to_token(number) for key, number in tokens.items()},
+            **{key: None if number is None else self._plain.id_to_token(number) for key, number in tokens.items()},
         }
         config = {**defaults, **{key: value for key, value in self.config.items() if value is not None}}
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
