@@ -7,9 +7,9 @@ from moekit import files
 from moekit.config import RunConfig, dump, load_run_config
 from moekit.errors import ConfigError
 
-MUST_MATCH = ("model", "optimizer", "schedule", "steps", "seed", "grad_clip")
+KEPT: Any = dict.fromkeys(("model", "optimizer", "schedule", "steps", "seed", "grad_clip"), True)
+KEPT |= {"data": {"sequence_length", "batch_size", "cross_document_attention"}}
 """Settings that a resumed run cannot change. The text must be the same too, wherever it lies now."""
-DATA_MUST_MATCH = ("sequence_length", "batch_size", "cross_document_attention")
 
 
 def check(run: Path, config: RunConfig, resume: bool) -> None:
@@ -17,26 +17,21 @@ def check(run: Path, config: RunConfig, resume: bool) -> None:
     file = run / "config.yaml"
     if resume:
         if not file.is_file():
-            raise ConfigError(
-                f"{run} has no config.yaml, so there is no run to resume; leave out --resume to start one"
-            )
-        before, now = load_run_config(file).model_dump(), config.model_dump()
-        for settings in (before, now):
-            settings["data"] = {name: settings["data"][name] for name in DATA_MUST_MATCH}
-        for name in (*MUST_MATCH, "data"):
-            if before[name] != now[name]:
-                difference = _difference(name, before[name], now[name], str(file))
-                raise ConfigError(f"{difference}; a resumed run must keep it, start a new one instead")
+            raise ConfigError(f"{run} has no config.yaml, so there is no run to resume; leave out --resume")
+        before, now = (one.model_dump(include=KEPT) for one in (load_run_config(file), config))
+        if before != now:
+            change = _difference(before, now)
+            raise ConfigError(f"{change} in {file}; a resumed run must keep it, start a new one instead")
     elif run.exists() and (not run.is_dir() or any(not entry.name.startswith(".") for entry in run.iterdir())):
         raise ConfigError(f"{run} exists already; use --resume to continue it, or choose another --out")
 
 
-def _difference(name: str, before: Any, now: Any, file: str) -> str:
-    """Returns the first setting of two that differ, with both values."""
+def _difference(before: Any, now: Any, name: str = "") -> str:
+    """Returns the first setting that differs, with both values."""
     if isinstance(before, dict) and isinstance(now, dict):
-        key = next(key for key in {**before, **now} if before.get(key) != now.get(key))
-        return _difference(f"{name}.{key}", before.get(key), now.get(key), file)
-    return f"{name} is {now} but {before} in {file}"
+        key = next(key for key in before | now if before.get(key) != now.get(key))
+        return _difference(before.get(key), now.get(key), f"{name}.{key}")
+    return f"{name.removeprefix('.')} is {now} but {before}"
 
 
 def claim(run: Path, config: RunConfig) -> None:

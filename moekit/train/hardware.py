@@ -1,12 +1,14 @@
 """What the machine can do: the device, the precision, the speed of its matrix products."""
 
+import re
 import statistics
 import sys
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from moekit.data import Batch
 from moekit.errors import ConfigError, UnsupportedError
 
 
@@ -22,16 +24,11 @@ def choose_device(name: str) -> torch.device:
     """Returns the device that a setting names; auto is CUDA where there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device is {name!r}; choose auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d?))?", name):
         raise ConfigError(f"device is {name!r}; choose auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedError(f"device is {name!r} but torch {torch.__version__} sees no CUDA device here; use cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UnsupportedError(f"device is {name!r} but there are {torch.cuda.device_count()} CUDA devices")
+    device, found = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise UnsupportedError(f"device is {name!r} but torch {torch.__version__} sees {found} CUDA devices here")
     return device
 
 
@@ -47,6 +44,18 @@ def has_bfloat16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch has no public name for it
     return bool(probe and probe())
+
+
+def forward(
+    model: torch.nn.Module, batch: Batch, hardware: Hardware, cross_document_attention: bool, **options: Any
+) -> Any:
+    """Returns the model's output, routing included, for a batch that is brought to the device."""
+    parts = {"input_ids": batch.input_ids, "targets": batch.labels}
+    if not cross_document_attention:
+        parts["document_ids"] = batch.document_ids
+    tensors = {name: torch.from_numpy(part).to(hardware.device) for name, part in parts.items()}
+    with torch.autocast(hardware.device.type, torch.bfloat16, enabled=hardware.autocast):
+        return model(**tensors, return_routing=True, **options)
 
 
 def matmul_flops(hardware: Hardware, size: int = 1024) -> float:

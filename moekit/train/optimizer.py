@@ -1,7 +1,6 @@
 """AdamW for everything, or Muon for the experts' matrices and AdamW for the rest."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
@@ -9,7 +8,6 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from moekit.config import AdamWConfig, MuonConfig
-from moekit.errors import UnsupportedError
 from moekit.nn.experts import Experts
 from moekit.nn.model import Model
 
@@ -24,14 +22,12 @@ class ExpertMuon(Optimizer):
     def __init__(
         self, parameters: Iterable[nn.Parameter], lr: float, momentum: float, ns_steps: int, weight_decay: float
     ) -> None:
-        super().__init__(
-            parameters, {"lr": lr, "momentum": momentum, "ns_steps": ns_steps, "weight_decay": weight_decay, "split": 1}
-        )
+        settings = {"lr": lr, "momentum": momentum, "ns_steps": ns_steps, "weight_decay": weight_decay, "split": 1}
+        super().__init__(parameters, settings)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        if closure is not None:
-            raise UnsupportedError("ExpertMuon takes no closure; compute the gradients before the step")
+    def step(self) -> None:  # type: ignore[override]
+        """Moves the parameters by their gradients; a closure is not taken."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -42,9 +38,8 @@ class ExpertMuon(Optimizer):
                 momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 update = parameter.grad.lerp(momentum, group["momentum"])
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                for part, matrices in zip(
-                    parameter.chunk(group["split"], dim=1), update.chunk(group["split"], dim=1), strict=True
-                ):
+                parts = (tensor.chunk(group["split"], dim=1) for tensor in (parameter, update))
+                for part, matrices in zip(*parts, strict=True):
                     scale = max(1.0, part.shape[1] / part.shape[2]) ** 0.5
                     part.add_(orthogonalise(matrices, group["ns_steps"]), alpha=-group["lr"] * scale)
 
@@ -66,10 +61,9 @@ def orthogonalise(matrices: Float[Tensor, "experts rows columns"], steps: int) -
 
 def build(model: Model, config: AdamWConfig) -> list[Optimizer]:
     """Returns the optimisers of a run. Weight decay is for matrices: norms are not decayed."""
-    muon_on = isinstance(config, MuonConfig)
-    experts = [module for module in model.modules() if muon_on and isinstance(module, Experts)]
-    taken = {id(parameter) for module in experts for parameter in module.parameters()}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+    experts = [module for module in model.modules() if isinstance(config, MuonConfig) and isinstance(module, Experts)]
+    taken = {parameter for module in experts for parameter in module.parameters()}
+    rest = [parameter for parameter in model.parameters() if parameter not in taken]
     groups = [
         {"params": [p for p in rest if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
@@ -83,9 +77,6 @@ def build(model: Model, config: AdamWConfig) -> list[Optimizer]:
         )
         muon.add_param_group({"params": [m.gate_up_proj for m in experts], "split": 2})
         optimizers.append(muon)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
     return optimizers
 
 
@@ -93,34 +84,25 @@ def set_factor(optimizers: list[Optimizer], factor: float) -> float:
     """Sets every rate to `factor` of its peak and returns the first, AdamW's."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+            group["lr"] = optimizer.defaults["lr"] * factor
     return float(optimizers[0].param_groups[0]["lr"])
 
 
 def state_tensors(model: Model, optimizers: list[Optimizer]) -> dict[str, Tensor]:
     """Returns the optimisers' state as named tensors: "exp_avg/layers.0.mlp..."."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
-        f"{key}/{names[id(parameter)]}": value
+        f"{key}/{name}": value
+        for name, parameter in model.named_parameters()
         for optimizer in optimizers
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def load_state_tensors(model: Model, optimizers: list[Optimizer], tensors: dict[str, Tensor]) -> None:
     """Puts back what `state_tensors` gave."""
-    grouped: dict[str, dict[str, Any]] = {}
+    parameters = dict(model.named_parameters())
+    owners = {p: one for one in optimizers for group in one.param_groups for p in group["params"]}
     for label, value in tensors.items():
         key, name = label.split("/", 1)
-        grouped.setdefault(name, {})[key] = value
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                state = grouped.get(names[id(parameter)])
-                if state is not None:
-                    # copies: what was read is a map of a file that retention removes
-                    optimizer.state[parameter] = {
-                        key: value.to(parameter.device, copy=True) for key, value in state.items()
-                    }
+        parameter = parameters[name]
+        owners[parameter].state[parameter][key] = value.to(parameter.device)

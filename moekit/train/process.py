@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,25 +11,25 @@ import torch
 
 
 @contextmanager
-def signals(caught: list[int]) -> Iterator[None]:
-    """Lets SIGTERM and SIGINT end the run after the step in progress; a second one acts as usual."""
+def signals() -> Iterator[list[int]]:
+    """Yields a list that gets SIGTERM and SIGINT, for the run to end after its step; a second one acts as usual."""
+    caught: list[int] = []
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def note(number: int, frame: Any) -> None:
         caught.append(number)
-        for other, handler in before.items():
-            signal.signal(other, handler)
+        restore()
 
-    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere the caller has the signals
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        for ending in (signal.SIGTERM, signal.SIGINT):
-            before[ending] = signal.signal(ending, note)
-    except ValueError:  # not in the main thread: the caller has the signals
-        pass
-    try:
-        yield
+        yield caught
     finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        restore()
 
 
 @contextmanager

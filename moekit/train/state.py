@@ -43,25 +43,19 @@ def write(
     Later steps, left by a run that had to go back behind a damaged checkpoint, neither count nor go.
     `state` is JSON and holds "step", the number of steps done; `tensors` is what else must survive.
     """
-    tensors = {
-        **{f"optimizer/{name}": value for name, value in optim.state_tensors(model, optimizers).items()},
-        **{f"other/{name}": value for name, value in tensors.items()},
-        "random/cpu": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        tensors |= {f"random/cuda{i}": value for i, value in enumerate(torch.cuda.get_rng_state_all())}
+    random = {"cpu": torch.get_rng_state()} | {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    parts = {"optimizer": optim.state_tensors(model, optimizers), "other": tensors, "random": random}
+    named = {f"{part}/{name}": value for part, held in parts.items() for name, value in held.items()}
 
     def extra(folder: Path) -> None:
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, folder / TENSORS)
+        save_file({name: value.detach().cpu().contiguous() for name, value in named.items()}, folder / TENSORS)
         files.write_json(folder / STATE, state)
 
     folder = folder_of(run, state["step"])
     save(model, folder, tokenizer, receipt=receipt, extra=extra, overwrite=True)
     for old in [found for found in finished(run) if found <= folder][:-keep]:
         # renamed first: a kill in the middle must not leave something that looks like a checkpoint
-        doomed = old.with_name(f".{old.name}.removed")
-        old.rename(doomed)
-        shutil.rmtree(doomed)
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.removed")))
     return folder
 
 
@@ -79,30 +73,25 @@ def clean(run: Path) -> None:
 def newest(run: Path, before: int | None = None) -> Path | None:
     """Returns the newest whole checkpoint, of a step below `before` if given, or None; damaged ones are skipped."""
     for folder in reversed(finished(run)):
-        if before is not None and folder >= folder_of(run, before):
-            continue
-        try:
-            check_directory(folder)
-        except CheckpointError as error:
-            logger.warning("skipping a damaged checkpoint: %s", error)
-        else:
-            return folder
+        if before is None or folder < folder_of(run, before):
+            try:
+                check_directory(folder)
+                return folder
+            except CheckpointError as error:
+                logger.warning("skipping a damaged checkpoint: %s", error)
     return None
 
 
 def read(folder: Path, model: Model, optimizers: list[Optimizer]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Puts weights, optimiser and random states back; returns what was written as `state` and `tensors`."""
-    loaded = load(folder, check_hashes=False).state_dict()
-    model.load_state_dict(loaded)
-    tensors = load_file(folder / TENSORS)
+    model.load_state_dict(load(folder, check_hashes=False).state_dict())
     parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "other": {}, "random": {}}
-    for label, value in tensors.items():
+    for label, value in load_file(folder / TENSORS).items():
         part, name = label.split("/", 1)
-        parts[part][name] = value
+        parts[part][name] = value.clone()  # what was read is a map of a file that retention removes
     optim.load_state_tensors(model, optimizers, parts["optimizer"])
-    torch.set_rng_state(parts["random"].pop("cpu"))
-    for name, value in parts["random"].items():
-        if torch.cuda.is_available() and int(name.removeprefix("cuda")) < torch.cuda.device_count():
-            torch.cuda.set_rng_state(value, int(name.removeprefix("cuda")))
-    state = files.read_json(folder / STATE, dict[str, Any], CheckpointError)
-    return state, {name: value.clone() for name, value in parts["other"].items()}
+    torch.set_rng_state(parts["random"]["cpu"])
+    for i in range(torch.cuda.device_count()):
+        if f"cuda{i}" in parts["random"]:
+            torch.cuda.set_rng_state(parts["random"][f"cuda{i}"], i)
+    return files.read_json(folder / STATE, dict[str, Any], CheckpointError), parts["other"]

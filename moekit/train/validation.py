@@ -6,11 +6,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from moekit.config import DataConfig
 from moekit.data import TokenDataset, validation_windows
 from moekit.nn.model import Model
 from moekit.ops.loss import IGNORED
-from moekit.train.hardware import Hardware
-from moekit.train.health import LoadWindow
+from moekit.train import health
+from moekit.train.hardware import Hardware, forward
 
 
 class DomainScore(NamedTuple):
@@ -27,51 +28,33 @@ class DomainScore(NamedTuple):
 
 @torch.no_grad()
 def validate(
-    model: Model,
-    dataset: TokenDataset,
-    token_bytes: np.ndarray,
-    *,
-    sequence_length: int,
-    max_tokens: int,
-    batch_size: int,
-    hardware: Hardware,
-    cross_document_attention: bool = True,
+    model: Model, dataset: TokenDataset, token_bytes: np.ndarray, hardware: Hardware, data: DataConfig, max_tokens: int
 ) -> dict[str, DomainScore]:
     """Returns the score of every domain that has validation text, over its first `max_tokens` tokens.
 
-    Windows do not overlap, so a token sees at most `sequence_length` - 1 tokens before it. Scores do not depend on the
-    batch size: sums are exact and padding is not counted. Leaves the model in the mode it was in.
+    `data` says how long windows are and whether they are cut at documents. They do not overlap, so a token sees at most
+    `data.sequence_length` - 1 tokens before it. Scores do not depend on the batch size: sums are exact and padding is
+    not counted. Leaves the model in the mode it was in.
     """
     was_training = model.training
     model.eval()
     scores = {}
+    size = data.micro_batch_size or data.batch_size
     for domain in dataset.domains:
         nats = bytes_seen = 0.0
         tokens = 0
-        load = _window(model)
-        for batch in validation_windows(dataset, domain, sequence_length, max_tokens, batch_size):
-            targets = torch.from_numpy(batch.labels).to(hardware.device)
-            documents = None if cross_document_attention else torch.from_numpy(batch.document_ids).to(hardware.device)
-            with torch.autocast(hardware.device.type, torch.bfloat16, enabled=hardware.autocast):
-                out = model(
-                    torch.from_numpy(batch.input_ids).to(hardware.device),
-                    targets=targets,
-                    padding_mask=targets != IGNORED,
-                    document_ids=documents,
-                    return_routing=True,
-                    return_logits=False,
-                )
-            load.add(out.routing)
+        load = health.no_load(model.config, hardware.device)
+        for batch in validation_windows(dataset, domain, data.sequence_length, max_tokens, size):
+            real = batch.labels != IGNORED
+            mask = torch.from_numpy(real).to(hardware.device)
+            across = data.cross_document_attention
+            out = forward(model, batch, hardware, across, padding_mask=mask, return_logits=False)
+            health.add_routing(load, out.routing)
             nats += float(out.token_loss.total)
             tokens += int(out.token_loss.tokens)
-            bytes_seen += float(token_bytes[batch.labels[batch.labels != IGNORED]].sum())
+            bytes_seen += float(token_bytes[batch.labels[real]].sum())
         if tokens:
             bits = nats / math.log(2) / max(bytes_seen, 1.0)  # end-of-text alone has no byte
             scores[domain] = DomainScore(nats / tokens, bits, tokens, load.tokens_per_expert.tolist())
     model.train(was_training)
     return scores
-
-
-def _window(model: Model) -> LoadWindow:
-    layers = model.moe_layers
-    return LoadWindow(len(layers), layers[0].config.n_routed_experts if layers else 1)

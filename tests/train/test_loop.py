@@ -276,7 +276,7 @@ def test_an_expert_that_died_raises_one_alarm(
 ) -> None:
     ffn = {"n_routed_experts": 48, "num_experts_per_tok": 1}  # 16 tokens cannot reach 48 experts
     sizes = {"data_sequence_length": 16, "data_batch_size": 1}
-    train(run_config(ffn=ffn, steps=4, log_every=1, dead_after=2, **sizes), tmp_path / "run")
+    train(run_config(ffn=ffn, steps=8, log_every=1, dead_after=2, **sizes), tmp_path / "run")
     idle, expected = [[0] * 48 for _ in range(2)], []
     for record in of_kind(tmp_path / "run", "train"):
         for layer, counts in enumerate(record["tokens_per_expert"]):
@@ -286,6 +286,7 @@ def test_an_expert_that_died_raises_one_alarm(
     alarms = of_kind(tmp_path / "run", "alarm")
     assert [(alarm["step"], alarm["layer"], expert) for alarm in alarms for expert in alarm["experts"]] == expected
     assert len(expected) >= 16
+    assert len({(layer, expert) for _, layer, expert in expected}) < len(expected)  # told again after it lived
     assert len(alarms) < len(expected)  # one line a layer, not one an expert
     for alarm in alarms:
         assert f"of layer {alarm['layer']} " in alarm["text"]

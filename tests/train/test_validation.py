@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from moekit.config import RunConfig
+from moekit.config import DataConfig, RunConfig
 from moekit.data import TokenDataset, open_dataset, prepare
 from moekit.formats.tokenizer import Tokenizer, load_tokenizer
 from moekit.nn.model import Model
@@ -59,11 +59,9 @@ def score(
         model,
         data,
         tokenizer.token_bytes(),
-        sequence_length=LENGTH,
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        hardware=Hardware(next(model.parameters()).device, autocast=False),
-        cross_document_attention=across,
+        Hardware(next(model.parameters()).device, autocast=False),
+        DataConfig(path="", sequence_length=LENGTH, batch_size=batch_size, cross_document_attention=across),
+        max_tokens,
     )
 
 
