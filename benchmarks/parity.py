@@ -11,7 +11,7 @@ import torch
 from moekit import receipts
 from moekit.config import MoEConfig
 from moekit.nn.moe import MoE
-from moekit.ops import balance, reference, routing
+from moekit.ops import balance, reference
 
 CASES: dict[str, dict[str, object]] = {
     "DeepSeekMoE, 1 shared + 7 of 63": {"n_routed_experts": 63, "num_experts_per_tok": 7, "n_shared_experts": 1},
@@ -55,7 +55,8 @@ def difference(settings: dict[str, object]) -> tuple[float, float, int]:
         config.norm_topk_prob, config.routed_scaling_factor, layer.router.expert_bias, config.n_group,
         config.topk_group, 2 if config.topk_method == "noaux_tc" else 1,
     )  # fmt: skip
-    scores = routing.router_scores(x[0] @ layer.router.weight.T, config.scoring_func)
+    logits = x[0] @ layer.router.weight.T
+    scores = logits.softmax(-1) if config.scoring_func == "softmax" else logits.sigmoid()
     chosen = reference.chosen_experts(
         scores.detach(), config.num_experts_per_tok, layer.router.expert_bias, config.n_group, config.topk_group,
         2 if config.topk_method == "noaux_tc" else 1,

@@ -1,5 +1,6 @@
 """The decoding loop: prompts in, tokens out, one step at a time."""
 
+import secrets
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -29,33 +30,35 @@ def tokens(
     """
     if not prompts or not all(prompts):
         raise ConfigError("a prompt is empty; give at least one token (the end-of-text token starts a new document)")
-    _check(model, prompts, max_new_tokens)
+    vocab, limit = model.config.vocab_size, model.config.max_position_embeddings
+    longest, batch = max(map(len, prompts)), len(prompts)
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens} but must be at least 1")
+    if foreign := [token for prompt in prompts for token in prompt if not 0 <= token < vocab]:
+        raise ConfigError(f"a prompt holds token {foreign[0]} but the vocabulary has {vocab}; is this its tokenizer?")
+    if longest + max_new_tokens > limit:
+        advice = f"ask for at most {limit - longest}" if longest < limit else "the prompt itself is too long"
+        raise ConfigError(
+            f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more than "
+            f"max_position_embeddings, {limit}; {advice}"
+        )
     was_training = model.training
     model.eval()
     device, dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
-    longest, batch = max(map(len, prompts)), len(prompts)
     ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     mask = torch.arange(longest, device=device) < lengths.unsqueeze(1)
     cache = KVCache(model.config, batch, longest + max_new_tokens, device, dtype)
-    seen = None
-    if settings.repetition_penalty != 1.0:
-        seen = torch.zeros(batch, model.config.vocab_size, dtype=torch.bool, device=device)
-        seen.scatter_(1, ids.where(mask, ids[:, :1]), True)
-    generators = [torch.Generator(device) for _ in prompts]
-    for number, generator in enumerate(generators):
-        if settings.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(settings.seed + number)
+    seen = torch.zeros(batch, vocab, dtype=torch.bool, device=device).scatter_(1, ids.where(mask, ids[:, :1]), True)
+    seed = secrets.randbits(60) if settings.seed is None else settings.seed
+    generators = [torch.Generator(device).manual_seed(seed + number) for number in range(batch)]
     try:
         last = model(ids, cache=cache, padding_mask=mask).logits[torch.arange(batch, device=device), lengths - 1]
         for left in range(max_new_tokens, 0, -1):
             if vocabulary is not None:
                 last[:, vocabulary:] = -torch.inf
             chosen = draw(last, settings, seen, generators)
-            if seen is not None:
-                seen.scatter_(1, chosen.unsqueeze(1), True)
+            seen.scatter_(1, chosen.unsqueeze(1), True)
             yield chosen
             if left > 1:
                 last = model(chosen.unsqueeze(1), cache=cache).logits[:, -1]
@@ -92,19 +95,3 @@ def generate(
     settings = validate(SamplingSettings, given)
     new = list(tokens(model, input_ids.tolist(), settings, max_new_tokens)) if max_new_tokens else []
     return torch.cat([input_ids, *(chosen.unsqueeze(1).to(input_ids.device) for chosen in new)], dim=1)
-
-
-def _check(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    vocab, limit = model.config.vocab_size, model.config.max_position_embeddings
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens} but must be at least 1")
-    foreign = [token for prompt in prompts for token in prompt if not 0 <= token < vocab]
-    if foreign:
-        raise ConfigError(f"a prompt holds token {foreign[0]} but the vocabulary has {vocab}; is this its tokenizer?")
-    longest = max(map(len, prompts))
-    if longest + max_new_tokens > limit:
-        advice = f"ask for at most {limit - longest}" if longest < limit else "the prompt itself is too long"
-        raise ConfigError(
-            f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more than "
-            f"max_position_embeddings, {limit}; {advice}"
-        )

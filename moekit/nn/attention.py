@@ -41,15 +41,9 @@ def attend(
     scale: float,
 ) -> Float[Tensor, "batch length heads value_dim"]:
     """Returns softmax attention; causal when there is no mask."""
-    y = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
     return y.transpose(1, 2)
 
 

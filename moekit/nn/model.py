@@ -20,7 +20,7 @@ from moekit.nn.rope import rotation
 from moekit.nn.router import HashRouter, Router
 from moekit.ops.balance import LoadSums, updated_bias
 from moekit.ops.loss import IGNORED, TokenLoss, linear_cross_entropy
-from moekit.ops.routing import Routing
+from moekit.ops.routing import Routing, balanced_hash_table
 
 
 class ModelOutput(NamedTuple):
@@ -169,15 +169,12 @@ class Model(nn.Module):
         reached = length + (cache.longest if cache is not None else 0)
         if reached > limit:
             raise ConfigError(f"the sequence has {reached} tokens but max_position_embeddings is {limit}")
-        mask = None
         if cache is None:
             positions = torch.arange(length, device=input_ids.device).expand(batch, length)
-            if document_ids is not None:
-                mask = attention_mask(positions, length, document_ids)
         else:
             positions = cache.positions(batch, length)
-            if cache.longest:
-                mask = attention_mask(positions, cache.longest + length, None)
+        plain = reached == length and document_ids is None
+        mask = None if plain else attention_mask(positions, reached, document_ids)
         attention = self.config.attention
         width = attention.head_dim if isinstance(attention, MHAConfig) else attention.qk_rope_head_dim
         return Context(rotation(attention.rope, width, positions), positions, mask, cache)
@@ -198,10 +195,14 @@ class Model(nn.Module):
                 bias = layer.router.expert_bias
                 bias.copy_(updated_bias(bias, load.to(bias.device), layer.config.bias_update_speed))
 
+    @torch.no_grad()
     def balance_hash(self, token_counts: Int[Tensor, " vocab"]) -> None:
         """Fills the hash tables that are to be balanced by token frequency."""
-        routers = [module for module in self.modules() if isinstance(module, HashRouter)]
-        if routers and routers[0].config.hash_method == "balanced":
-            routers[0].balance(token_counts)
-            for router in routers[1:]:  # the same counts give the same table
-                router.fill(routers[0].table)
+        ffn, vocab = self.config.ffn, self.config.vocab_size
+        if isinstance(ffn, MoEConfig) and ffn.hash_method == "balanced":
+            if len(token_counts) != vocab:
+                raise ConfigError(f"token_counts has {len(token_counts)} entries but vocab_size is {vocab}")
+            table = balanced_hash_table(token_counts, ffn.n_routed_experts, ffn.num_experts_per_tok)
+            for module in self.modules():
+                if isinstance(module, HashRouter):
+                    module.fill(table)

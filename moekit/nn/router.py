@@ -32,10 +32,8 @@ class Router(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, dim))
         self.expert_bias: Tensor | None
-        biased = config.topk_method == "noaux_tc"
-        self.register_buffer(
-            "expert_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32) if biased else None
-        )
+        bias = torch.zeros(config.n_routed_experts, dtype=torch.float32)
+        self.register_buffer("expert_bias", bias if config.topk_method == "noaux_tc" else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         """Moves as any module does, but `model.to(dtype)` leaves the bias in float32: bf16 would round its steps."""
@@ -48,9 +46,9 @@ class Router(nn.Module):
     def forward(self, x: Float[Tensor, "tokens dim"], context: RouterContext) -> Routing:
         config = self.config
         with autocast_off(x):
-            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            x = x if x.dtype == torch.float64 else x.float()
             return routing.route(
-                x.to(dtype) @ self.weight.to(dtype).T,
+                x @ self.weight.to(x.dtype).T,
                 config.num_experts_per_tok,
                 scoring_func=config.scoring_func,
                 norm_topk_prob=config.norm_topk_prob,
@@ -69,40 +67,25 @@ class HashRouter(nn.Module):
 
     def __init__(self, config: MoEConfig, vocab_size: int, layer: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.layer, self.ready = config, layer, False
         self.table: Tensor
         shape = (vocab_size, config.num_experts_per_tok)
         self.register_buffer("table", torch.full(shape, routing.DROPPED, dtype=torch.int64))
-        self.ready = False
-        self.layer = layer
 
     def reset(self) -> None:
         """Fills a random table, another one for each layer; a balanced one waits for the tokens' counts."""
         if self.config.hash_method == "random":
-            self.fill(
-                routing.random_hash_table(
-                    len(self.table), self.config.n_routed_experts, self.table.shape[1], self.layer
-                )
-            )
-
-    def balance(self, token_counts: Int[Tensor, " vocab"]) -> None:
-        """Fills the table balanced by how often each token occurs."""
-        if len(token_counts) != len(self.table):
-            raise ConfigError(f"token_counts has {len(token_counts)} entries but vocab_size is {len(self.table)}")
-        self.fill(routing.balanced_hash_table(token_counts, self.config.n_routed_experts, self.table.shape[1]))
+            vocab, k = self.table.shape
+            self.fill(routing.random_hash_table(vocab, self.config.n_routed_experts, k, self.layer))
 
     def fill(self, table: Int[Tensor, "vocab k"]) -> None:
-        with torch.no_grad():
-            self.table.copy_(table)
+        self.table.copy_(table)
         self.ready = not self.table.is_meta
 
     def forward(self, x: Float[Tensor, "tokens dim"], context: RouterContext) -> Routing:
-        if not self.ready:
-            if bool((self.table == routing.DROPPED).any()):
-                raise ConfigError(
-                    "ffn.hash_method is balanced but no token counts were given; call model.balance_hash(counts)"
-                )
-            self.ready = True
+        if not self.ready and bool((self.table == routing.DROPPED).any()):
+            raise ConfigError("ffn.hash_method is balanced but no token counts were given; call balance_hash(counts)")
+        self.ready = True
         config = self.config
         return routing.route_by_hash(
             context.token_ids,

@@ -34,13 +34,6 @@ class Routing(NamedTuple):
     """Real units in each sequence; padding is not counted."""
 
 
-def router_scores(
-    logits: Float[Tensor, "units experts"], scoring_func: Literal["softmax", "sigmoid"]
-) -> Float[Tensor, "units experts"]:
-    """Returns the affinities s: softmax over all experts (DeepSeekMoE, Eq. 11) or sigmoid (DeepSeek-V3, Eq. 15)."""
-    return logits.softmax(-1) if scoring_func == "softmax" else logits.sigmoid()
-
-
 def top_k(choice: Float[Tensor, "units experts"], k: int) -> Int[Tensor, "units k"]:
     """Returns the ids of the k largest, best first; among equals the lower id wins, on every device."""
     return choice.sort(dim=-1, descending=True, stable=True).indices[:, :k]
@@ -78,37 +71,26 @@ def route(
 ) -> Routing:
     """Returns the top-k routing of `units` that form `sequences` equal, contiguous sequences (padding masked false).
 
-    DeepSeekMoE (arXiv 2401.06066), Eq. 9-11: the weight is the raw affinity, not renormalised over the chosen, unless
-    `norm_topk_prob`. Switch is k = 1, GShard k = 2. `expert_bias` chooses but does not weigh (DeepSeek-V3, Eq. 16).
+    DeepSeekMoE (arXiv 2401.06066), Eq. 9-11: affinities are a softmax over all experts (or sigmoids: DeepSeek-V3, Eq.
+    15), and the weight is the raw affinity, not renormalised over the chosen, unless `norm_topk_prob`. Switch is k = 1,
+    GShard k = 2. `expert_bias` chooses but does not weigh (DeepSeek-V3, Eq. 16).
     Differs from the paper: DeepSeek-V2's code scales only weights that are not renormalised; no released model has
     both, and we always scale, as DeepSeek-V3 does.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    scores = router_scores(logits, scoring_func)
+    scores = logits.softmax(-1) if scoring_func == "softmax" else logits.sigmoid()
     choice = scores.detach() if expert_bias is None else scores.detach() + expert_bias
     expert_ids = top_k(limit_groups(choice, n_group, topk_group, group_best), k)
     weights = scores.gather(1, expert_ids)
     if norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    weights = weights * routed_scaling_factor
-
-    length = len(logits) // max(sequences, 1)
     shares = scores if scoring_func == "softmax" else scores / (scores.sum(-1, keepdim=True) + 1e-20)
     squared_lse = logits.logsumexp(-1).square()
     if mask is not None:
-        expert_ids, weights = _mask_choices(expert_ids, weights, mask)
         shares, squared_lse = shares * mask.unsqueeze(-1), squared_lse * mask
-    counts, groups, units = _count(expert_ids, logits.shape[1], n_group, sequences, mask)
-    return Routing(
-        expert_ids,
-        weights,
-        scores,
-        counts,
-        groups,
-        shares.unflatten(0, (sequences, length)).sum(1),
-        squared_lse.unflatten(0, (sequences, length)).sum(1),
-        units,
-    )
+    routing = _counted(expert_ids, weights * routed_scaling_factor, logits.shape[1], n_group, sequences, mask)
+    sums = _per_sequence(shares, sequences), _per_sequence(squared_lse, sequences)
+    return routing._replace(scores=scores, score_sums=sums[0], squared_lse_sums=sums[1])
 
 
 def route_by_hash(
@@ -127,10 +109,7 @@ def route_by_hash(
     """
     expert_ids = table[token_ids]
     weights = torch.full(expert_ids.shape, routed_scaling_factor / table.shape[1], dtype=dtype, device=table.device)
-    if mask is not None:
-        expert_ids, weights = _mask_choices(expert_ids, weights, mask)
-    counts, groups, units = _count(expert_ids, n_experts, 1, sequences, mask)
-    return Routing(expert_ids, weights, None, counts, groups, None, None, units)
+    return _counted(expert_ids, weights, n_experts, 1, sequences, mask)
 
 
 def random_hash_table(vocab_size: int, n_experts: int, k: int, seed: int) -> Int[Tensor, "vocab k"]:
@@ -177,30 +156,31 @@ def limit_capacity(
     return routing._replace(expert_ids=routing.expert_ids.masked_fill(~kept, DROPPED), weights=routing.weights * kept)
 
 
-def _mask_choices(
-    expert_ids: Int[Tensor, "units k"], weights: Float[Tensor, "units k"], mask: Bool[Tensor, " units"]
-) -> tuple[Int[Tensor, "units k"], Float[Tensor, "units k"]]:
-    return expert_ids.masked_fill(~mask.unsqueeze(-1), DROPPED), weights * mask.unsqueeze(-1)
-
-
-def _count(
+def _counted(
     expert_ids: Int[Tensor, "units k"],
+    weights: Float[Tensor, "units k"],
     n_experts: int,
     n_group: int,
     sequences: int,
     mask: Bool[Tensor, " units"] | None,
-) -> tuple[Int[Tensor, "sequences experts"], Int[Tensor, "sequences groups"], Int[Tensor, " sequences"]]:
-    """Returns choices per expert, tokens per group and real units, each per sequence; dropped ids fall outside."""
-    ids = torch.where(expert_ids == DROPPED, n_experts, expert_ids)
-    length = len(ids) // max(sequences, 1)
-    sequence = torch.arange(sequences, device=ids.device).repeat_interleave(length).unsqueeze(-1)
-    slots = (sequence * (n_experts + 1) + ids).flatten()
+) -> Routing:
+    """Returns a routing without scores: padding dropped, and each sequence's choices, groups and real units counted."""
+    if mask is None:
+        mask = torch.ones(len(expert_ids), dtype=torch.bool, device=expert_ids.device)
+    expert_ids, weights = expert_ids.masked_fill(~mask.unsqueeze(-1), DROPPED), weights * mask.unsqueeze(-1)
+    ids = torch.where(expert_ids == DROPPED, n_experts, expert_ids)  # dropped ids are counted at the side
+    sequence = torch.arange(sequences, device=ids.device).repeat_interleave(len(ids) // max(sequences, 1))
+    slots = (sequence.unsqueeze(-1) * (n_experts + 1) + ids).flatten()
     counts = slots.new_zeros(sequences * (n_experts + 1)).scatter_add_(0, slots, torch.ones_like(slots))
     counts = counts.view(sequences, n_experts + 1)[:, :n_experts]
-    if n_group == 1:
-        groups = (ids[:, :1] < n_experts).view(sequences, length).sum(1, keepdim=True)
-    else:
+    units = _per_sequence(mask, sequences)
+    groups = units.unsqueeze(-1)
+    if n_group > 1:
         reached = F.one_hot(ids // (n_experts // n_group), n_group + 1).amax(1)[:, :n_group]
-        groups = reached.unflatten(0, (sequences, length)).sum(1)
-    units = torch.full((sequences,), length, device=ids.device) if mask is None else mask.view(sequences, length).sum(1)
-    return counts, groups, units
+        groups = _per_sequence(reached, sequences)
+    return Routing(expert_ids, weights, None, counts, groups, None, None, units)
+
+
+def _per_sequence(x: Tensor, sequences: int) -> Tensor:
+    """Returns the sums over the units of each sequence."""
+    return x.reshape(sequences, len(x) // max(sequences, 1), *x.shape[1:]).sum(1)
