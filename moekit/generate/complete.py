@@ -36,21 +36,22 @@ def complete(
 
     `stream` gets (prompt number, new text) as it becomes certain: whole characters, and nothing of a stop string.
     """
-    if any(not text for text in stop):
+
+    def say(number: int, certain: str) -> None:
+        if stream is not None and certain:
+            stream(number, certain)
+
+    if "" in stop:
         raise ConfigError("a stop string is empty; leave it out")
     encoded = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
     texts = [_Text(tokenizer, stop) for _ in prompts]
     for chosen in tokens(model, encoded, settings or SamplingSettings(), max_new_tokens, tokenizer.vocab_size):
         for number, (token, text) in enumerate(zip(chosen.tolist(), texts, strict=True)):
-            certain = text.add(token)
-            if stream is not None and certain:
-                stream(number, certain)
+            say(number, text.add(token))
         if all(text.finish for text in texts):
             break
     for number, text in enumerate(texts):
-        rest = text.close()
-        if stream is not None and rest:
-            stream(number, rest)
+        say(number, text.close())
     return [
         Completion(prompt, text.text, len(text.ids), text.finish) for prompt, text in zip(prompts, texts, strict=True)
     ]

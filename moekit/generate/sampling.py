@@ -22,10 +22,8 @@ class SamplingSettings(Strict):
     def _check(self) -> "SamplingSettings":
         for name in ("top_k", "top_p", "min_p"):
             if self.temperature == 0 and getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)} but temperature is 0, which takes the likeliest token and draws "
-                    "from nothing; set a temperature, 1 for the model's own distribution"
-                )
+                found = f"{name} is {getattr(self, name)} but temperature is 0, at which nothing is drawn"
+                raise ValueError(f"{found}; set a temperature, 1 for the model's own distribution")
         return self
 
 

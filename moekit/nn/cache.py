@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moekit.config import MHAConfig, ModelConfig
+from moekit.config import ModelConfig
 from moekit.errors import ConfigError
 
 
@@ -23,11 +23,7 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        attention = config.attention
-        if isinstance(attention, MHAConfig):
-            width = 2 * attention.num_key_value_heads * attention.head_dim
-        else:
-            width = attention.kv_lora_rank + attention.qk_rope_head_dim
+        width = config.kv_cache_bytes_per_token(dtype_bytes=1) // config.num_hidden_layers
         self.max_length = max_length
         self.longest = 0
         """Upper bound of all lengths, known without asking the device."""

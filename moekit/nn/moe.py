@@ -67,9 +67,8 @@ class MoE(nn.Module):
             if config.device_aux_loss_alpha:
                 losses["device_balance"] = config.device_aux_loss_alpha * balance.device_loss(measured, config.n_group)
             if config.comm_aux_loss_alpha:
-                losses["communication_balance"] = config.comm_aux_loss_alpha * balance.communication_loss(
-                    routing, measured, config.topk_group, config.seq_aux
-                )
+                loss = balance.communication_loss(measured, config.topk_group)
+                losses["communication_balance"] = config.comm_aux_loss_alpha * loss
         if config.z_loss_alpha:
             losses["router_z"] = config.z_loss_alpha * balance.z_loss(routing)
         return losses

@@ -32,11 +32,8 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> list[float]:
     low = max(math.floor(dimension(yarn.beta_fast)), 0)
     high = min(math.ceil(dimension(yarn.beta_slow)), dim - 1)
     span = max(high - low, 0.001)
-    frequencies = []
-    for i, frequency in enumerate(extrapolated):
-        keep = 1 - min(max((i - low) / span, 0), 1)
-        frequencies.append(frequency * keep + frequency / yarn.factor * (1 - keep))
-    return frequencies
+    kept = [1 - min(max((i - low) / span, 0), 1) for i in range(dim // 2)]
+    return [f * keep + f / yarn.factor * (1 - keep) for f, keep in zip(extrapolated, kept, strict=True)]
 
 
 def magnitude(factor: float, mscale: float) -> float:

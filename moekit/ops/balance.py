@@ -26,8 +26,8 @@ class Balance(NamedTuple):
 
     load: Float[Tensor, "sequences experts"]
     affinity: Float[Tensor, "sequences experts"]
-    present: Float[Tensor, " sequences"]
-    """1 for a sequence with real tokens, 0 for one that is all padding."""
+    tokens_per_group: Int[Tensor, "sequences groups"]
+    units: Int[Tensor, " sequences"]
 
 
 def measure(routing: Routing, per_sequence: bool, prior: LoadSums | None = None) -> Balance:
@@ -38,18 +38,19 @@ def measure(routing: Routing, per_sequence: bool, prior: LoadSums | None = None)
     """
     assert routing.score_sums is not None, "hash routing has no balance loss"
     k = routing.expert_ids.shape[1]
-    counts, sums, units = routing.tokens_per_expert, routing.score_sums, routing.units
-    if not per_sequence:
-        counts, sums, units = counts.sum(0, keepdim=True), sums.sum(0, keepdim=True), units.sum(0, keepdim=True)
+    counted = routing.tokens_per_expert, routing.score_sums, routing.tokens_per_group, routing.units
+    counts, sums, groups, units = counted if per_sequence else (x.sum(0, keepdim=True) for x in counted)
     real = units.clamp(min=1).to(sums.dtype).unsqueeze(-1)
     if prior is None:
         load = counts.to(sums.dtype) / real
     else:
         load = (counts + prior.tokens_per_expert).to(sums.dtype) / (real + prior.units)
-    return Balance(load * (counts.shape[1] / k), sums / real, (units > 0).to(sums.dtype))
+    return Balance(load * (counts.shape[1] / k), sums / real, groups, units)
 
 
-def _mean(per_sequence: Float[Tensor, " sequences"], present: Float[Tensor, " sequences"]) -> Float[Tensor, ""]:
+def _mean(per_sequence: Float[Tensor, " sequences"], units: Int[Tensor, " sequences"]) -> Float[Tensor, ""]:
+    """Returns the mean over the sequences that are not all padding."""
+    present = (units > 0).to(per_sequence.dtype)
     return (per_sequence * present).sum() / present.sum().clamp(min=1)
 
 
@@ -58,28 +59,25 @@ def expert_loss(balance: Balance) -> Float[Tensor, ""]:
 
     The paper does not say: DeepSeek-V3's f could count the top-k of the unbiased scores; we count what was chosen.
     """
-    return _mean((balance.load * balance.affinity).sum(-1), balance.present)
+    return _mean((balance.load * balance.affinity).sum(-1), balance.units)
 
 
 def device_loss(balance: Balance, n_group: int) -> Float[Tensor, ""]:
     """Returns sum_i f'_i P'_i over groups of experts: mean load times summed affinity (Eq. 15-17)."""
     load = balance.load.unflatten(-1, (n_group, -1)).mean(-1)
     affinity = balance.affinity.unflatten(-1, (n_group, -1)).sum(-1)
-    return _mean((load * affinity).sum(-1), balance.present)
+    return _mean((load * affinity).sum(-1), balance.units)
 
 
-def communication_loss(routing: Routing, balance: Balance, topk_group: int, per_sequence: bool) -> Float[Tensor, ""]:
+def communication_loss(balance: Balance, topk_group: int) -> Float[Tensor, ""]:
     """Returns sum_i f''_i P''_i with f'' the share of tokens sent to group i (DeepSeek-V2, Eq. 29-31).
 
     1 when every token reaches exactly `topk_group` groups and all groups are reached equally.
     """
-    groups, units = routing.tokens_per_group, routing.units
-    if not per_sequence:
-        groups, units = groups.sum(0, keepdim=True), units.sum(0, keepdim=True)
-    n_group = groups.shape[1]
-    share = groups.to(balance.affinity.dtype) * (n_group / topk_group) / units.clamp(min=1).unsqueeze(-1)
+    n_group, units = balance.tokens_per_group.shape[1], balance.units.clamp(min=1).unsqueeze(-1)
+    share = balance.tokens_per_group.to(balance.affinity.dtype) * (n_group / topk_group) / units
     affinity = balance.affinity.unflatten(-1, (n_group, -1)).sum(-1)
-    return _mean((share * affinity).sum(-1), balance.present)
+    return _mean((share * affinity).sum(-1), balance.units)
 
 
 def z_loss(routing: Routing) -> Float[Tensor, ""]:

@@ -27,7 +27,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The gradient is formed beside the loss, while the chunk's logits are at hand; backward only scales it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, wanted: tuple[bool, bool]) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, gradients: bool) -> Tensor:
+        wanted = [gradients and needed for needed in ctx.needs_input_grad[:2]]
         total = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
         d_weight = torch.zeros(weight.shape, dtype=total.dtype, device=weight.device) if wanted[1] else None
@@ -69,8 +70,6 @@ def linear_cross_entropy(
     """Returns the summed cross-entropy of softmax(weight @ hidden) in nats over the targets that are not -100."""
     hidden, weight = cast_once(hidden), cast_once(weight)
     with autocast_off(hidden):
-        # inside the function gradients are always off, so which are wanted is asked here
-        on = torch.is_grad_enabled()
-        wanted = (on and hidden.requires_grad, on and weight.requires_grad)
-        total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, wanted)
+        # inside the function gradients are always off, so whether they are wanted is asked here
+        total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())
     return TokenLoss(total, (targets != IGNORED).sum())

@@ -188,12 +188,12 @@ class _Run:
         self.logged_step, self.logged_seconds = self.step, self.seconds
 
     def _alarm(self, layer: int, experts: list[int]) -> None:
-        ffn = self.config.model.ffn
-        remedy = "raise ffn.aux_loss_alpha, or use topk_method noaux_tc with a bias_update_speed"
-        if isinstance(ffn, MoEConfig) and ffn.topk_method == "hash":
-            remedy = "its hash table gives it no frequent token; ffn.hash_method balanced spreads them"
+        steps, ffn = self.config.dead_after * self.config.log_every, self.config.model.ffn
+        hashed = isinstance(ffn, MoEConfig) and ffn.topk_method == "hash"
+        routers = "raise ffn.aux_loss_alpha, or use topk_method noaux_tc with a bias_update_speed"
+        remedy = "use ffn.hash_method balanced" if hashed else routers
         who = f"expert{'s' * (len(experts) > 1)} {', '.join(map(str, experts))} of layer {layer}"
-        text = f"{who} had no token for {self.config.dead_after * self.config.log_every} steps; {remedy}"
+        text = f"{who} had no token for {steps} steps; {remedy}"
         if len(self.sinks) == 1:  # with a display, the display tells it
             logger.warning(text)
         self._record("alarm", layer=layer, experts=experts, text=text)
@@ -215,17 +215,11 @@ class _Run:
             sink.record({"kind": kind, "step": self.step, **values})
 
     def _save(self) -> None:
-        state.write(
-            self.run,
-            self.model,
-            self.optimizers,
-            self.tokenizer,
-            self._receipt(),
-            {name: getattr(self, name) for name in WRITTEN}
-            | {"sampler": {"seed": self.config.seed, "step": self.step}, "data": self.fingerprint},
-            {f"window/{name}": sums for name, sums in self.window._asdict().items()} | {"idle": self.idle},
-            self.config.keep_checkpoints,
-        )
+        sampler = {"seed": self.config.seed, "step": self.step}
+        written = {name: getattr(self, name) for name in WRITTEN} | {"sampler": sampler, "data": self.fingerprint}
+        sums = {f"window/{name}": sums for name, sums in self.window._asdict().items()} | {"idle": self.idle}
+        keep, receipt = self.config.keep_checkpoints, self._receipt()
+        state.write(self.run, self.model, self.optimizers, self.tokenizer, receipt, written, sums, keep)
 
     def _restore(self) -> None:
         state.clean(self.run)

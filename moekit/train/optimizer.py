@@ -1,10 +1,8 @@
 """AdamW for everything, or Muon for the experts' matrices and AdamW for the rest."""
 
-from collections.abc import Iterable
-
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from moekit.config import AdamWConfig, MuonConfig
@@ -16,14 +14,9 @@ class ExpertMuon(Optimizer):
     """Muon (Jordan et al., 2024) on stacked expert matrices, each expert's gate, up and down orthogonalised by itself.
 
     Nesterov momentum, five Newton-Schulz steps, then lr * sqrt(max(1, rows / columns)) times the result: each matrix
-    moves by the same spectral norm whatever its gradient. An expert without tokens coasts on its momentum.
+    moves by the same spectral norm whatever its gradient. An expert without tokens coasts on its momentum. Groups have
+    lr, momentum, ns_steps, weight_decay and split: the matrices that lie over each other in one tensor.
     """
-
-    def __init__(
-        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float, ns_steps: int, weight_decay: float
-    ) -> None:
-        settings = {"lr": lr, "momentum": momentum, "ns_steps": ns_steps, "weight_decay": weight_decay, "split": 1}
-        super().__init__(parameters, settings)
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -72,11 +65,12 @@ def build(model: Model, config: AdamWConfig) -> list[Optimizer]:
         AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
     ]
     if isinstance(config, MuonConfig) and experts:
-        muon = ExpertMuon(
-            [m.down_proj for m in experts], config.muon_lr, config.momentum, config.ns_steps, config.weight_decay
-        )
-        muon.add_param_group({"params": [m.gate_up_proj for m in experts], "split": 2})
-        optimizers.append(muon)
+        stacks = [
+            {"params": [m.down_proj for m in experts], "split": 1},
+            {"params": [m.gate_up_proj for m in experts], "split": 2},
+        ]
+        settings = {"lr": config.muon_lr, **config.model_dump(include={"momentum", "ns_steps", "weight_decay"})}
+        optimizers.append(ExpertMuon(stacks, settings))
     return optimizers
 
 

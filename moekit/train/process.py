@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,38 +14,28 @@ import torch
 def signals() -> Iterator[list[int]]:
     """Yields a list that gets SIGTERM and SIGINT, for the run to end after its step; a second one acts as usual."""
     caught: list[int] = []
-    before: dict[int, Any] = {}
+    with ExitStack() as handlers:
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        def note(number: int, frame: Any) -> None:
+            caught.append(number)
+            handlers.close()  # puts the former handlers back
 
-    def note(number: int, frame: Any) -> None:
-        caught.append(number)
-        restore()
-
-    if threading.current_thread() is threading.main_thread():  # elsewhere the caller has the signals
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+        if threading.current_thread() is threading.main_thread():  # elsewhere the caller has the signals
+            for ending in (signal.SIGTERM, signal.SIGINT):
+                handlers.callback(signal.signal, ending, signal.signal(ending, note))
         yield caught
-    finally:
-        restore()
 
 
 @contextmanager
 def deterministic() -> Iterator[None]:
     """Asks CUDA for kernels whose sums do not differ from run to run; on a CPU only the number of threads matters."""
-    if not torch.cuda.is_available():
+    with ExitStack() as after:
+        if torch.cuda.is_available():
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS first starts
+            before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+            after.callback(torch.use_deterministic_algorithms, before[0], warn_only=before[1])
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            switches: Any = torch.utils.deterministic
+            after.callback(setattr, switches, "fill_uninitialized_memory", switches.fill_uninitialized_memory)
+            switches.fill_uninitialized_memory = False  # a debugging aid that would fill every buffer
         yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS first starts
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    switches: Any = torch.utils.deterministic
-    fill = switches.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    switches.fill_uninitialized_memory = False  # a debugging aid that would fill every buffer
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        switches.fill_uninitialized_memory = fill

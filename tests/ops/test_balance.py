@@ -31,7 +31,7 @@ def test_every_loss_is_one_at_perfect_balance(device: torch.device, per_sequence
     one = torch.ones((), dtype=torch.float64, device=device)
     torch.testing.assert_close(balance.expert_loss(measured), one, **TIGHT)
     torch.testing.assert_close(balance.device_loss(measured, 4), one, **TIGHT)
-    torch.testing.assert_close(balance.communication_loss(routing, measured, 2, per_sequence), one, **TIGHT)
+    torch.testing.assert_close(balance.communication_loss(measured, 2), one, **TIGHT)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -82,7 +82,7 @@ def test_group_losses_and_their_gradients_equal_the_reference(device: torch.devi
     if name == "device":
         loss, expected = balance.device_loss(measured, 4), reference.device_balance_loss(scores, chosen, 4)
     else:
-        loss = balance.communication_loss(routing, measured, 2, per_sequence=False)
+        loss = balance.communication_loss(measured, 2)
         expected = reference.communication_balance_loss(scores, chosen, 4, 2)
     (gradient,), (expected_gradient,) = torch.autograd.grad(loss, x), torch.autograd.grad(expected, y)
     torch.testing.assert_close(loss.detach().cpu(), expected.detach(), **TIGHT)
@@ -105,7 +105,7 @@ def test_padding_never_counts_in_any_loss(device: torch.device, per_sequence: bo
             (
                 balance.expert_loss(measured),
                 balance.device_loss(measured, 4),
-                balance.communication_loss(routing, measured, 2, per_sequence),
+                balance.communication_loss(measured, 2),
             )
         )
 
@@ -126,7 +126,7 @@ def test_a_batch_of_padding_costs_nothing_and_is_no_nan(device: torch.device) ->
         routing = route(x, 3, sequences=3, n_group=4, topk_group=2, mask=mask)
         measured = measure(routing, per_sequence)
         total = balance.expert_loss(measured) + balance.device_loss(measured, 4) + balance.z_loss(routing)
-        total = total + balance.communication_loss(routing, measured, 2, per_sequence)
+        total = total + balance.communication_loss(measured, 2)
         (gradient,) = torch.autograd.grad(total, x)
         assert total == 0
         assert (gradient == 0).all()

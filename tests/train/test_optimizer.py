@@ -227,8 +227,6 @@ def test_the_state_survives_being_written_down_to_the_bit(
 
 
 def test_muon_refuses_a_closure_that_it_would_not_call() -> None:
-    muon = optimizer.ExpertMuon(
-        [torch.nn.Parameter(torch.ones(1, 2, 2))], lr=0.1, momentum=0.9, ns_steps=5, weight_decay=0.0
-    )
+    muon = optimizer.ExpertMuon([torch.nn.Parameter(torch.ones(1, 2, 2))], {"lr": 0.1})
     with pytest.raises(TypeError, match="step"):
         muon.step(lambda: 0.0)
