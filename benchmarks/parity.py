@@ -11,6 +11,7 @@ import torch
 from moekit import receipts
 from moekit.config import MoEConfig
 from moekit.nn.moe import MoE
+from moekit.nn.router import RouterContext
 from moekit.ops import balance, reference
 
 CASES: dict[str, dict[str, object]] = {
@@ -42,7 +43,7 @@ def difference(settings: dict[str, object]) -> tuple[float, float, int]:
     if layer.router.expert_bias is not None:
         layer.router.expert_bias = torch.randn(config.n_routed_experts).double() * 0.1
     x = torch.randn(1, TOKENS, DIM, dtype=torch.float64, requires_grad=True)
-    out = layer(x, torch.zeros(1, TOKENS, dtype=torch.int64))
+    out = layer(x, RouterContext(torch.zeros(TOKENS, dtype=torch.int64), sequences=1))
     aux = balance.expert_loss(balance.measure(out.routing, per_sequence=True))
     inputs = [x, *layer.parameters()]
     fast = torch.autograd.grad((out.y * torch.arange(DIM)).sum() + aux, inputs)

@@ -17,7 +17,7 @@ from moekit.nn.mla import MLA
 from moekit.nn.moe import MoE
 from moekit.nn.norm import RMSNorm
 from moekit.nn.rope import rotation
-from moekit.nn.router import HashRouter, Router
+from moekit.nn.router import HashRouter, Router, RouterContext
 from moekit.ops.balance import LoadSums, updated_bias
 from moekit.ops.loss import IGNORED, TokenLoss, linear_cross_entropy
 from moekit.ops.routing import Routing, balanced_hash_table
@@ -58,16 +58,12 @@ class Block(nn.Module):
             self.mlp = SwiGLU(dim, width)
 
     def forward(
-        self,
-        x: Float[Tensor, "batch length dim"],
-        context: Context,
-        token_ids: Int[Tensor, "batch length"],
-        mask: Bool[Tensor, "batch length"] | None,
+        self, x: Float[Tensor, "batch length dim"], context: Context, units: RouterContext
     ) -> tuple[Float[Tensor, "batch length dim"], Routing | None]:
         x = x + self.self_attn(self.input_layernorm(x), context)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
-            y, routing = self.mlp(normed, token_ids, mask)
+            y, routing = self.mlp(normed, units)
             return x + y, routing
         return x + self.mlp(normed), None
 
@@ -136,14 +132,16 @@ class Model(nn.Module):
         if cache is not None and document_ids is not None:
             raise ConfigError("document_ids cannot be used with a cache; generate one document per sequence")
         context = self._context(input_ids, cache, document_ids)
+        real = None if padding_mask is None else padding_mask.flatten()
+        units = RouterContext(input_ids.flatten(), len(input_ids), real)
         x = self.embed_tokens(input_ids)
         routings: list[Routing] = []
         aux: dict[str, Tensor] = {}
         for block in self.layers:
             if self.recompute and self.training and cache is None:
-                x, routing = checkpoint(block, x, context, input_ids, padding_mask, use_reentrant=False)
+                x, routing = checkpoint(block, x, context, units, use_reentrant=False)
             else:
-                x, routing = block(x, context, input_ids, padding_mask)
+                x, routing = block(x, context, units)
             if routing is not None and isinstance(block.mlp, MoE):
                 if targets is not None or self.training:
                     prior = None if prior_load is None else prior_load[len(routings)]

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from moekit.config import MoEConfig
@@ -35,14 +35,8 @@ class MoE(nn.Module):
             SwiGLU(dim, config.n_shared_experts * config.moe_intermediate_size) if config.n_shared_experts else None
         )
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch length dim"],
-        token_ids: Int[Tensor, "batch length"],
-        mask: Bool[Tensor, "batch length"] | None = None,
-    ) -> MoEOutput:
+    def forward(self, x: Float[Tensor, "batch length dim"], context: RouterContext) -> MoEOutput:
         tokens = x.flatten(0, 1)
-        context = RouterContext(token_ids.flatten(), len(x), None if mask is None else mask.flatten())
         routing: Routing = self.router(tokens, context)
         if self.config.capacity_factor is not None and self.training:
             k, experts = self.config.num_experts_per_tok, self.config.n_routed_experts

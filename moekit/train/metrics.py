@@ -29,11 +29,10 @@ class JsonLines:
             text = self.path.read_text(encoding="utf-8", errors="replace")  # a kill may have cut a character
             kept = [line for line in text.split("\n") if _step(line) <= step]
             files.write(self.path, "".join(f"{line}\n" for line in kept))
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("a", buffering=1, encoding="utf-8")  # a line is on its way when it is written
 
     def record(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
 
     def close(self) -> None:
         self._file.close()

@@ -11,6 +11,7 @@ from torch import Tensor
 from moekit.config import MoEConfig
 from moekit.nn.ffn import SwiGLU
 from moekit.nn.moe import MoE
+from moekit.nn.router import RouterContext
 from moekit.ops import reference
 from moekit.ops.routing import DROPPED
 
@@ -51,8 +52,9 @@ def of_case(name: str, device: torch.device, dtype: torch.dtype = torch.float64)
     return moe
 
 
-def run(moe: MoE, x: Tensor, **rest: Any) -> Any:
-    return moe(x, torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device), **rest)
+def run(moe: MoE, x: Tensor, mask: Tensor | None = None) -> Any:
+    ids = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device).flatten()
+    return moe(x, RouterContext(ids, len(x), None if mask is None else mask.flatten()))
 
 
 def slow(moe: MoE, x: Tensor) -> tuple[Tensor, list[Tensor]]:
