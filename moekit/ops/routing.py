@@ -165,15 +165,15 @@ def _counted(
     mask: Bool[Tensor, " units"] | None,
 ) -> Routing:
     """Returns a routing without scores: padding dropped, and each sequence's choices, groups and real units counted."""
-    if mask is None:
-        mask = torch.ones(len(expert_ids), dtype=torch.bool, device=expert_ids.device)
-    expert_ids, weights = expert_ids.masked_fill(~mask.unsqueeze(-1), DROPPED), weights * mask.unsqueeze(-1)
+    if mask is not None:
+        expert_ids, weights = expert_ids.masked_fill(~mask.unsqueeze(-1), DROPPED), weights * mask.unsqueeze(-1)
     ids = torch.where(expert_ids == DROPPED, n_experts, expert_ids)  # dropped ids are counted at the side
     sequence = torch.arange(sequences, device=ids.device).repeat_interleave(len(ids) // max(sequences, 1))
     slots = (sequence.unsqueeze(-1) * (n_experts + 1) + ids).flatten()
     counts = slots.new_zeros(sequences * (n_experts + 1)).scatter_add_(0, slots, torch.ones_like(slots))
     counts = counts.view(sequences, n_experts + 1)[:, :n_experts]
-    units = _per_sequence(mask, sequences)
+    real = torch.ones(len(ids), dtype=torch.bool, device=ids.device) if mask is None else mask
+    units = _per_sequence(real, sequences)
     groups = units.unsqueeze(-1)
     if n_group > 1:
         reached = F.one_hot(ids // (n_experts // n_group), n_group + 1).amax(1)[:, :n_group]
