@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekit.nn.moe import MoE
+from moekit.nn.router import RouterContext
 
 BACKENDS = ("auto", "torch", "native", "triton")
 
@@ -83,7 +84,8 @@ class Ours(nn.Module):
         self.moe = moe
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.moe(x, x.new_zeros(x.shape[:2], dtype=torch.int64)).y
+        token_ids = torch.zeros(x.shape[0] * x.shape[1], dtype=torch.int64, device=x.device)
+        y: Tensor = self.moe(x, RouterContext(token_ids, len(x))).y
         return y
 
 

@@ -257,7 +257,7 @@ class _Run:
             model=self.config.model,
             trains=True,
             inputs={"data": {"path": path, "sha256": self.fingerprint, "tokenizer": tokenizer}},
-            outputs=outputs,
+            outputs=outputs or {},
             health=self.health | {"validation": self.scores},
             seed=self.config.seed,
             device=str(self.hardware.device),
