@@ -146,6 +146,10 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     add("--steps", type=_positive, help="training steps of each model (the recipe's, about four minutes)")
     add("--device", **device)
 
+    add = verb("doctor", run_doctor)
+    add("--device", **device)
+    add("--quick", action="store_true", help="measure nothing")
+
     verb("presets", run_presets)
 
     add = verb("plan", run_plan)
@@ -189,6 +193,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     add("--seed", type=int, default=0, help="of the sampling (0)")
     add("--device", **device)
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (as saved)")
+    add("--backend", default="auto", metavar="NAME", help="of the experts' products; see `moekit doctor` (auto)")
 
     verbs: dict[str, _Parser] = dict(subparsers.choices)
     verbs["plan"].set_defaults(settings="model")
@@ -366,6 +371,7 @@ def run_generate(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.model} is a run without a checkpoint yet")
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     model = load(folder, choose_device(args.device), dtype, check_hashes=folder is args.model)
+    model.set_experts_backend(args.backend)
     tokenizer = load_tokenizer(folder)
     untold = [prompts[0]]  # not written before the first token comes: a mistake must not follow half a line
 
@@ -383,6 +389,19 @@ def run_generate(args: argparse.Namespace) -> int:
     ends = untold if live else [completion.prompt + completion.text for completion in texts]
     sys.stdout.write("\n\n".join(ends) + "\n")
     return 0
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """show what this machine has, what computes the experts on it, and how fast
+
+    example:
+      moekit doctor --device cpu
+    """
+    from moekit.doctor import examine
+    from moekit.tables import doctor_tables
+
+    document = examine(args.device, measure=not args.quick)
+    return _emit(args, document, lambda: doctor_tables(document))
 
 
 def run_quickstart(args: argparse.Namespace) -> int:

@@ -58,6 +58,29 @@ def presets_tables(rows: list[dict[str, Any]]) -> list[Table | str]:
     return [listed, "active: parameters used for one token, both embeddings included"]
 
 
+def doctor_tables(document: dict[str, Any]) -> list[Table | str]:
+    """Returns the machine in a line each, and the back ends by precision."""
+    versions, native = document["versions"], document["native"]
+    parts: list[Table | str] = [
+        f"[bold]{escape(document['name'])}[/bold] ({document['device']}), {versions['threads']} threads, "
+        f"{versions['system']}, Python {versions['python']}, torch {versions['torch']}",
+        f"native kernels: none, {escape(native['unavailable'])}"
+        if native["unavailable"]
+        else f"native kernels: vectors of {native['lanes']} floats, bfloat16 products "
+        + ("on AMX" if native["amx"] else "on AVX-512" if native["bfloat16"] else "through float32"),
+        *(f"matrix products in {name}: {speed:,.0f} GFLOP/s" for name, speed in document["matmul_gflops"].items()),
+    ]
+    for precision, found in document["experts"].items():
+        listed = table(f"experts in {precision}", ">training ms", ">decoding ms", "note")
+        for backend, state in found["backends"].items():
+            times = [f"{state['milliseconds'].get(work, float('nan')):,.2f}" for work in ("training", "decoding")]
+            shown = times if state["milliseconds"] else ["", ""]
+            note = state["unavailable"] or ("what auto takes" if backend == found["chosen"] else "")
+            listed.add_row(backend, *shown, escape(note), style="bold" if backend == found["chosen"] else "")
+        parts.append(listed)
+    return [*parts, "training: 2,048 tokens forward and backward; decoding: one token; 64 experts, top-6, 512 x 192"]
+
+
 def prepare_tables(manifest: dict[str, Any], out: str) -> list[Table | str]:
     """Returns what each domain came to, and the command that goes on."""
     counts = table("split", "domain", ">documents", ">tokens", ">bytes")

@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"formats"},
     {"data"},
     {"train", "generate"},
-    {"tables"},
+    {"doctor", "tables"},
     {"quickstart"},
     {"cli"},
     {"__main__", "__init__"},

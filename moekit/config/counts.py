@@ -108,7 +108,8 @@ def memory(
     - attention, fused (no matrix of scores): input, queries, keys, values and output; MLA: the latents too;
     - dense and shared FFN: input, gate, up, silu(gate) and their product;
     - router: logits and scores, always float32;
-    - routed experts, per choice: input row, gate, up, output row, and 28 bytes of ids, order and weight;
+    - routed experts, per choice: input row, gate, up, output row, and 28 bytes of ids, order and weight (the
+      `native` and `triton` back ends keep neither row, only each token once);
     - the loss: the last norm, the gradients of its output and of the head, one chunk of logits;
     - with `recompute`: the input of every block, and all of the above for one block.
     In bfloat16 every matrix keeps its own half-size copy of a float32 input. Not counted: the allocator's slack, the

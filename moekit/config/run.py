@@ -103,6 +103,9 @@ class RunConfig(Strict):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the compute; weights stay float32; auto: bfloat16 where the hardware has it"
     )
+    backend: Literal["auto", "reference", "torch", "grouped", "native", "triton"] = Field(
+        "auto", description="what computes the experts' products; `moekit doctor` shows what this machine has"
+    )
     recompute: bool = Field(False, description="recompute each block in the backward pass: less memory, more time")
     compile: bool = Field(False, description="torch.compile the blocks; needs a compiler")
     log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")

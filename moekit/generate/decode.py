@@ -53,7 +53,7 @@ def tokens(
     seed = secrets.randbits(60) if settings.seed is None else settings.seed
     generators = [torch.Generator(device).manual_seed(seed + number) for number in range(batch)]
     try:
-        last = model(ids, cache=cache, padding_mask=mask).logits[torch.arange(batch, device=device), lengths - 1]
+        last = model(ids, cache=cache, padding_mask=mask, logits_to_keep=lengths - 1).logits[:, -1]
         for left in range(max_new_tokens, 0, -1):
             if vocabulary is not None:
                 last[:, vocabulary:] = -torch.inf

@@ -1,10 +1,14 @@
 """The routed experts' stacked weights. Expert parallelism enters here and nowhere else."""
 
+from typing import cast
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moekit.ops.experts import swiglu_experts
+from moekit.errors import UnsupportedError
+from moekit.ops.dispatch import Plan
+from moekit.ops.experts import Backend, choose, mixed_experts, swiglu_experts
 
 
 class Experts(nn.Module):
@@ -17,9 +21,25 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(n_experts, 2 * ff, dim))
         self.down_proj = nn.Parameter(torch.empty(n_experts, dim, ff))
+        self.backend: Backend = "auto"
+
+    def set_backend(self, backend: str) -> None:
+        """Sets the back end; UnsupportedError when it cannot run in float32 or bfloat16 where the weights are."""
+        rows = self.down_proj.new_empty(1, self.down_proj.shape[1])
+        try:
+            choose(backend, rows, self.gate_up_proj, self.down_proj)
+        except UnsupportedError:  # under autocast the weights are cast
+            choose(backend, rows.bfloat16(), self.gate_up_proj.bfloat16(), self.down_proj.bfloat16())
+        self.backend = cast(Backend, backend)
 
     def forward(
         self, rows: Float[Tensor, "rows dim"], tokens_per_expert: Int[Tensor, " experts"]
     ) -> Float[Tensor, "rows dim"]:
         """Returns each row through its expert; rows are sorted by expert, zero rows are fine."""
-        return swiglu_experts(rows, self.gate_up_proj.to(rows.dtype), self.down_proj.to(rows.dtype), tokens_per_expert)
+        return swiglu_experts(rows, self.gate_up_proj, self.down_proj, tokens_per_expert, self.backend)
+
+    def mix(
+        self, x: Float[Tensor, "tokens dim"], weights: Float[Tensor, "tokens k"], plan: Plan
+    ) -> Float[Tensor, "tokens dim"]:
+        """Returns gather, `forward` and combination in one, which some back ends do without copies."""
+        return mixed_experts(x, weights, plan, self.gate_up_proj, self.down_proj, self.backend)

@@ -110,6 +110,7 @@ class Model(nn.Module):
         document_ids: Int[Tensor, "batch length"] | None = None,
         prior_load: Sequence[LoadSums] | None = None,
         return_logits: bool = True,
+        logits_to_keep: int | Int[Tensor, " batch"] | None = None,
     ) -> ModelOutput:
         """Returns logits, loss, balance terms and routing of a batch.
 
@@ -117,7 +118,8 @@ class Model(nn.Module):
         targets[t] follows input_ids[t]. -100 is not predicted. `padding_mask` is true for real tokens; padding comes
         after them, and counts nowhere. `document_ids` keep attention inside a document. `prior_load` is one sum per
         MoE layer for `global_aux`. With a cache, input_ids continue each sequence at its own length. `return_logits`
-        False spares the logits where only the loss is wanted; training on a loss never forms them.
+        False spares the logits where only the loss is wanted; training on a loss never forms them. `logits_to_keep` is
+        the number of last positions whose logits are formed, or one position per sequence.
         """
         if padding_mask is not None and bool((padding_mask[:, 1:] & ~padding_mask[:, :-1]).any()):
             raise ConfigError("padding_mask has padding before real tokens; pad on the right")
@@ -158,6 +160,10 @@ class Model(nn.Module):
             token_loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
             loss_mean = token_loss.total / token_loss.tokens.clamp(min=1)
         if return_logits and (targets is None or not self.training):
+            if isinstance(logits_to_keep, int):
+                x = x[:, -logits_to_keep:]
+            elif logits_to_keep is not None:
+                x = x[torch.arange(len(x), device=x.device), logits_to_keep].unsqueeze(1)
             logits = self.lm_head(x)
         return ModelOutput(logits, loss_mean, aux, routings if return_routing else None, token_loss)
 
@@ -181,6 +187,11 @@ class Model(nn.Module):
     def moe_layers(self) -> list[MoE]:
         """The MoE layers, in the order of `ModelOutput.routing`."""
         return [module for module in self.modules() if isinstance(module, MoE)]
+
+    def set_experts_backend(self, backend: str) -> None:
+        """Sets how the experts' products are computed; UnsupportedError when that cannot run where the weights are."""
+        for layer in self.moe_layers:
+            layer.experts.set_backend(backend)
 
     @torch.no_grad()
     def update_expert_bias(self, tokens_per_expert: Sequence[Int[Tensor, " experts"]]) -> None:

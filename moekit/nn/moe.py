@@ -43,10 +43,9 @@ class MoE(nn.Module):
             # a tensor: padding takes no capacity, and asking the device for the number of real tokens would wait for it
             capacity = (self.config.capacity_factor * k * routing.units.sum().double() / experts).ceil()
             routing = limit_capacity(routing, capacity, self.config.drop_policy)
-        tokens = cast_once(tokens)  # the router has seen it in float32; k copies of it are gathered next
+        tokens = cast_once(tokens)  # the router has seen it in float32
         plan = dispatch.plan(routing.expert_ids, self.config.n_routed_experts)
-        rows = dispatch.gather(tokens, plan, self.config.num_experts_per_tok)
-        y = dispatch.combine(self.experts(rows, plan.tokens_per_expert), routing.weights, plan)
+        y = self.experts.mix(tokens, routing.weights, plan)
         if self.shared_experts is not None:
             y = y + self.shared_experts(tokens)
         return MoEOutput(y.view(x.shape), routing)

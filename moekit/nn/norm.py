@@ -1,9 +1,10 @@
 """RMSNorm (arXiv 1910.07467)."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from moekit.ops.norm import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -15,6 +16,4 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        if x.dtype in (torch.bfloat16, torch.float16):
-            return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)

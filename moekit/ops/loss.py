@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moekit.ops.autocast import autocast_off, cast_once
+from moekit.ops.kernels import native
 
 IGNORED = -100
 """The target of a position that is not predicted (the convention of torch and transformers)."""
@@ -32,18 +33,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
         d_weight = torch.zeros(weight.shape, dtype=total.dtype, device=weight.device) if wanted[1] else None
+        fused = native.has_rest(hidden, weight)
         size = max(1, CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, len(hidden), size):
             chunk, target = hidden[start : start + size], targets[start : start + size]
-            real = target != IGNORED
-            safe = target.where(real, 0).unsqueeze(-1)
-            logits = (chunk @ weight.T).to(total.dtype)
-            lse = logits.logsumexp(-1, keepdim=True)
-            total += ((lse - logits.gather(1, safe)).squeeze(-1) * real).sum()
+            logits = chunk @ weight.T
+            if fused:
+                d_logits = logits
+                total += native.cross_entropy_(d_logits, target, any(wanted)).sum()
+            else:
+                losses, d_logits = _cross_entropy(logits.to(total.dtype), target, any(wanted))
+                total += losses
+                d_logits = d_logits.to(hidden.dtype)
             if any(wanted):
-                d_logits = logits.sub_(lse).exp_()
-                d_logits.scatter_add_(1, safe, torch.full_like(safe, -1, dtype=total.dtype))
-                d_logits = d_logits.mul_(real.unsqueeze(-1)).to(hidden.dtype)
                 if d_hidden is not None:
                     torch.mm(d_logits, weight, out=d_hidden[start : start + size])
                 if d_weight is not None:
@@ -62,6 +64,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if d_weight is not None:
             d_weight = (d_weight * grad).to(ctx.dtype)
         return d_hidden, d_weight, None, None
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, differentiate: bool) -> tuple[Tensor, Tensor]:
+    """Returns the sum of the losses, and the gradient of the logits in their place."""
+    real = targets != IGNORED
+    safe = targets.where(real, 0).unsqueeze(-1)
+    lse = logits.logsumexp(-1, keepdim=True)
+    total = ((lse - logits.gather(1, safe)).squeeze(-1) * real).sum()
+    if differentiate:
+        logits.sub_(lse).exp_().scatter_add_(1, safe, torch.full_like(safe, -1, dtype=logits.dtype))
+        logits.mul_(real.unsqueeze(-1))
+    return total, logits
 
 
 def linear_cross_entropy(

@@ -39,6 +39,7 @@ def train(
     TrainingError when the loss or the gradient is not finite.
     """
     run, all_sinks = Path(out), list(sinks)
+    process.keep_memory()
     with process.deterministic():
         try:
             directory.check(run, config, resume)
@@ -74,6 +75,7 @@ class _Run:
         self.model.balance_hash(F.pad(torch.from_numpy(self.dataset.token_counts()), (0, room)))
         self.model.recompute = config.recompute
         self.model.to(device).train()
+        self.model.set_experts_backend(config.backend)
         self.optimizers = optimizer.build(self.model, config.optimizer)
         self.step, self.seconds = 0, 0.0
         self.sums: dict[str, float] = {}

@@ -5,9 +5,10 @@ import re
 import pytest
 import torch
 
-from moekit.config import ModelConfig, buffer_bytes, memory, parameters, plan, preset, preset_names
+from moekit.config import ModelConfig, MoEConfig, buffer_bytes, memory, parameters, plan, preset, preset_names
 from moekit.errors import ConfigError
 from moekit.nn.model import Model
+from moekit.ops.experts import BACKENDS
 
 ROLES = {
     "embedding": r"^embed_tokens",
@@ -131,9 +132,10 @@ def test_counts_by_role_equal_those_of_the_built_model(name: str) -> None:
     assert buffer_bytes(config) == sum(buffer.nbytes for buffer in model.buffers())
 
 
-def _kept_bytes(config: ModelConfig, batch: int, length: int) -> int:
+def _kept_bytes(config: ModelConfig, batch: int, length: int, backend: str = "torch") -> int:
     """Returns the bytes of storage that autograd keeps for the backward pass, parameters and buffers apart."""
     model = Model(config).train()
+    model.set_experts_backend(backend)
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, torch.Tensor] = {}
 
@@ -154,6 +156,18 @@ def test_activation_bytes_are_within_a_tenth_of_what_autograd_keeps(name: str) -
     # the chunk of logits lives during the forward pass only
     counted = memory(config, 2, 128, "float32")["activations"] - 4 * config.vocab_size * 2 * 128
     assert counted == pytest.approx(_kept_bytes(config, 2, 128), rel=0.1)
+
+
+def test_compiled_experts_keep_nothing_of_a_rows_width() -> None:
+    """What is kept of the routed experts then is gate and up, and each token once, whatever the granularity."""
+    config = preset("tiny-deepseekmoe")
+    if reason := BACKENDS["native"].unavailable(torch.ones(1), torch.ones(1), torch.ones(1)):
+        pytest.skip(reason)
+    ffn = config.ffn
+    assert isinstance(ffn, MoEConfig)
+    saved = _kept_bytes(config, 2, 128) - _kept_bytes(config, 2, 128, "native")
+    rows = 2 * 128 * ffn.num_experts_per_tok * len(config.moe_layers)
+    assert saved == pytest.approx(4 * rows * 2 * config.hidden_size, rel=0.1)
 
 
 def test_memory_totals_are_the_sums_of_their_parts() -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moekit.ops import reference
-from moekit.ops.experts import swiglu_experts
+from moekit.errors import ConfigError, UnsupportedError
+from moekit.ops import dispatch, reference
+from moekit.ops.experts import BACKENDS, Backend, choose, mixed_experts, swiglu_experts
 
 COUNTS = {
     "odd sizes": [3, 5, 1, 7],
@@ -18,6 +19,15 @@ COUNTS = {
     "all in one": [0, 0, 13, 0],
     "more than a block": [64, 65, 1, 130],
 }
+
+
+FAST: list[Backend] = [name for name in BACKENDS if name != "reference"]  # type: ignore[misc]
+
+
+def need(backend: Backend, *tensors: Tensor) -> None:
+    """Skips the test where the back end cannot run on such tensors, and says why."""
+    if reason := BACKENDS[backend].unavailable(*tensors):
+        pytest.skip(f"{backend}: {reason}")
 
 
 def weights(device: torch.device, dtype: torch.dtype, dim: int = 5, ff: int = 3) -> tuple[Tensor, Tensor]:
@@ -34,7 +44,7 @@ def loop(rows: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tens
 
 
 def compare(
-    rows: Tensor, gate_up: Tensor, down: Tensor, counts: list[int], backend: str | None = None
+    rows: Tensor, gate_up: Tensor, down: Tensor, counts: list[int], backend: Backend = "auto"
 ) -> list[tuple[Tensor, Tensor]]:
     """Returns (ours, reference in float64) for the output and the gradients of rows, gate_up and down."""
     probe = torch.randn_like(rows)
@@ -59,31 +69,136 @@ def test_experts_equal_the_loop_in_float64(device: torch.device, counts: list[in
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("sizes", [(16, 8), (64, 96), (70, 37)])
 @pytest.mark.parametrize("dropped", [0, 4])
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
 @pytest.mark.parametrize(
     ("dtype", "bound"),
-    # measured worst over these cases and five seeds: 6e-7 and 9e-3
+    # measured worst over these cases and five seeds: 2e-6 and 1.2e-2
     [(torch.float32, 5e-6), (torch.bfloat16, 3e-2)],
-    ids=["float32", "bfloat16 with rounded group sizes"],
+    ids=["float32", "bfloat16"],
 )
-def test_experts_stay_within_rounding_of_the_loop(
-    device: torch.device, counts: list[int], dropped: int, dtype: torch.dtype, bound: float
+def test_every_back_end_stays_within_rounding_of_the_loop(
+    device: torch.device,
+    backend: Backend,
+    sizes: tuple[int, int],
+    counts: list[int],
+    dropped: int,
+    dtype: torch.dtype,
+    bound: float,
 ) -> None:
-    rows = torch.randn(sum(counts) + dropped, 16, dtype=dtype, device=device, requires_grad=True)
-    pairs = compare(rows, *weights(device, dtype, dim=16, ff=8), counts)
+    rows = torch.randn(sum(counts) + dropped, sizes[0], dtype=dtype, device=device, requires_grad=True)
+    matrices = weights(device, dtype, *sizes)
+    need(backend, rows, *matrices)
+    pairs = compare(rows, *matrices, counts, backend)
     assert all(ours.dtype == dtype for ours, _ in pairs)
     assert worst(pairs) < bound
-
-
-@pytest.mark.parametrize("dropped", [0, 4])
-@pytest.mark.parametrize("counts", [c for c in COUNTS.values() if sum(c)], ids=[n for n, c in COUNTS.items() if sum(c)])
-def test_grouped_back_end_equals_the_loop(device: torch.device, counts: list[int], dropped: int) -> None:
-    rows = torch.randn(sum(counts) + dropped, 16, dtype=torch.bfloat16, device=device, requires_grad=True)
-    pairs = compare(rows, *weights(device, torch.bfloat16, dim=16, ff=8), counts, "grouped")
-    assert worst(pairs) < 3e-2  # measured 9e-3
     assert (pairs[0][0][sum(counts) :] == 0).all()
     assert (pairs[1][0][sum(counts) :] == 0).all()
+
+
+MIXED = {
+    "few tokens": (3, 5, 16, 8, 2),
+    "odd sizes": (50, 7, 37, 21, 3),
+    "wide": (300, 6, 64, 96, 2),
+    "k is all": (9, 4, 33, 17, 4),
+}
+
+
+def mixed_inputs(
+    device: torch.device,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    tokens: int,
+    experts: int,
+    dim: int,
+    ff: int,
+    k: int,
+) -> tuple[dispatch.Plan, list[Tensor]]:
+    """Returns a routing with an empty expert and a dropped choice, and x, weights, gate_up and down."""
+    scores = torch.rand(tokens, experts, device=device)
+    if k < experts:
+        scores[:, 1] = -1
+    ids = scores.topk(k).indices
+    ids[0, 0] = -1
+    x = torch.randn(dim, tokens, device=device).to(dtype).T  # not contiguous
+    gate_up = torch.randn(experts, 2 * ff, dim, device=device) / dim**0.5
+    down = torch.randn(experts, dim, ff, device=device) / ff**0.5
+    inputs = [x, torch.rand(tokens, k, device=device), gate_up.to(weight_dtype), down.to(weight_dtype)]
+    return dispatch.plan(ids, experts), [value.requires_grad_() for value in inputs]
+
+
+def mixed_reference(plan: dispatch.Plan, x: Tensor, mix: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Returns the sum over choices, one (token, choice) pair after another."""
+    ends = plan.tokens_per_expert.cumsum(0).tolist()
+    y = list(torch.zeros_like(x))
+    for row, pair in enumerate(plan.order.tolist()):
+        if row < ends[-1]:
+            expert = next(e for e, end in enumerate(ends) if row < end)
+            token, choice = divmod(pair, mix.shape[1])
+            y[token] = y[token] + mix[token, choice] * reference.swiglu(x[token], gate_up[expert], down[expert])
+    return torch.stack(y)
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("sizes", MIXED.values(), ids=MIXED.keys())
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype", "bound"),
+    # measured worst over these cases and five seeds: 2e-6, 1.3e-2, 1.2e-2
+    [
+        (torch.float32, torch.float32, 5e-6),
+        (torch.bfloat16, torch.float32, 4e-2),
+        (torch.bfloat16, torch.bfloat16, 4e-2),
+    ],
+    ids=["float32", "bfloat16 with float32 weights", "bfloat16"],
+)
+def test_every_back_end_mixes_like_the_formula(
+    device: torch.device,
+    backend: Backend,
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bound: float,
+) -> None:
+    plan, inputs = mixed_inputs(device, dtype, weight_dtype, *sizes)
+    need(backend, inputs[0], inputs[2].to(dtype), inputs[3].to(dtype))
+    y = mixed_experts(inputs[0], inputs[1], plan, *inputs[2:], backend)
+    probe = torch.randn_like(y)
+    exact = [value.detach().double().requires_grad_() for value in inputs]
+    z = mixed_reference(plan, *exact)
+    pairs = list(
+        zip(
+            (y, *torch.autograd.grad(y, inputs, probe)),
+            (z, *torch.autograd.grad(z, exact, probe.double())),
+            strict=True,
+        )
+    )
+    assert [ours.dtype for ours, _ in pairs] == [dtype, dtype, torch.float32, weight_dtype, weight_dtype]
+    assert worst(pairs) < bound
+    with torch.no_grad():  # without gradients another path may be taken
+        alone = mixed_experts(inputs[0], inputs[1], plan, *inputs[2:], backend)
+    assert worst([(alone, z)]) < bound
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_no_token_at_all_is_fine(device: torch.device, backend: Backend) -> None:
+    plan = dispatch.plan(torch.empty(0, 2, dtype=torch.int64, device=device), 4)
+    gate_up, down = weights(device, torch.float32, 16, 8)
+    x = torch.empty(0, 16, device=device, requires_grad=True)
+    need(backend, x, gate_up, down)
+    y = mixed_experts(x, torch.empty(0, 2, device=device), plan, gate_up, down, backend)
+    gradients = torch.autograd.grad(y.sum(), (x, gate_up, down))
+    assert y.shape == (0, 16)
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+def test_a_back_end_that_cannot_run_says_why(device: torch.device) -> None:
+    x, (gate_up, down) = torch.randn(3, 5, dtype=torch.float64, device=device), weights(device, torch.float64)
+    with pytest.raises(UnsupportedError, match=r"backend is 'native', which cannot run here: .*; use auto"):
+        choose("native", x, gate_up, down)
+    with pytest.raises(ConfigError, match=r"backend is 'nativ' \(did you mean native\?\); allowed: auto, reference"):
+        choose("nativ", x, gate_up, down)
 
 
 def test_gradcheck_with_an_empty_expert_and_dropped_rows(device: torch.device) -> None:
@@ -110,15 +225,15 @@ def test_non_contiguous_inputs_and_gradients_change_nothing(device: torch.device
         torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_runs_are_equal_to_the_bit(device: torch.device, dtype: torch.dtype) -> None:
-    rows = torch.randn(70, 16, dtype=dtype, device=device, requires_grad=True)
-    gate_up, down = weights(device, dtype, dim=16, ff=8)
-    counts = torch.tensor([30, 0, 33, 5], device=device)
+def test_two_runs_are_equal_to_the_bit(device: torch.device, dtype: torch.dtype, backend: Backend) -> None:
+    plan, inputs = mixed_inputs(device, dtype, dtype, 90, 6, 16, 8, 2)
+    need(backend, inputs[0], *inputs[2:])
 
     def run() -> tuple[Tensor, ...]:
-        y = swiglu_experts(rows, gate_up, down, counts)
-        return (y, *torch.autograd.grad(y.float().square().sum(), (rows, gate_up, down)))
+        y = mixed_experts(inputs[0], inputs[1], plan, *inputs[2:], backend)
+        return (y, *torch.autograd.grad(y.float().square().sum(), inputs))
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 

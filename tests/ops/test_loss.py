@@ -8,10 +8,12 @@ from moekit.ops import loss, reference
 from moekit.ops.loss import IGNORED, linear_cross_entropy
 
 
-def inputs(device: torch.device, dtype: torch.dtype = torch.float64, tokens: int = 13) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    device: torch.device, dtype: torch.dtype = torch.float64, tokens: int = 13, vocab: int = 11
+) -> tuple[Tensor, Tensor, Tensor]:
     hidden = torch.randn(tokens, 6, dtype=dtype, device=device, requires_grad=True)
-    weight = torch.randn(11, 6, dtype=dtype, device=device, requires_grad=True)
-    targets = torch.randint(0, 11, (tokens,), device=device)
+    weight = torch.randn(vocab, 6, dtype=dtype, device=device, requires_grad=True)
+    targets = torch.randint(0, vocab, (tokens,), device=device)
     targets[::3] = IGNORED
     return hidden, weight, targets
 
@@ -39,8 +41,11 @@ def test_sum_and_gradients_equal_the_reference_in_chunks(
     ("dtype", "bound"),
     [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)],  # measured, relative: 4e-7 and 7e-3
 )
-def test_working_precisions_stay_within_rounding(device: torch.device, dtype: torch.dtype, bound: float) -> None:
-    hidden, weight, targets = inputs(device, dtype, tokens=100)
+@pytest.mark.parametrize("vocab", [11, 70])
+def test_working_precisions_stay_within_rounding(
+    device: torch.device, dtype: torch.dtype, bound: float, vocab: int
+) -> None:
+    hidden, weight, targets = inputs(device, dtype, tokens=100, vocab=vocab)
     total = linear_cross_entropy(hidden, weight, targets).total
     assert total.dtype == torch.float32
     ours = (total, *torch.autograd.grad(3 * total, (hidden, weight)))

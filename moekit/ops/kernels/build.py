@@ -1,0 +1,201 @@
+"""The native library: compiled on first use, checked against numpy in a process of its own, kept by source and CPU."""
+
+import ctypes
+import functools
+import hashlib
+import itertools
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno")
+VARIANTS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ())
+"""Tried in turn: not every compiler knows the machine by the same name, and some have no OpenMP (one thread, then)."""
+
+_INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+SIGNATURES: dict[str, list[type]] = {
+    "moekit_forward": [_INT, _INT, *[_LONG] * 3, *[_POINTER] * 2, _INT, _POINTER, _LONG, *[_POINTER] * 4],
+    "moekit_backward_rows": [_INT, _INT, *[_LONG] * 3, *[_POINTER] * 2, _INT, _POINTER, _LONG, *[_POINTER] * 8],
+    "moekit_weight_gradient": [
+        *(_INT, _INT, _LONG, _POINTER, _POINTER, _INT),
+        *(_POINTER, _LONG, _INT, _LONG) * 2,
+        _POINTER,
+    ],
+    "moekit_cross_entropy": [_INT, _LONG, _LONG, *[_POINTER] * 3, _INT, _INT],
+    "moekit_norm": [_LONG, _LONG, _POINTER, _POINTER, ctypes.c_float, _POINTER, _POINTER, _INT],
+    "moekit_norm_backward": [_LONG, _LONG, *[_POINTER] * 6, _LONG, _INT],
+    "moekit_combine": [_INT, *[_LONG] * 3, *[_POINTER] * 3, _LONG, _POINTER, _INT],
+}
+
+
+class Native(NamedTuple):
+    """The loaded library, or why there is none."""
+
+    library: ctypes.CDLL | None
+    bfloat16: bool
+    """Products of bfloat16 run on a unit of their own, not through float32."""
+    amx: bool
+    lanes: int
+    """Floats in a vector."""
+    reason: str | None
+
+
+@functools.cache
+def native() -> Native:
+    """Returns the library, compiling it first if need be (some seconds, once); a failure is told once and kept."""
+    if os.environ.get("MOEKIT_NATIVE") == "0":
+        return _none("MOEKIT_NATIVE is 0")
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
+    if compiler is None or sys.platform == "win32":
+        return _none(
+            "no C++ compiler was found (g++ or clang++)" if sys.platform != "win32" else "Windows has none yet"
+        )
+    try:
+        path = folder() / f"native-{_key(compiler)}.so"
+        if not path.is_file():
+            logger.info("building the native kernels, once for this machine")
+            _build(compiler, path)
+        return load(path)
+    except (OSError, subprocess.SubprocessError, BuildError) as error:
+        return _none(str(error))
+
+
+class BuildError(Exception):
+    """The library could not be made, or its products are wrong."""
+
+
+def folder() -> Path:
+    """Returns where compiled kernels are kept: $MOEKIT_CACHE, else moekit in the user's cache."""
+    if given := os.environ.get("MOEKIT_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moekit"
+
+
+def load(path: Path) -> Native:
+    """Returns a compiled library, its functions typed."""
+    library = ctypes.CDLL(str(path))
+    for name, types in SIGNATURES.items():
+        getattr(library, name).argtypes = types
+        getattr(library, name).restype = None
+    features = int(library.moekit_features())
+    return Native(library, bool(features & 1), bool(features & 2), features >> 8, None)
+
+
+def compile_source(compiler: str, target: Path, *more: str) -> None:
+    """Compiles the source into `target`; BuildError has the compiler's first complaint."""
+    for variant in VARIANTS:
+        command = [compiler, *FLAGS, *variant, *more, "-o", str(target), str(SOURCE)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        if done.returncode == 0:
+            return
+    lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
+    raise BuildError(f"{compiler} failed: {lines[0]}")
+
+
+def _build(compiler: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as work:
+        target = Path(work) / path.name
+        compile_source(compiler, target)
+        # another process: an instruction that the machine refuses must not end ours
+        command = [sys.executable, str(Path(__file__)), str(target)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        if done.returncode:
+            last = (done.stderr.splitlines() or [f"it ended with {done.returncode}"])[-1]
+            raise BuildError(f"the compiled kernels failed their check: {last}")
+        target.replace(path)
+
+
+def _key(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    return hashlib.sha256("\0".join((SOURCE.read_text(), version, *FLAGS, cpu())).encode()).hexdigest()[:16]
+
+
+def cpu() -> str:
+    """Returns what tells this CPU's instructions from another's."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    kept = {line.partition(":")[0].strip(): line for line in reversed(lines)}
+    return "\n".join(kept.get(name, "") for name in ("model name", "flags", "Features", "CPU part"))
+
+
+def _none(reason: str) -> Native:
+    logger.info("no native kernels: %s; torch's products are used", reason)
+    return Native(None, False, False, 0, reason)
+
+
+def check(library: ctypes.CDLL) -> None:
+    """Raises BuildError unless forward and gradients equal numpy's, in float32 and bfloat16, over awkward sizes."""
+    rng = np.random.default_rng(0)
+    counts = np.array([0, 1, 35, 0, 300])
+    offsets = np.concatenate(([0], counts.cumsum())).astype(np.int64)
+    rows, dim, ff = int(offsets[-1]), 70, 37
+    for half, bound in ((0, 1e-4), (1, 3e-2)):
+
+        def stored(*shape: int, half: int = half) -> np.ndarray:
+            values = rng.standard_normal(shape).astype(np.float32) / shape[-1] ** 0.5
+            return _truncated(values) if half else values
+
+        x, dy = stored(rows, dim), stored(rows, dim)
+        gate_up, down = stored(len(counts), 2 * ff, dim), stored(len(counts), dim, ff)
+        hidden, y, d_hidden, act, dx = (_empty(half, rows, n) for n in (2 * ff, dim, 2 * ff, ff, dim))
+        d_gate_up, d_down = _empty(half, *gate_up.shape), _empty(half, *down.shape)
+        keep = [_bits(half, value) for value in (x, dy, gate_up, down)]
+        px, pdy, pg, pd = (value.ctypes.data for value in keep)
+        where = (len(counts), dim, ff, offsets.ctypes.data, None, 2)
+        at = [value.ctypes.data for value in (hidden, y, d_hidden, act, dx, d_gate_up, d_down)]
+        library.moekit_forward(half, half, *where, px, dim, pg, pd, at[0], at[1])
+        library.moekit_backward_rows(half, half, *where, pdy, dim, pg, pd, None, at[0], at[2], at[3], at[4], None)
+        gradient = (half, half, len(counts), offsets.ctypes.data, None, 2)
+        library.moekit_weight_gradient(*gradient, at[2], 2 * ff, 0, 2 * ff, px, dim, 0, dim, at[5])
+        library.moekit_weight_gradient(*gradient, pdy, dim, 0, dim, at[3], ff, 0, ff, at[6])
+        wanted: list[list[np.ndarray]] = [[], [], [], []]
+        for e, (begin, end) in enumerate(itertools.pairwise(offsets)):
+            h = x[begin:end] @ gate_up[e].T
+            g, u = h[:, :ff], h[:, ff:]
+            s = 1 / (1 + np.exp(-g))
+            da = dy[begin:end] @ down[e]
+            dh = np.concatenate((da * u * (s + g * s * (1 - s)), da * g * s), axis=1)
+            parts = ((g * s * u) @ down[e].T, dh @ gate_up[e], [dh.T @ x[begin:end]], [dy[begin:end].T @ (g * s * u)])
+            for kept, part in zip(wanted, parts, strict=True):
+                kept.append(np.asarray(part))
+        found = (y, dx, d_gate_up, d_down)
+        for name, value, parts_of in zip(("y", "dx", "gate_up", "down"), found, wanted, strict=True):
+            worst = float(
+                np.abs(_floats(half, value) - np.concatenate(parts_of)).max() / np.abs(np.concatenate(parts_of)).max()
+            )
+            if not worst < bound:
+                raise BuildError(f"{name} in {'bfloat16' if half else 'float32'} is off by {worst:.1e}")
+
+
+def _truncated(x: np.ndarray) -> np.ndarray:
+    return (x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def _bits(half: int, x: np.ndarray) -> np.ndarray:
+    return (x.view(np.uint32) >> 16).astype(np.uint16) if half else np.ascontiguousarray(x)
+
+
+def _floats(half: int, x: np.ndarray) -> np.ndarray:
+    return (x.astype(np.uint32) << 16).view(np.float32) if half else x
+
+
+def _empty(half: int, *shape: int) -> np.ndarray:
+    return np.full(shape, 0x7FC0 if half else np.nan, dtype=np.uint16 if half else np.float32)
+
+
+if __name__ == "__main__":
+    check(load(Path(sys.argv[1])).library)  # type: ignore[arg-type]

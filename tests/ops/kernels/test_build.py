@@ -1,0 +1,88 @@
+"""The native library: it builds where a compiler is, is checked before use, and says why where it cannot be."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moekit.ops.kernels import build
+
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+needs_compiler = pytest.mark.skipif(COMPILER is None or sys.platform == "win32", reason="no C++ compiler here")
+
+
+@needs_compiler
+def test_the_library_is_there_where_a_compiler_is() -> None:
+    assert build.native().reason is None
+    assert build.native().lanes in (4, 8, 16)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "flags",
+    [("-mno-avx512f",), ("-march=x86-64",), ("-DEMULATE_AMX",)],
+    ids=["AVX2", "SSE2", "AMX in plain code"],
+)
+def test_other_machines_code_is_right_too(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """What this machine would not choose, compiled and checked here: the same sums in other instructions."""
+    assert COMPILER is not None
+    if sys.platform != "linux" or "x86" not in os.uname().machine:
+        pytest.skip("these are x86's")
+    build.compile_source(COMPILER, tmp_path / "other.so", *flags)
+    subprocess.run([sys.executable, build.__file__, str(tmp_path / "other.so")], check=True, timeout=120)
+
+
+@needs_compiler
+def test_wrong_products_are_found_before_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = build.SOURCE.read_text()
+    broken = source.replace("sum[m][v] += a[m * rs + k * ks] * b[v];", "sum[m][v] += a[m * rs] * b[v];")
+    assert broken != source
+    (tmp_path / "native.cpp").write_text(broken)
+    monkeypatch.setattr(build, "SOURCE", tmp_path / "native.cpp")
+    monkeypatch.setenv("MOEKIT_CACHE", str(tmp_path / "cache"))
+    found = build.native.__wrapped__()
+    assert found.library is None
+    assert found.reason is not None
+    assert "failed their check: " in found.reason
+    assert not list((tmp_path / "cache").glob("*.so"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [({"MOEKIT_NATIVE": "0"}, "MOEKIT_NATIVE is 0"), ({"PATH": "", "CXX": "no-such-compiler"}, "no C++ compiler")],
+)
+def test_without_it_torch_takes_over_and_one_line_says_why(setting: dict[str, str], reason: str) -> None:
+    script = (
+        "import logging, torch; logging.basicConfig(level=logging.INFO)\n"
+        "from moekit.ops.experts import choose\n"
+        "x, g, d = torch.ones(2, 8), torch.ones(1, 8, 8), torch.ones(1, 8, 4)\n"
+        "print(choose('auto', x, g, d), choose('auto', x, g, d))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **setting}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "torch torch\n"
+    assert done.stderr.count("no native kernels") == 1
+    assert reason in done.stderr
+
+
+@needs_compiler
+def test_a_second_process_builds_nothing(tmp_path: Path) -> None:
+    script = (
+        "import logging; logging.basicConfig(level=logging.INFO)\nfrom moekit.ops.kernels.build import native; native()"
+    )
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "MOEKIT_CACHE": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+        for _ in range(2)
+    ]
+    assert "building the native kernels" in told[0]
+    assert told[1] == ""
