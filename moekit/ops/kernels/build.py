@@ -18,7 +18,7 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCE = Path(__file__).parent / "cpu" / "native.cpp"
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno")
 VARIANTS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ())
 """Tried in turn: not every compiler knows the machine by the same name, and some have no OpenMP (one thread, then)."""
@@ -119,7 +119,8 @@ def _build(compiler: str, path: Path) -> None:
 
 def _key(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
-    return hashlib.sha256("\0".join((SOURCE.read_text(), version, *FLAGS, cpu())).encode()).hexdigest()[:16]
+    sources = [path.read_text() for path in sorted(SOURCE.parent.iterdir())]
+    return hashlib.sha256("\0".join((*sources, version, *FLAGS, cpu())).encode()).hexdigest()[:16]
 
 
 def cpu() -> str:

@@ -37,11 +37,12 @@ def test_other_machines_code_is_right_too(flags: tuple[str, ...], tmp_path: Path
 
 @needs_compiler
 def test_wrong_products_are_found_before_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = build.SOURCE.read_text()
-    broken = source.replace("sum[m][v] += a[m * rs + k * ks] * b[v];", "sum[m][v] += a[m * rs] * b[v];")
-    assert broken != source
-    (tmp_path / "native.cpp").write_text(broken)
-    monkeypatch.setattr(build, "SOURCE", tmp_path / "native.cpp")
+    shutil.copytree(build.SOURCE.parent, tmp_path / "cpu")
+    products = (tmp_path / "cpu" / "products.h").read_text()
+    broken = products.replace("sum[m][v] += a[m * rs + k * ks] * b[v];", "sum[m][v] += a[m * rs] * b[v];")
+    assert broken != products
+    (tmp_path / "cpu" / "products.h").write_text(broken)
+    monkeypatch.setattr(build, "SOURCE", tmp_path / "cpu" / "native.cpp")
     monkeypatch.setenv("MOEKIT_CACHE", str(tmp_path / "cache"))
     found = build.native.__wrapped__()
     assert found.library is None

@@ -1,0 +1,305 @@
+// The SwiGLU experts of a layer: forward, backward, the weights' gradients, and the combination of rows.
+
+#pragma once
+
+#include "few.h"
+#include "packing.h"
+
+namespace {
+
+struct Task {
+    int64_t expert, begin, end;  // rows of the expert, or a part of its gradient
+    int part;
+};
+
+std::vector<Task> row_blocks(const int64_t* offsets, int64_t experts) {
+    std::vector<Task> tasks;
+    for (int64_t e = 0; e < experts; e++) {
+        int64_t rows = offsets[e + 1] - offsets[e], blocks = (rows + BLOCK - 1) / BLOCK;
+        for (int64_t b = 0; b < blocks; b++)  // equal parts, not a full block and a crumb
+            tasks.push_back({e, offsets[e] + rows * b / blocks, offsets[e] + rows * (b + 1) / blocks, 0});
+    }
+    std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.end - a.begin > b.end - b.begin; });
+    return tasks;
+}
+
+struct Shape {
+    int64_t experts, dim, ff;
+    const int64_t* offsets;  // experts + 1: where each expert's rows begin
+    const int64_t* tokens;   // row -> row of x and dy; null: the same
+    int threads;
+};
+
+// The weights of the next panel: PANEL rows of w (rows, length) from `begin` on, or PANEL columns of it.
+template <class W> Ahead next_rows(const W* w, int64_t begin, int64_t rows, int64_t length) {
+    const int64_t taken = std::min<int64_t>(PANEL, rows - begin);
+    return {(const char*)(w + begin * length), 128, taken > 0 ? taken * length * (int64_t)sizeof(W) / 128 : 0};
+}
+template <class W> Ahead next_columns(const W* w, int64_t begin, int64_t columns, int64_t rows) {
+    return {(const char*)(w + begin), columns * (int64_t)sizeof(W), begin < columns ? rows : 0};
+}
+
+// hidden (rows, 2 ff) gets gate and up before SiLU unless it is null; y (rows, dim) gets the experts' outputs.
+template <class S, class W>
+void forward(const Shape& s, const S* x, int64_t ldx, const W* gate_up, const W* down, S* hidden, S* y) {
+    typedef Product<S> P;
+    constexpr int each = Units<P>::each;
+    const int64_t d = s.dim, f = s.ff, dp = Units<P>::padded(d), fp = Units<P>::padded(f);
+    const std::vector<Task> tasks = row_blocks(s.offsets, s.experts);
+    const size_t bytes = room((BLOCK + TILE_ROWS) * dp, sizeof(P)) + room((BLOCK + TILE_ROWS) * fp, sizeof(P)) +
+                         2 * room(std::max(dp, fp) * PANEL, sizeof(P)) + 2 * room(TILE_ROWS * PANEL, 4) +
+                         2 * room(FEW * std::max(d, 2 * f), 4);
+#pragma omp parallel num_threads(s.threads)
+    {
+        AmxTiles tiles;
+        scratch.reserve(bytes);
+        P* rows = scratch.take<P>((BLOCK + TILE_ROWS) * dp);
+        P* act = scratch.take<P>((BLOCK + TILE_ROWS) * fp);
+        P* panel_g = scratch.take<P>(std::max(dp, fp) * PANEL);
+        P* panel_u = scratch.take<P>(std::max(dp, fp) * PANEL);
+        float* g = scratch.take<float>(TILE_ROWS * PANEL);
+        float* u = scratch.take<float>(TILE_ROWS * PANEL);
+        float* in = scratch.take<float>(FEW * std::max(d, 2 * f));
+        float* out = scratch.take<float>(FEW * std::max(d, 2 * f));
+        const int step = tile_rows<P>();
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t t = 0; t < (int64_t)tasks.size(); t++) {
+            const Task task = tasks[t];
+            const int64_t count = task.end - task.begin, blocks = (count + step - 1) / step;
+            const W *w = gate_up + task.expert * 2 * f * d, *v = down + task.expert * d * f;
+            if (count <= FEW && !hidden) {  // packing would cost more than the products
+                gather(in, s.tokens ? x : x + task.begin * ldx, ldx, s.tokens ? s.tokens + task.begin : nullptr, count, d, d);
+                dots(count, w, 2 * f, d, in, d, out, 2 * f);
+                for (int64_t i = 0; i < count; i++)
+                    for (int64_t n = 0; n < f; n += LANES) {
+                        vec a = {}, b = {};
+                        const int64_t width = std::min<int64_t>(LANES, f - n);
+                        memcpy(&a, out + i * 2 * f + n, width * 4);
+                        memcpy(&b, out + i * 2 * f + f + n, width * 4);
+                        a = a * sigmoid(a) * b;
+                        memcpy(in + i * f + n, &a, width * 4);
+                    }
+                dots(count, v, d, f, in, f, out, d);
+                gather(y + task.begin * d, out, d, (const int64_t*)nullptr, count, d, d);
+                continue;
+            }
+            gather(rows, s.tokens ? x : x + task.begin * ldx, ldx, s.tokens ? s.tokens + task.begin : nullptr, count, d, dp);
+            for (int64_t n = 0; n < f; n += PANEL) {
+                const int64_t width = std::min<int64_t>(PANEL, f - n);
+                pack_transposed(panel_g, w + n * d, d, width, d);
+                pack_transposed(panel_u, w + (f + n) * d, d, width, d);
+                const Ahead next_g = next_rows(w, n + PANEL, f, d), next_u = next_rows(w + f * d, n + PANEL, f, d);
+                for (int64_t m = 0; m < count; m += step) {
+                    const int64_t taken = std::min<int64_t>(step, count - m);
+                    const unit* a = (const unit*)(rows + m * dp);
+                    multiply<P>(taken, dp / each, a, dp / each, 1, (const unit*)panel_g, g, next_g.part(m / step, blocks));
+                    multiply<P>(taken, dp / each, a, dp / each, 1, (const unit*)panel_u, u, next_u.part(m / step, blocks));
+                    for (int64_t i = 0; i < taken; i++) {
+                        float *gate = g + i * PANEL, *up = u + i * PANEL;
+                        if (hidden) {
+                            S* kept = hidden + (task.begin + m + i) * 2 * f + n;
+                            store_row(kept, gate, width);
+                            store_row(kept + f, up, width);
+                        }
+                        for (int j = 0; j < PANEL; j += LANES) {
+                            vec a = load(gate + j);
+                            store(gate + j, a * sigmoid(a) * load(up + j));
+                        }
+                        store_row(act + (m + i) * fp + n, gate, std::min<int64_t>(PANEL, fp - n));
+                    }
+                }
+            }
+            for (int64_t n = 0; n < d; n += PANEL) {
+                const int64_t width = std::min<int64_t>(PANEL, d - n);
+                pack_transposed(panel_g, v + n * f, f, width, f);
+                const Ahead next = next_rows(v, n + PANEL, d, f);
+                for (int64_t m = 0; m < count; m += step) {
+                    const int64_t taken = std::min<int64_t>(step, count - m);
+                    multiply<P>(taken, fp / each, (const unit*)(act + m * fp), fp / each, 1, (const unit*)panel_g, g, next.part(m / step, blocks));
+                    for (int64_t i = 0; i < taken; i++) store_row(y + (task.begin + m + i) * d + n, g + i * PANEL, width);
+                }
+            }
+        }
+    }
+}
+
+// dx (rows, dim), d_weights (rows), d_hidden (rows, 2 ff) and act (rows, ff), the activation times the routing weight,
+// which the weights' gradients need. `weights` (rows) null: all 1.
+template <class S, class W>
+void backward_rows(const Shape& s, const S* dy, int64_t ldy, const W* gate_up, const W* down, const float* weights,
+                   const S* hidden, S* d_hidden, S* act, S* dx, float* d_weights) {
+    typedef Product<S> P;
+    constexpr int each = Units<P>::each;
+    const int64_t d = s.dim, f = s.ff, dp = Units<P>::padded(d), fp = Units<P>::padded(2 * f);
+    const std::vector<Task> tasks = row_blocks(s.offsets, s.experts);
+    const size_t bytes = room((BLOCK + TILE_ROWS) * dp, sizeof(P)) + room((BLOCK + TILE_ROWS) * fp, sizeof(P)) +
+                         room(std::max(dp, fp) * PANEL, sizeof(P)) + 2 * room(TILE_ROWS * PANEL, 4) +
+                         room(BLOCK * LANES, 4);
+#pragma omp parallel num_threads(s.threads)
+    {
+        AmxTiles tiles;
+        scratch.reserve(bytes);
+        float* dots = scratch.take<float>(BLOCK * LANES);  // of each row's activation with its gradient
+        P* rows = scratch.take<P>((BLOCK + TILE_ROWS) * dp);
+        P* dh = scratch.take<P>((BLOCK + TILE_ROWS) * fp);
+        P* panel = scratch.take<P>(std::max(dp, fp) * PANEL);
+        float* c = scratch.take<float>(TILE_ROWS * PANEL);
+        float* g = scratch.take<float>(TILE_ROWS * PANEL);  // a row each of gate, up, and their gradients
+        float *u = g + PANEL, *dg = u + PANEL, *du = dg + PANEL, *ac = du + PANEL;
+        const int step = tile_rows<P>();
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t t = 0; t < (int64_t)tasks.size(); t++) {
+            const Task task = tasks[t];
+            const int64_t count = task.end - task.begin, blocks = (count + step - 1) / step;
+            const W *w = gate_up + task.expert * 2 * f * d, *v = down + task.expert * d * f;
+            gather(rows, s.tokens ? dy : dy + task.begin * ldy, ldy, s.tokens ? s.tokens + task.begin : nullptr, count, d, dp);
+            std::fill(dots, dots + count * LANES, 0.0f);
+            for (int64_t i = 0; i < count; i++)
+                for (int64_t n = 2 * f; n < fp; n++) assign(dh[i * fp + n], 0.0f);
+            for (int64_t n = 0; n < f; n += PANEL) {
+                const int64_t width = std::min<int64_t>(PANEL, f - n);
+                pack(panel, v + n, f, (const int64_t*)nullptr, width, PANEL, d);
+                const Ahead next = next_columns(v, n + PANEL, f, d);
+                for (int64_t m = 0; m < count; m += step) {
+                    const int64_t taken = std::min<int64_t>(step, count - m);
+                    multiply<P>(taken, dp / each, (const unit*)(rows + m * dp), dp / each, 1, (const unit*)panel, c, next.part(m / step, blocks));
+                    for (int64_t i = 0; i < taken; i++) {
+                        const int64_t row = task.begin + m + i;
+                        const float weight = weights ? weights[row] : 1.0f;
+                        const S* kept = hidden + row * 2 * f + n;
+                        if (width < PANEL)
+                            for (int j = 0; j < PANEL; j++) {
+                                g[j] = j < width ? to_float(kept[j]) : 0.0f;
+                                u[j] = j < width ? to_float(kept[f + j]) : 0.0f;
+                            }
+                        vec sum = load(dots + (m + i) * LANES);
+                        for (int j = 0; j < PANEL; j += LANES) {
+                            vec a = width < PANEL ? load(g + j) : load(kept + j);
+                            vec b = width < PANEL ? load(u + j) : load(kept + f + j);
+                            vec s = sigmoid(a), silu = a * s, da = load(c + i * PANEL + j);
+                            sum += silu * b * da;
+                            da *= weight;
+                            store(ac + j, silu * b * weight);
+                            store(dg + j, da * b * (s + silu * (1.0f - s)));
+                            store(du + j, da * silu);
+                        }
+                        store(dots + (m + i) * LANES, sum);
+                        store_row(act + row * f + n, ac, width);
+                        store_row(d_hidden + row * 2 * f + n, dg, width);
+                        store_row(d_hidden + row * 2 * f + f + n, du, width);
+                        store_row(dh + (m + i) * fp + n, dg, width);
+                        store_row(dh + (m + i) * fp + f + n, du, width);
+                    }
+                }
+            }
+            for (int64_t i = 0; d_weights && i < count; i++) {
+                float sum = 0;
+                for (int j = 0; j < LANES; j++) sum += dots[i * LANES + j];
+                d_weights[task.begin + i] = sum;
+            }
+            for (int64_t n = 0; dx && n < d; n += PANEL) {
+                const int64_t width = std::min<int64_t>(PANEL, d - n);
+                pack(panel, w + n, d, (const int64_t*)nullptr, width, PANEL, 2 * f);
+                const Ahead next = next_columns(w, n + PANEL, d, 2 * f);
+                for (int64_t m = 0; m < count; m += step) {
+                    const int64_t taken = std::min<int64_t>(step, count - m);
+                    multiply<P>(taken, fp / each, (const unit*)(dh + m * fp), fp / each, 1, (const unit*)panel, c, next.part(m / step, blocks));
+                    for (int64_t i = 0; i < taken; i++) store_row(dx + (task.begin + m + i) * d + n, c + i * PANEL, width);
+                }
+            }
+        }
+    }
+}
+
+// gradient (experts, height, width) = left^T right over each expert's rows; zero for experts without rows.
+template <class S, class W>
+void weight_gradient(const Shape& s, const S* left, int64_t ldl, bool left_is_gathered, int64_t height, const S* right,
+                     int64_t ldr, bool right_is_gathered, int64_t width, W* gradient) {
+    typedef Product<S> P;
+    constexpr int each = Units<P>::each;
+    std::vector<Task> tasks;
+    const int64_t panels = (width + PANEL - 1) / PANEL;
+    int64_t parts = 1;
+    while (parts * s.experts < 8 * s.threads && parts * 4 <= panels) parts *= 2;
+    for (int64_t e = 0; e < s.experts; e++)
+        for (int64_t p = 0; p < parts; p++) tasks.push_back({e, s.offsets[e], s.offsets[e + 1], (int)p});
+    std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.end - a.begin > b.end - b.begin; });
+    int64_t deepest = 0;
+    for (int64_t e = 0; e < s.experts; e++) deepest = std::max(deepest, s.offsets[e + 1] - s.offsets[e]);
+    const bool flip = is_bf16<P>() && use_amx;
+    const int64_t group = flip ? TILE_ROWS : 4 * MOST_ROWS;  // columns of `left` that are packed side by side
+    const int64_t most = Units<P>::padded(std::min(deepest, DEPTH)), groups = (height + group - 1) / group;
+    const size_t bytes = room(most * group * groups, sizeof(P)) + room(most * group, sizeof(P)) + room(most * PANEL, sizeof(P)) + room(TILE_ROWS * PANEL, 4);
+#pragma omp parallel num_threads(s.threads)
+    {
+        AmxTiles tiles;
+        scratch.reserve(bytes);
+        P* a = scratch.take<P>(most * group * groups);
+        unit* unflipped = (unit*)scratch.take<P>(most * group);
+        P* panel = scratch.take<P>(most * PANEL);
+        float* c = scratch.take<float>(TILE_ROWS * PANEL);
+        const int step = tile_rows<P>();
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t t = 0; t < (int64_t)tasks.size(); t++) {
+            const Task task = tasks[t];
+            const int64_t first = panels * task.part / parts * PANEL, last = std::min(width, panels * (task.part + 1) / parts * PANEL);
+            W* to = gradient + task.expert * height * width;
+            if (task.begin == task.end)
+                for (int64_t m = 0; m < height; m++) memset((void*)(to + m * width + first), 0, (last - first) * sizeof(W));
+            for (int64_t begin = task.begin; begin < task.end; begin += DEPTH) {
+                const int64_t count = std::min(DEPTH, task.end - begin), depth = Units<P>::padded(count) / each;
+                const int64_t* rows = s.tokens ? s.tokens + begin : nullptr;
+                const S* from = left_is_gathered && rows ? left : left + begin * ldl;
+                const int64_t rs = flip ? depth : 1, ks = flip ? 1 : group;
+                for (int64_t g = 0; g < groups; g++) {
+                    unit* to_group = (unit*)a + g * group * depth;
+                    const int64_t columns = std::min(group, height - g * group);
+                    pack((P*)(flip ? unflipped : to_group), from + g * group, ldl, left_is_gathered ? rows : nullptr, columns, group, count);
+                    if (flip) transpose_units(to_group, unflipped, depth, group);
+                }
+                for (int64_t n = first; n < last; n += PANEL) {
+                    const int64_t columns = std::min<int64_t>(PANEL, width - n);
+                    pack(panel, (right_is_gathered && rows ? right : right + begin * ldr) + n, ldr, right_is_gathered ? rows : nullptr, columns, PANEL, count);
+                    for (int64_t m = 0; m < height; m += step) {
+                        const int64_t taken = std::min<int64_t>(step, height - m);
+                        multiply<P>(taken, depth, (const unit*)a + m / group * group * depth + m % group * rs, rs, ks, (const unit*)panel, c);
+                        for (int64_t i = 0; i < taken; i++) {
+                            W* row = to + (m + i) * width + n;
+                            if (begin > task.begin)
+                                for (int64_t j = 0; j < columns; j++) c[i * PANEL + j] += to_float(row[j]);
+                            stream_row(row, c + i * PANEL, columns);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+// y (tokens, dim) = sum over choices of weight * row; a pair whose row is not below `computed` counts nothing.
+template <class S>
+void combine(int64_t tokens, int64_t k, int64_t d, const S* rows, const int64_t* row_of, const float* weights,
+             int64_t computed, S* y, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t n = 0; n < d; n += LANES) {
+            vec sum = {};
+            float tail[LANES] = {};
+            const int64_t width = std::min<int64_t>(LANES, d - n);
+            for (int64_t j = 0; j < k; j++) {
+                const int64_t row = row_of[t * k + j];
+                if (row >= computed) continue;
+                const float weight = weights ? weights[t * k + j] : 1.0f;
+                if (width == LANES)
+                    sum += weight * load(rows + row * d + n);
+                else
+                    for (int64_t i = 0; i < width; i++) tail[i] += weight * to_float(rows[row * d + n + i]);
+            }
+            if (width == LANES)
+                store(y + t * d + n, sum);
+            else
+                for (int64_t i = 0; i < width; i++) assign(y[t * d + n + i], tail[i]);
+        }
+}
+
+}  // namespace

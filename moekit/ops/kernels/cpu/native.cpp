@@ -1,0 +1,92 @@
+// The native CPU kernels as a library.
+//
+// A plain C interface without torch's headers. One product is at the bottom, a block of rows times a packed panel of
+// PANEL columns; what is around it (gather, SiLU * up, routing weights, gradients) works on its small float32 tile while
+// that is in the cache. Three inner products exist, chosen when this file is compiled for the machine: AMX and AVX-512
+// BF16 for bfloat16, and one in vectors that any compiler lowers (AVX-512, AVX2, NEON, SSE) for float32, which also serves
+// bfloat16 where the machine has no such unit. No shape is special: blocks are fixed, what is left over is padded.
+//
+// Elements: S is what rows are stored in (activations), W what weights are stored in, P what is multiplied.
+// A unit is 32 bits that lie together along the summed dimension: one float, or two bfloat16.
+
+#include "experts.h"
+#include "step.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// What the file was compiled for: bit 0 bfloat16 products, bit 1 AMX, the lanes of a float32 vector from bit 8 on.
+EXPORT int moekit_features() {
+    int features = LANES << 8;
+#ifdef HAS_BF16
+    features |= 1;
+#endif
+#ifdef HAS_AMX
+#ifdef EMULATE_AMX
+    use_amx = true;
+#else
+    use_amx = syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+#endif
+    if (use_amx) features |= 2;
+#endif
+    return features;
+}
+
+// s_bf16, w_bf16: whether rows and weights are bfloat16 (else float32); rows in float32 need weights in float32.
+#define BY_TYPE(call)                          \
+    if (s_bf16 && w_bf16) {                    \
+        typedef bf16 S; typedef bf16 W; call;  \
+    } else if (s_bf16) {                       \
+        typedef bf16 S; typedef float W; call; \
+    } else {                                   \
+        typedef float S; typedef float W; call; \
+    }
+
+EXPORT void moekit_forward(int s_bf16, int w_bf16, int64_t experts, int64_t dim, int64_t ff, const int64_t* offsets,
+                           const int64_t* tokens, int threads, const void* x, int64_t ldx, const void* gate_up,
+                           const void* down, void* hidden, void* y) {
+    const Shape s{experts, dim, ff, offsets, tokens, threads};
+    BY_TYPE((forward<S, W>(s, (const S*)x, ldx, (const W*)gate_up, (const W*)down, (S*)hidden, (S*)y)))
+}
+
+EXPORT void moekit_backward_rows(int s_bf16, int w_bf16, int64_t experts, int64_t dim, int64_t ff, const int64_t* offsets,
+                                 const int64_t* tokens, int threads, const void* dy, int64_t ldy, const void* gate_up,
+                                 const void* down, const float* weights, const void* hidden, void* d_hidden, void* act,
+                                 void* dx, float* d_weights) {
+    const Shape s{experts, dim, ff, offsets, tokens, threads};
+    BY_TYPE((backward_rows<S, W>(s, (const S*)dy, ldy, (const W*)gate_up, (const W*)down, weights, (const S*)hidden,
+                                 (S*)d_hidden, (S*)act, (S*)dx, d_weights)))
+}
+
+EXPORT void moekit_weight_gradient(int s_bf16, int w_bf16, int64_t experts, const int64_t* offsets, const int64_t* tokens,
+                                   int threads, const void* left, int64_t ldl, int left_is_gathered, int64_t height,
+                                   const void* right, int64_t ldr, int right_is_gathered, int64_t width, void* gradient) {
+    const Shape s{experts, 0, 0, offsets, tokens, threads};
+    BY_TYPE((weight_gradient<S, W>(s, (const S*)left, ldl, left_is_gathered, height, (const S*)right, ldr,
+                                   right_is_gathered, width, (W*)gradient)))
+}
+
+EXPORT void moekit_combine(int s_bf16, int64_t tokens, int64_t k, int64_t dim, const void* rows, const int64_t* row_of,
+                           const float* weights, int64_t computed, void* y, int threads) {
+    if (s_bf16)
+        combine<bf16>(tokens, k, dim, (const bf16*)rows, row_of, weights, computed, (bf16*)y, threads);
+    else
+        combine<float>(tokens, k, dim, (const float*)rows, row_of, weights, computed, (float*)y, threads);
+}
+
+EXPORT void moekit_cross_entropy(int bf16_logits, int64_t rows, int64_t vocab, void* logits, const int64_t* targets,
+                                 float* losses, int differentiate, int threads) {
+    if (bf16_logits)
+        cross_entropy(rows, vocab, (bf16*)logits, targets, losses, differentiate, threads);
+    else
+        cross_entropy(rows, vocab, (float*)logits, targets, losses, differentiate, threads);
+}
+
+EXPORT void moekit_norm(int64_t rows, int64_t dim, const float* x, const float* weight, float eps, float* y, float* scales,
+                        int threads) {
+    norm(rows, dim, x, weight, eps, y, scales, threads);
+}
+
+EXPORT void moekit_norm_backward(int64_t rows, int64_t dim, const float* x, const float* weight, const float* scales,
+                                 const float* dy, float* dx, float* d_weights, int64_t parts, int threads) {
+    norm_backward(rows, dim, x, weight, scales, dy, dx, d_weights, parts, threads);
+}

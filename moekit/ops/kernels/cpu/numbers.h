@@ -1,0 +1,128 @@
+// Vectors of floats that any compiler lowers, bfloat16 beside them, exp, and memory that a thread keeps.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
+#define HAS_BF16 1
+#include <immintrin.h>
+#endif
+#if defined(HAS_BF16) && (defined(__AMX_BF16__) || defined(EMULATE_AMX)) && defined(__linux__)
+#define HAS_AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define LANES 16
+#define MOST_ROWS 12
+#elif defined(__AVX__)
+#define LANES 8
+#define MOST_ROWS 6
+#else
+#define LANES 4
+#define MOST_ROWS 6
+#endif
+
+namespace {
+
+constexpr int PANEL = 2 * LANES < 16 ? 16 : 2 * LANES;  // columns of a panel
+constexpr int VECTORS = PANEL / LANES;
+constexpr int TILE_ROWS = 32;       // rows of a tile, the most that any inner product takes at once
+constexpr int64_t BLOCK = 256;      // rows of one expert that one task takes
+constexpr int64_t DEPTH = 2048;     // rows summed at once in the weights' gradients
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef float vec_u __attribute__((vector_size(4 * LANES), aligned(4)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+inline void assign(float& to, float x) { to = x; }
+inline void assign(bf16& to, float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    to.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline vec load(const float* p) { return *(const vec_u*)p; }
+inline void store(float* p, vec x) { *(vec_u*)p = x; }
+#if LANES == 16
+inline vec load(const bf16* p) {
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+}
+#else
+inline vec load(const bf16* p) {
+    vec x;
+    for (int i = 0; i < LANES; i++) x[i] = to_float(p[i]);
+    return x;
+}
+#endif
+#ifdef HAS_BF16
+inline void store(bf16* p, vec x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
+#else
+inline void store(bf16* p, vec x) {
+    for (int i = 0; i < LANES; i++) assign(p[i], x[i]);
+}
+#endif
+
+inline vec splat(float x) { return x - vec{}; }
+
+inline vec exponential(vec x) {  // Cephes' polynomial, relative error 2e-7
+    const vec low = splat(-87.0f), high = splat(88.0f);
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+    vec n = (x * 1.44269504088896341f + magic) - magic;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    ivec bits = (__builtin_convertvector(n, ivec) + 127) << 23;
+    return p * (vec)bits;
+}
+inline vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// Memory that a thread keeps between tasks; grows, never shrinks.
+struct Scratch {
+    char* data = nullptr;
+    size_t size = 0, used = 0;
+    ~Scratch() { free(data); }
+    void reserve(size_t bytes) {
+        used = 0;
+        if (bytes <= size) return;
+        free(data);
+        size = (bytes + 4095) / 4096 * 4096;
+        data = (char*)aligned_alloc(4096, size);
+    }
+    template <class T> T* take(int64_t count) {
+        T* p = (T*)(data + used);
+        used += (count * sizeof(T) + 63) / 64 * 64;
+        return p;
+    }
+};
+thread_local Scratch scratch;
+inline size_t room(int64_t count, size_t size) { return (count * size + 63) / 64 * 64; }
+
+}  // namespace

@@ -1,0 +1,142 @@
+// What the inner products read: panels of weights, rows that lie together; and rows written back.
+
+#pragma once
+
+#include "products.h"
+
+namespace {
+
+#if LANES == 16
+inline void transpose_16x16(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; j++) {
+            t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0x88);
+            t[i + j + 4] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0xdd);
+        }
+    for (int j = 0; j < 8; j++) {
+        r[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
+        r[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
+    }
+}
+inline __m512i load_units(const float* p, float) { return _mm512_loadu_si512(p); }
+#ifdef HAS_BF16
+inline __m512i load_units(const bf16* p, bf16) { return _mm512_loadu_si512(p); }
+inline __m512i load_units(const float* p, bf16) {
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(p + 16), _mm512_loadu_ps(p));
+}
+#endif
+#endif
+
+// Packs `columns` (at most PANEL) rows of w, each `k` long, as the columns of a panel: the product with w transposed.
+template <class P, class W> void pack_transposed(P* panel, const W* w, int64_t ld, int columns, int64_t k) {
+    constexpr int each = Units<P>::each;
+    const int64_t padded = Units<P>::padded(k);
+    int64_t done = 0;
+#if LANES == 16
+    if constexpr (sizeof(P) <= sizeof(W))
+        if (columns == PANEL)
+            for (; done + 16 * each <= k; done += 16 * each)
+                for (int half = 0; half < PANEL; half += 16) {
+                    __m512i r[16];
+                    for (int i = 0; i < 16; i++) r[i] = load_units(w + (half + i) * ld + done, P{});
+                    transpose_16x16(r);
+                    for (int i = 0; i < 16; i++)
+                        _mm512_storeu_si512((unit*)panel + (done / each + i) * PANEL + half, r[i]);
+                }
+#endif
+    for (int64_t at = done; at < padded; at++)
+        for (int n = 0; n < PANEL; n++)
+            assign(panel[(at / each * PANEL + n) * each + at % each],
+                   n < columns && at < k ? to_float(w[n * ld + at]) : 0.0f);
+}
+
+// Packs rows of b, `width` columns of each, unit after unit: the panel [units][stride] of a product with b itself.
+// Row i is b's row rows[i], or i where `rows` is null; columns up to `stride` are zero.
+template <class P, class T>
+void pack(P* panel, const T* b, int64_t ld, const int64_t* rows, int64_t width, int64_t stride, int64_t k) {
+    constexpr int each = Units<P>::each;
+    const int64_t padded = Units<P>::padded(k);
+    for (int64_t at = 0; at < padded; at += each) {
+        const T* from[2] = {};
+        for (int i = 0; i < each; i++)
+            if (at + i < k) from[i] = b + (rows ? rows[at + i] : at + i) * ld;
+        P* to = panel + at * stride;
+        int64_t n = 0;
+#if LANES == 16
+        for (; n + LANES <= width; n += LANES) {
+            if constexpr (each == 1) {
+                store((float*)to + n, load(from[0] + n));
+            }
+#ifdef HAS_BF16
+            else {
+                vec x = from[0] ? load(from[0] + n) : vec{}, y = from[1] ? load(from[1] + n) : vec{};
+                __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
+                __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)y));
+                _mm512_storeu_si512((unit*)to + n, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            }
+#endif
+        }
+#endif
+        for (; n < stride; n++)
+            for (int i = 0; i < each; i++)
+                assign(to[n * each + i], from[i] && n < width ? to_float(from[i][n]) : 0.0f);
+    }
+}
+
+// Copies rows of x (row rows[i], or i), `width` of each, to rows of `stride`, zero behind.
+template <class P, class T>
+void gather(P* to, const T* x, int64_t ld, const int64_t* rows, int64_t count, int64_t width, int64_t stride) {
+    for (int64_t i = 0; i < count; i++) {
+        const T* from = x + (rows ? rows[i] : i) * ld;
+        int64_t n = 0;
+        for (; n + LANES <= width; n += LANES) store(to + i * stride + n, load(from + n));
+        for (; n < width; n++) assign(to[i * stride + n], to_float(from[n]));
+        for (; n < stride; n++) assign(to[i * stride + n], 0.0f);
+    }
+}
+
+// (depth, width) units to (width, depth), both multiples of 16: what AMX takes as its left side.
+inline void transpose_units(unit* to, const unit* from, int64_t depth, int64_t width) {
+#ifdef HAS_AMX
+    for (int64_t n = 0; n < width; n += 16)
+        for (int64_t k = 0; k < depth; k += 16) {
+            __m512i r[16];
+            for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(from + (k + i) * width + n);
+            transpose_16x16(r);
+            for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (n + i) * depth + k, r[i]);
+        }
+#endif
+}
+
+// Stores `width` (at most PANEL) columns of a tile's row.
+template <class T> void store_row(T* to, const float* c, int64_t width) {
+    if (width >= PANEL)
+        for (int v = 0; v < PANEL; v += LANES) store(to + v, load(c + v));
+    else
+        for (int64_t n = 0; n < width; n++) assign(to[n], c[n]);
+}
+
+// The same past the cache, where the row allows it: nobody reads a gradient soon.
+template <class T> void stream_row(T* to, const float* c, int64_t width) {
+#if LANES == 16
+    if constexpr (sizeof(T) == 4)
+        if (width >= PANEL && (uintptr_t)to % 64 == 0) {
+            for (int v = 0; v < PANEL; v += LANES) _mm512_stream_ps((float*)to + v, (__m512)load(c + v));
+            return;
+        }
+#endif
+    store_row(to, c, width);
+}
+
+}  // namespace

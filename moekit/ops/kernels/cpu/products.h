@@ -1,0 +1,210 @@
+// The inner products: a block of rows times a packed panel of PANEL columns. AMX and AVX-512 BF16 for bfloat16, and one
+// in vectors for float32, which also serves bfloat16 where the machine has no such unit.
+
+#pragma once
+
+#include "numbers.h"
+
+namespace {
+
+template <class P> struct Units;
+template <> struct Units<float> {
+    static constexpr int each = 1;
+    static int64_t padded(int64_t k) { return k; }
+};
+template <> struct Units<bf16> {
+    static constexpr int each = 2;
+    static int64_t padded(int64_t k) { return (k + 31) / 32 * 32; }  // AMX sums 32 at a time
+};
+
+#ifdef HAS_BF16
+template <class S> using Product = S;  // bfloat16 is multiplied as such
+#else
+template <class S> using Product = float;
+#endif
+
+typedef uint32_t unit;
+
+// ---- the inner products: c[rows][PANEL] = a * panel ----------------------------------------------------------------
+// a's unit (row, k) is at a[row * rs + k * ks]; the panel holds unit k of all its columns side by side.
+
+// Meanwhile the weights of the next panel are asked for, 128 bytes a step: alone, the packing would wait for memory.
+
+struct Ahead {
+    const char* from;
+    int64_t stride, steps;
+    void fetch(int64_t step) const {
+        if (step < steps) {
+            __builtin_prefetch(from + step * stride, 0, 2);
+            __builtin_prefetch(from + step * stride + 64, 0, 2);
+        }
+    }
+    Ahead part(int64_t number, int64_t parts) const {
+        const int64_t first = steps * number / parts;
+        return {from + first * stride, stride, steps * (number + 1) / parts - first};
+    }
+};
+
+template <int M>
+void multiply_f32(int64_t depth, const float* a, int64_t rs, int64_t ks, const float* panel, float* c, Ahead ahead) {
+    vec sum[M][VECTORS] = {};
+    for (int64_t k = 0; k < depth; k++) {
+        ahead.fetch(k);
+        vec b[VECTORS];
+        for (int v = 0; v < VECTORS; v++) b[v] = load(panel + k * PANEL + v * LANES);
+        for (int m = 0; m < M; m++)
+            for (int v = 0; v < VECTORS; v++) sum[m][v] += a[m * rs + k * ks] * b[v];
+    }
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < VECTORS; v++) store(c + m * PANEL + v * LANES, sum[m][v]);
+}
+
+#ifdef HAS_BF16
+template <int M>
+void multiply_bf16(int64_t depth, const unit* a, int64_t rs, int64_t ks, const unit* panel, float* c, Ahead ahead) {
+    __m512 sum[M][2];
+    for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < depth; k++) {
+        ahead.fetch(k);
+        __m512bh b0 = (__m512bh)_mm512_loadu_si512(panel + k * PANEL);
+        __m512bh b1 = (__m512bh)_mm512_loadu_si512(panel + k * PANEL + 16);
+        for (int m = 0; m < M; m++) {
+            __m512bh x = (__m512bh)_mm512_set1_epi32(a[m * rs + k * ks]);
+            sum[m][0] = _mm512_dpbf16_ps(sum[m][0], x, b0);
+            sum[m][1] = _mm512_dpbf16_ps(sum[m][1], x, b1);
+        }
+    }
+    for (int m = 0; m < M; m++) {
+        _mm512_storeu_ps(c + m * PANEL, sum[m][0]);
+        _mm512_storeu_ps(c + m * PANEL + 16, sum[m][1]);
+    }
+}
+#endif
+
+typedef void (*MultiplyF32)(int64_t, const float*, int64_t, int64_t, const float*, float*, Ahead);
+typedef void (*MultiplyBF16)(int64_t, const unit*, int64_t, int64_t, const unit*, float*, Ahead);
+template <int M> struct Fill {  // the inner product for each number of rows
+    template <class F, class G> static void run(F* f32, G* b16) {
+        f32[M] = multiply_f32<M>;
+#ifdef HAS_BF16
+        b16[M] = multiply_bf16<M>;
+#endif
+        Fill<M - 1>::run(f32, b16);
+    }
+};
+template <> struct Fill<0> {
+    template <class F, class G> static void run(F*, G*) {}
+};
+struct Tables {
+    MultiplyF32 f32[MOST_ROWS + 1];
+    MultiplyBF16 b16[MOST_ROWS + 1];
+    Tables() { Fill<MOST_ROWS>::run(f32, b16); }
+};
+const Tables tables;
+
+#ifdef HAS_AMX
+#ifdef EMULATE_AMX  // the same steps in plain code, to test the layouts where there is no such unit
+struct Tile {
+    uint32_t rows[16][16];
+};
+thread_local Tile tile_registers[8];
+void tile_load(int t, const void* from, int64_t bytes) {
+    for (int i = 0; i < 16; i++) memcpy(tile_registers[t].rows[i], (const char*)from + i * bytes, 64);
+}
+void tile_zero(int t) { memset(&tile_registers[t], 0, sizeof(Tile)); }
+void tile_store(int t, void* to, int64_t bytes) {
+    for (int i = 0; i < 16; i++) memcpy((char*)to + i * bytes, tile_registers[t].rows[i], 64);
+}
+void tile_multiply(int c, int a, int b) {
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 16; j++) {
+            float sum;
+            memcpy(&sum, &tile_registers[c].rows[i][j], 4);
+            for (int k = 0; k < 16; k++) {
+                bf16 x[2], y[2];
+                memcpy(x, &tile_registers[a].rows[i][k], 4);
+                memcpy(y, &tile_registers[b].rows[k][j], 4);
+                sum += to_float(x[0]) * to_float(y[0]) + to_float(x[1]) * to_float(y[1]);
+            }
+            memcpy(&tile_registers[c].rows[i][j], &sum, 4);
+        }
+}
+#define tile_load_(t, p, s) tile_load(t, p, s)
+#define tile_zero_(t) tile_zero(t)
+#define tile_store_(t, p, s) tile_store(t, p, s)
+#define tile_multiply_(c, a, b) tile_multiply(c, a, b)
+#else
+#define tile_load_(t, p, s) _tile_loadd(t, p, s)
+#define tile_zero_(t) _tile_zero(t)
+#define tile_store_(t, p, s) _tile_stored(t, p, s)
+#define tile_multiply_(c, a, b) _tile_dpbf16ps(c, a, b)
+#endif
+
+bool use_amx = false;
+
+struct AmxTiles {  // a thread's tiles, all of 16 rows of 64 bytes
+    AmxTiles() {
+#ifndef EMULATE_AMX
+        if (!use_amx) return;
+        alignas(64) uint8_t config[64] = {1};
+        for (int t = 0; t < 8; t++) {
+            config[16 + 2 * t] = 64;
+            config[48 + t] = 16;
+        }
+        _tile_loadconfig(config);
+#endif
+    }
+    ~AmxTiles() {
+#ifndef EMULATE_AMX
+        if (use_amx) _tile_release();
+#endif
+    }
+};
+
+void multiply_amx(int64_t depth, const unit* a, int64_t rs, const unit* panel, float* c, Ahead ahead) {
+    tile_zero_(0);
+    tile_zero_(1);
+    tile_zero_(2);
+    tile_zero_(3);
+    for (int64_t k = 0; k < depth; k += 16) {
+        for (int64_t i = k / 4; i < k / 4 + 4; i++) ahead.fetch(i);
+        tile_load_(6, panel + k * PANEL, 4 * PANEL);
+        tile_load_(7, panel + k * PANEL + 16, 4 * PANEL);
+        tile_load_(4, a + k, 4 * rs);
+        tile_multiply_(0, 4, 6);
+        tile_multiply_(1, 4, 7);
+        tile_load_(5, a + 16 * rs + k, 4 * rs);
+        tile_multiply_(2, 5, 6);
+        tile_multiply_(3, 5, 7);
+    }
+    tile_store_(0, c, 4 * PANEL);
+    tile_store_(1, c + 16, 4 * PANEL);
+    tile_store_(2, c + 16 * PANEL, 4 * PANEL);
+    tile_store_(3, c + 16 * PANEL + 16, 4 * PANEL);
+}
+#else
+struct AmxTiles {
+    AmxTiles() {}
+};
+constexpr bool use_amx = false;
+#endif
+
+template <class P> constexpr bool is_bf16() { return Units<P>::each == 2; }
+
+template <class P> int tile_rows() { return is_bf16<P>() && use_amx ? TILE_ROWS : MOST_ROWS; }
+
+// `depth` counts units. Where AMX multiplies, a is contiguous along k (ks 1) and has memory behind its last row.
+template <class P>
+void multiply(int64_t rows, int64_t depth, const unit* a, int64_t rs, int64_t ks, const unit* panel, float* c,
+              Ahead ahead = {nullptr, 0, 0}) {
+    if constexpr (is_bf16<P>()) {
+#ifdef HAS_AMX
+        if (use_amx) return multiply_amx(depth, a, rs, panel, c, ahead);
+#endif
+        tables.b16[rows](depth, a, rs, ks, panel, c, ahead);
+    } else {
+        tables.f32[rows](depth, (const float*)a, rs, ks, (const float*)panel, c, ahead);
+    }
+}
+
+}  // namespace

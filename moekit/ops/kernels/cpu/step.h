@@ -1,0 +1,94 @@
+// What of a training step is not a product: cross-entropy and RMSNorm, each row once through the cache.
+
+#pragma once
+
+#include "numbers.h"
+
+namespace {
+
+inline float greatest(vec x) {
+    float most = x[0];
+    for (int i = 1; i < LANES; i++) most = std::max(most, x[i]);
+    return most;
+}
+
+// losses (rows) = logsumexp - logit of the target, 0 where the target is negative; with `differentiate` the logits
+// become their gradient, softmax - one-hot.
+template <class T>
+void cross_entropy(int64_t rows, int64_t vocab, T* logits, const int64_t* targets, float* losses, bool differentiate, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+        T* x = logits + r * vocab;
+        losses[r] = 0;
+        if (targets[r] < 0) {
+            if (differentiate) memset((void*)x, 0, vocab * sizeof(T));
+            continue;
+        }
+        const int64_t whole = vocab / LANES * LANES;
+        vec most = splat(-INFINITY);
+        for (int64_t i = 0; i < whole; i += LANES) {
+            const vec a = load(x + i);
+            most = a > most ? a : most;
+        }
+        float high = greatest(most);
+        for (int64_t i = whole; i < vocab; i++) high = std::max(high, to_float(x[i]));
+        vec sums = {};
+        for (int64_t i = 0; i < whole; i += LANES) sums += exponential(load(x + i) - high);
+        float sum = total(sums);
+        for (int64_t i = whole; i < vocab; i++) sum += std::exp(to_float(x[i]) - high);
+        losses[r] = high + std::log(sum) - to_float(x[targets[r]]);
+        if (!differentiate) continue;
+        const float scale = 1 / sum, at_target = std::exp(to_float(x[targets[r]]) - high) * scale - 1;
+        for (int64_t i = 0; i < whole; i += LANES) store(x + i, exponential(load(x + i) - high) * scale);
+        for (int64_t i = whole; i < vocab; i++) assign(x[i], std::exp(to_float(x[i]) - high) * scale);
+        assign(x[targets[r]], at_target);
+    }
+}
+
+// y = x / rms(x) * weight; scales (rows) gets 1 / rms(x).
+void norm(int64_t rows, int64_t dim, const float* x, const float* weight, float eps, float* y, float* scales, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+        const float* a = x + r * dim;
+        const int64_t whole = dim / LANES * LANES;
+        vec sums = {};
+        for (int64_t i = 0; i < whole; i += LANES) sums += load(a + i) * load(a + i);
+        float sum = total(sums);
+        for (int64_t i = whole; i < dim; i++) sum += a[i] * a[i];
+        const float scale = scales[r] = 1 / std::sqrt(sum / dim + eps);
+        for (int64_t i = 0; i < whole; i += LANES) store(y + r * dim + i, load(a + i) * scale * load(weight + i));
+        for (int64_t i = whole; i < dim; i++) y[r * dim + i] = a[i] * scale * weight[i];
+    }
+}
+
+// dx, and d_weight summed over fixed parts of the rows, `parts` of them, one row of d_weights each.
+void norm_backward(int64_t rows, int64_t dim, const float* x, const float* weight, const float* scales, const float* dy,
+                   float* dx, float* d_weights, int64_t parts, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t p = 0; p < parts; p++) {
+        float* dw = d_weights + p * dim;
+        std::fill(dw, dw + dim, 0.0f);
+        for (int64_t r = rows * p / parts; r < rows * (p + 1) / parts; r++) {
+            const float *a = x + r * dim, *b = dy + r * dim;
+            const int64_t whole = dim / LANES * LANES;
+            const float scale = scales[r];
+            vec sums = {};
+            for (int64_t i = 0; i < whole; i += LANES) {
+                const vec g = load(b + i), n = load(a + i) * scale;
+                sums += g * load(weight + i) * n;
+                store(dw + i, load(dw + i) + g * n);
+            }
+            float sum = total(sums);
+            for (int64_t i = whole; i < dim; i++) {
+                sum += b[i] * weight[i] * a[i] * scale;
+                dw[i] += b[i] * a[i] * scale;
+            }
+            const float mean = sum / dim * scale;
+            for (int64_t i = 0; i < whole; i += LANES)
+                store(dx + r * dim + i, load(b + i) * load(weight + i) * scale - load(a + i) * scale * mean);
+            for (int64_t i = whole; i < dim; i++) dx[r * dim + i] = b[i] * weight[i] * scale - a[i] * scale * mean;
+        }
+    }
+}
+
+}  // namespace
