@@ -11,7 +11,11 @@ from moekit.config import validate
 from moekit.errors import ConfigError
 from moekit.generate.sampling import SamplingSettings, draw
 from moekit.nn.cache import KVCache
+from moekit.nn.decoder import decoder
 from moekit.nn.model import Model
+
+FEW = 16
+"""Sequences up to which a step reads weights rather than computes, so that the native one is taken."""
 
 
 @torch.no_grad()
@@ -54,6 +58,7 @@ def tokens(
     generators = [torch.Generator(device).manual_seed(seed + number) for number in range(batch)]
     try:
         last = model(ids, cache=cache, padding_mask=mask, logits_to_keep=lengths - 1).logits[:, -1]
+        fast = decoder(model, cache) if batch <= FEW else None
         for left in range(max_new_tokens, 0, -1):
             if vocabulary is not None:
                 last[:, vocabulary:] = -torch.inf
@@ -61,7 +66,11 @@ def tokens(
             seen.scatter_(1, chosen.unsqueeze(1), True)
             yield chosen
             if left > 1:
-                last = model(chosen.unsqueeze(1), cache=cache).logits[:, -1]
+                if fast is None:
+                    last = model(chosen.unsqueeze(1), cache=cache).logits[:, -1]
+                else:
+                    last = fast.step(chosen, cache.lengths)
+                    cache.advance(torch.ones_like(cache.lengths), 1)
     finally:
         model.train(was_training)
 

@@ -55,3 +55,7 @@ class KVCache:
         """Makes the last `counts` written tokens of each sequence permanent; what lies behind is written over later."""
         self.lengths = self.lengths + counts
         self.longest += at_most
+
+    def layer(self, layer: int) -> Float[Tensor, "batch keys width"]:
+        """Returns the buffer of a layer, to be written in place."""
+        return self._layers[layer]

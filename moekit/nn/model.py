@@ -76,6 +76,7 @@ class Model(nn.Module):
         self.config = config
         self.recompute = False
         """Recompute each block in the backward pass instead of keeping its activations."""
+        self.experts_backend = "auto"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -192,6 +193,7 @@ class Model(nn.Module):
         """Sets how the experts' products are computed; UnsupportedError when that cannot run where the weights are."""
         for layer in self.moe_layers:
             layer.experts.set_backend(backend)
+        self.experts_backend = backend
 
     @torch.no_grad()
     def update_expert_bias(self, tokens_per_expert: Sequence[Int[Tensor, " experts"]]) -> None:

@@ -9,6 +9,7 @@
 // Elements: S is what rows are stored in (activations), W what weights are stored in, P what is multiplied.
 // A unit is 32 bits that lie together along the summed dimension: one float, or two bfloat16.
 
+#include "decode.h"
 #include "experts.h"
 #include "step.h"
 
@@ -89,4 +90,12 @@ EXPORT void moekit_norm(int64_t rows, int64_t dim, const float* x, const float* 
 EXPORT void moekit_norm_backward(int64_t rows, int64_t dim, const float* x, const float* weight, const float* scales,
                                  const float* dy, float* dx, float* d_weights, int64_t parts, int threads) {
     norm_backward(rows, dim, x, weight, scales, dy, dx, d_weights, parts, threads);
+}
+
+EXPORT void moekit_decode(const DecodeModel* model, int64_t batch, const int64_t* ids, const int64_t* lengths, float* logits,
+                          int threads) {
+    if (model->cache_bf16)
+        decode_step<bf16>(*model, batch, ids, lengths, logits, threads);
+    else
+        decode_step<float>(*model, batch, ids, lengths, logits, threads);
 }

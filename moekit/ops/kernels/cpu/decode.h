@@ -1,0 +1,272 @@
+// One decoding step of a whole model: a token per sequence in, its logits out. Every weight that is needed is read once,
+// by the thread that owns its rows; the sums are float32. Threads meet six times a layer.
+
+#pragma once
+
+#include "few.h"
+
+extern "C" {
+struct Matrix {  // (rows, columns), one row after another
+    const void* data;
+    int64_t bf16;  // else float32
+};
+struct DecodeFFN {  // of the same columns: gate and up (ff, dim), down (dim, ff); ff 0: there is none
+    Matrix gate, up, down;
+    int64_t ff;
+};
+struct DecodeLayer {
+    const float *attention_norm, *ffn_norm;
+    Matrix q, k, v, o;
+    void* cache;  // (batch, cache_length, 2 kv_heads head_dim): keys, then values
+    DecodeFFN dense;  // a dense layer's, or the shared experts'
+    Matrix gate_up, down;  // (experts, 2 ff, dim), (experts, dim, ff)
+    const float *router, *bias;  // (experts, dim), (experts) or null
+    int64_t experts, ff, chosen, groups, chosen_groups, group_best, sigmoid, normalise;
+    float scale;
+};
+struct DecodeModel {
+    int64_t layers, dim, vocab, heads, kv_heads, head_dim, cache_length, cache_bf16;
+    float eps, softmax_scale;
+    const DecodeLayer* layer;
+    Matrix embedding, head;
+    const float *norm, *cos, *sin;  // cos and sin: (positions, head_dim / 2)
+};
+}
+
+namespace {
+
+// out[m * ldo + n] = row n of a matrix times x's row m, for rows `first` to `last`, any m.
+void rows_of(const Matrix& w, int64_t begin, int64_t first, int64_t last, int64_t k, const float* x, int64_t ldx,
+             int64_t count, float* out, int64_t ldo) {
+    for (int64_t m = 0; m < count; m += FEW) {
+        const int64_t taken = std::min<int64_t>(FEW, count - m);
+        float* to = out + m * ldo + first;
+        if (w.bf16)
+            dots(taken, (const bf16*)w.data + (begin + first) * k, last - first, k, x + m * ldx, ldx, to, ldo);
+        else
+            dots(taken, (const float*)w.data + (begin + first) * k, last - first, k, x + m * ldx, ldx, to, ldo);
+    }
+}
+
+inline float dot(const float* a, const float* b, int64_t n) {
+    vec sum = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) sum += load(a + i) * load(b + i);
+    float rest = total(sum);
+    for (; i < n; i++) rest += a[i] * b[i];
+    return rest;
+}
+
+void normed(const float* x, const float* weight, float eps, int64_t dim, int64_t batch, float* y) {
+    for (int64_t b = 0; b < batch; b++) {
+        const float scale = 1 / std::sqrt(dot(x + b * dim, x + b * dim, dim) / dim + eps);
+        for (int64_t i = 0; i < dim; i++) y[b * dim + i] = x[b * dim + i] * scale * weight[i];
+    }
+}
+
+// gate[i] becomes silu(gate[i]) * gate[i + up].
+void swiglu(float* gate, int64_t up, int64_t count) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        const vec a = load(gate + i);
+        store(gate + i, a * sigmoid(a) * load(gate + up + i));
+    }
+    for (; i < count; i++) gate[i] = gate[i] / (1 + std::exp(-gate[i])) * gate[up + i];
+}
+
+struct Choice {
+    int64_t expert, token;
+    float weight;
+};
+
+// The routing of ops/routing.py for one token: the best `chosen`, the lower id among equals.
+void choose(const DecodeLayer& l, const float* logits, int64_t token, std::vector<Choice>& out) {
+    const int64_t n = l.experts;
+    std::vector<float> scores(n), choice(n);
+    float high = -INFINITY, sum = 0;
+    for (int64_t e = 0; e < n; e++) high = std::max(high, logits[e]);
+    for (int64_t e = 0; e < n; e++)
+        sum += scores[e] = l.sigmoid ? 1 / (1 + std::exp(-logits[e])) : std::exp(logits[e] - high);
+    for (int64_t e = 0; e < n; e++) {
+        if (!l.sigmoid) scores[e] /= sum;
+        choice[e] = scores[e] + (l.bias ? l.bias[e] : 0);
+    }
+    const int64_t size = n / l.groups;
+    auto best = [](std::vector<float>& values, std::vector<char>& taken) {
+        int64_t at = -1;
+        for (int64_t i = 0; i < (int64_t)values.size(); i++)
+            if (!taken[i] && (at < 0 || values[i] > values[at])) at = i;
+        taken[at] = 1;
+        return at;
+    };
+    if (l.chosen_groups < l.groups) {
+        std::vector<float> of_group(l.groups);
+        std::vector<char> kept(l.groups, 0);
+        for (int64_t g = 0; g < l.groups; g++) {
+            std::vector<float> members(choice.begin() + g * size, choice.begin() + (g + 1) * size);
+            std::partial_sort(members.begin(), members.begin() + l.group_best, members.end(), std::greater<float>());
+            for (int64_t i = 0; i < l.group_best; i++) of_group[g] += members[i];
+        }
+        for (int64_t i = 0; i < l.chosen_groups; i++) best(of_group, kept);
+        for (int64_t e = 0; e < n; e++)
+            if (!kept[e / size]) choice[e] = -INFINITY;
+    }
+    std::vector<char> taken(n, 0);
+    float chosen_sum = 1e-20f;
+    const size_t first = out.size();
+    for (int64_t i = 0; i < l.chosen; i++) {
+        const int64_t e = best(choice, taken);
+        out.push_back({e, token, scores[e]});
+        chosen_sum += scores[e];
+    }
+    for (size_t i = first; i < out.size(); i++) out[i].weight *= l.scale / (l.normalise ? chosen_sum : 1);
+}
+
+// Softmax attention of one head's query over `length` cached keys.
+template <class C>
+void attend(const C* keys, const C* values, int64_t stride, int64_t length, int64_t width, const float* q, float scale,
+            float* scores, float* y) {
+    float high = -INFINITY;
+    for (int64_t j = 0; j < length; j++) {
+        vec sum = {};
+        int64_t i = 0;
+        for (; i + LANES <= width; i += LANES) sum += load(q + i) * load(keys + j * stride + i);
+        float rest = total(sum);
+        for (; i < width; i++) rest += q[i] * to_float(keys[j * stride + i]);
+        scores[j] = rest * scale;
+        high = std::max(high, scores[j]);
+    }
+    float sum = 0;
+    for (int64_t j = 0; j < length; j++) sum += scores[j] = std::exp(scores[j] - high);
+    std::fill(y, y + width, 0.0f);
+    for (int64_t j = 0; j < length; j++) {
+        const float p = scores[j] / sum;
+        int64_t i = 0;
+        for (; i + LANES <= width; i += LANES) store(y + i, load(y + i) + p * load(values + j * stride + i));
+        for (; i < width; i++) y[i] += p * to_float(values[j * stride + i]);
+    }
+}
+
+template <class C>
+void decode_step(const DecodeModel& model, int64_t batch, const int64_t* ids, const int64_t* lengths, float* logits, int threads) {
+    const int64_t d = model.dim, hd = model.head_dim, half = hd / 2;
+    const int64_t wide = model.heads * hd, narrow = model.kv_heads * hd, entry = 2 * narrow, row = wide + entry;
+    int64_t longest = 0, widest = d, most = 0;
+    for (int64_t b = 0; b < batch; b++) longest = std::max(longest, lengths[b] + 1);
+    for (int64_t i = 0; i < model.layers; i++) {
+        const DecodeLayer& l = model.layer[i];
+        widest = std::max(widest, std::max(2 * l.dense.ff * batch, 2 * l.ff * l.chosen * batch));
+        most = std::max(most, l.experts);
+    }
+    std::vector<float> x(batch * d), n(batch * d), qkv(batch * row), y(batch * wide), hidden(widest), routed(widest);
+    std::vector<float> affinity(batch * (most + 1)), scores(threads * longest);
+    std::vector<Choice> choices;
+    std::vector<int64_t> starts;  // where each visited expert's choices begin
+    std::vector<float> inputs, weights;
+#pragma omp parallel num_threads(threads)
+    {
+#ifdef _OPENMP
+        const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+#else
+        const int64_t me = 0, all = 1;
+#endif
+        auto part = [&](int64_t rows, int64_t who) { return std::min(rows, (rows * who / all + 3) / 4 * 4); };
+        std::vector<float> out(batch * d);
+#pragma omp single
+        for (int64_t b = 0; b < batch; b++)
+            for (int64_t i = 0; i < d; i++)
+                x[b * d + i] = model.embedding.bf16 ? to_float(((const bf16*)model.embedding.data)[ids[b] * d + i])
+                                                    : ((const float*)model.embedding.data)[ids[b] * d + i];
+        for (int64_t at = 0; at < model.layers; at++) {
+            const DecodeLayer& l = model.layer[at];
+#pragma omp single
+            normed(x.data(), l.attention_norm, model.eps, d, batch, n.data());
+            rows_of(l.q, 0, part(wide, me), part(wide, me + 1), d, n.data(), d, batch, qkv.data(), row);
+            rows_of(l.k, 0, part(narrow, me), part(narrow, me + 1), d, n.data(), d, batch, qkv.data() + wide, row);
+            rows_of(l.v, 0, part(narrow, me), part(narrow, me + 1), d, n.data(), d, batch, qkv.data() + wide + narrow, row);
+#pragma omp barrier
+#pragma omp for schedule(static)
+            for (int64_t job = 0; job < batch * (model.heads + model.kv_heads); job++) {  // rotate, and keep
+                const int64_t b = job / (model.heads + model.kv_heads), h = job % (model.heads + model.kv_heads);
+                float* head = qkv.data() + b * row + h * hd;
+                const float *cos = model.cos + lengths[b] * half, *sin = model.sin + lengths[b] * half;
+                for (int64_t i = 0; i < half; i++) {
+                    const float p = head[i], q = head[i + half];
+                    head[i] = p * cos[i] - q * sin[i];
+                    head[i + half] = q * cos[i] + p * sin[i];
+                }
+                if (h < model.heads) continue;
+                C* kept = (C*)l.cache + (b * model.cache_length + lengths[b]) * entry + (h - model.heads) * hd;
+                for (int64_t i = 0; i < hd; i++) {
+                    assign(kept[i], head[i]);
+                    assign(kept[narrow + i], head[narrow + i]);
+                }
+            }
+#pragma omp for schedule(static)
+            for (int64_t job = 0; job < batch * model.heads; job++) {
+                const int64_t b = job / model.heads, h = job % model.heads;
+                const C* keys = (const C*)l.cache + b * model.cache_length * entry + h * model.kv_heads / model.heads * hd;
+                attend(keys, keys + narrow, entry, lengths[b] + 1, hd, qkv.data() + b * row + h * hd, model.softmax_scale,
+                       scores.data() + me * longest, y.data() + b * wide + h * hd);
+            }
+            const int64_t first = part(d, me), last = part(d, me + 1);
+            rows_of(l.o, 0, first, last, wide, y.data(), wide, batch, out.data(), d);
+            for (int64_t b = 0; b < batch; b++)
+                for (int64_t i = first; i < last; i++) x[b * d + i] += out[b * d + i];
+#pragma omp barrier
+#pragma omp single
+            normed(x.data(), l.ffn_norm, model.eps, d, batch, n.data());
+            if (l.experts) {
+                const Matrix router{l.router, 0};
+                rows_of(router, 0, part(l.experts, me), part(l.experts, me + 1), d, n.data(), d, batch, affinity.data(), l.experts);
+#pragma omp barrier
+#pragma omp single
+                {
+                    choices.clear();
+                    for (int64_t b = 0; b < batch; b++) choose(l, affinity.data() + b * l.experts, b, choices);
+                    std::stable_sort(choices.begin(), choices.end(), [](const Choice& a, const Choice& b) { return a.expert < b.expert; });
+                    starts.clear();
+                    for (size_t i = 0; i < choices.size(); i++)
+                        if (!i || choices[i].expert != choices[i - 1].expert) starts.push_back(i);
+                    starts.push_back(choices.size());
+                    inputs.resize(choices.size() * d);
+                    for (size_t i = 0; i < choices.size(); i++)
+                        std::copy_n(n.data() + choices[i].token * d, d, inputs.data() + i * d);
+                }
+                const int64_t f = l.ff, begin = part(f, me), end = part(f, me + 1);
+                for (size_t s = 0; s + 1 < starts.size(); s++) {
+                    const int64_t c = starts[s], count = starts[s + 1] - c, expert = choices[c].expert;
+                    float* h = routed.data() + c * 2 * f;
+                    rows_of(l.gate_up, expert * 2 * f, begin, end, d, inputs.data() + c * d, d, count, h, 2 * f);
+                    rows_of(l.gate_up, expert * 2 * f + f, begin, end, d, inputs.data() + c * d, d, count, h + f, 2 * f);
+                    for (int64_t m = 0; m < count; m++) swiglu(h + m * 2 * f + begin, f, end - begin);
+                }
+            }
+            const int64_t f = l.dense.ff, begin = part(f, me), end = part(f, me + 1);
+            if (f) {
+                rows_of(l.dense.gate, 0, begin, end, d, n.data(), d, batch, hidden.data(), 2 * f);
+                rows_of(l.dense.up, 0, begin, end, d, n.data(), d, batch, hidden.data() + f, 2 * f);
+                for (int64_t b = 0; b < batch; b++) swiglu(hidden.data() + b * 2 * f + begin, f, end - begin);
+            }
+#pragma omp barrier
+            if (f) {
+                rows_of(l.dense.down, 0, first, last, f, hidden.data(), 2 * f, batch, out.data(), d);
+                for (int64_t b = 0; b < batch; b++)
+                    for (int64_t i = first; i < last; i++) x[b * d + i] += out[b * d + i];
+            }
+            for (size_t s = 0; l.experts && s + 1 < starts.size(); s++) {
+                const int64_t c = starts[s], count = starts[s + 1] - c;
+                rows_of(l.down, choices[c].expert * d, first, last, l.ff, routed.data() + c * 2 * l.ff, 2 * l.ff, count, out.data(), d);
+                for (int64_t m = 0; m < count; m++)
+                    for (int64_t i = first; i < last; i++)
+                        x[choices[c + m].token * d + i] += choices[c + m].weight * out[m * d + i];
+            }
+#pragma omp barrier
+        }
+#pragma omp single
+        normed(x.data(), model.norm, model.eps, d, batch, n.data());
+        rows_of(model.head, 0, part(model.vocab, me), part(model.vocab, me + 1), d, n.data(), d, batch, logits, model.vocab);
+    }
+}
+
+}  // namespace

@@ -1,0 +1,141 @@
+"""One decoding step of a whole model in one call of the native library."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moekit.ops.kernels.build import native
+
+_LONG, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+NAMES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class Routed(NamedTuple):
+    """The routed experts of a layer and what chooses them; the settings are `ops.routing.route`'s."""
+
+    gate_up: Float[Tensor, "experts ff2 dim"]
+    down: Float[Tensor, "experts dim ff"]
+    router: Float[Tensor, "experts dim"]
+    bias: Float[Tensor, " experts"] | None
+    k: int
+    n_group: int
+    topk_group: int
+    group_best: int
+    sigmoid: bool
+    normalise: bool
+    scale: float
+
+
+class Layer(NamedTuple):
+    """One block: multi-head attention, a dense or shared FFN, routed experts. Matrices are (out, in)."""
+
+    norms: tuple[Tensor, Tensor]
+    attention: tuple[Tensor, Tensor, Tensor, Tensor]
+    """q, k, v, o."""
+    ffn: tuple[Tensor, Tensor, Tensor] | None
+    """gate, up, down."""
+    routed: Routed | None
+    cache: Float[Tensor, "batch keys width"]
+
+
+class Decoder:
+    """Holds the addresses of a model's weights and of a cache, both of which must stay where they are."""
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        *,
+        embedding: Float[Tensor, "vocab dim"],
+        head: Float[Tensor, "vocab dim"],
+        norm: Float[Tensor, " dim"],
+        eps: float,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        softmax_scale: float,
+        cos: Float[Tensor, "positions half"],
+        sin: Float[Tensor, "positions half"],
+    ) -> None:
+        self._kept: list[Any] = []
+        self.vocab, dim = embedding.shape
+        cache = layers[0].cache
+        described = (_Layer * len(layers))(*map(self._layer, layers))
+        self._model = _Model(
+            *(len(layers), dim, self.vocab, heads, kv_heads, head_dim, cache.shape[1], NAMES[cache.dtype]),
+            *(eps, softmax_scale, ctypes.cast(described, _POINTER)),
+            *(self._matrix(embedding), self._matrix(head)),
+            *(self._floats(norm), self._floats(cos), self._floats(sin)),
+        )
+        self._kept += [described, layers]
+
+    def step(self, ids: Int[Tensor, " batch"], lengths: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
+        """Returns the logits in float32 after one more token of each sequence, written to the cache at `lengths`."""
+        library = native().library
+        assert library is not None
+        ids, lengths = ids.contiguous(), lengths.contiguous()
+        logits = torch.empty(len(ids), self.vocab)
+        addresses = (ids.data_ptr(), lengths.data_ptr(), logits.data_ptr())
+        library.moekit_decode(ctypes.byref(self._model), len(ids), *addresses, torch.get_num_threads())
+        return logits
+
+    def _layer(self, layer: Layer) -> "_Layer":
+        norms = [self._floats(norm) for norm in layer.norms]
+        attention = [self._matrix(matrix) for matrix in layer.attention]
+        ffn = [self._matrix(matrix) for matrix in layer.ffn] if layer.ffn else [_Matrix()] * 3
+        dense = _FFN(*ffn, layer.ffn[0].shape[0] if layer.ffn else 0)
+        routed = layer.routed
+        described = _Layer(*norms, *attention, layer.cache.data_ptr(), dense)
+        if routed is not None:
+            described.gate_up, described.down = self._matrix(routed.gate_up), self._matrix(routed.down)
+            described.router = self._floats(routed.router)
+            described.bias = None if routed.bias is None else self._floats(routed.bias)
+            described.experts, described.ff = len(routed.down), routed.down.shape[2]
+            described.chosen, described.groups, described.chosen_groups = routed.k, routed.n_group, routed.topk_group
+            described.group_best, described.sigmoid = routed.group_best, routed.sigmoid
+            described.normalise, described.scale = routed.normalise, routed.scale
+        return described
+
+    def _matrix(self, matrix: Tensor) -> "_Matrix":
+        self._kept.append(matrix := matrix.detach().contiguous())
+        return _Matrix(matrix.data_ptr(), NAMES[matrix.dtype])
+
+    def _floats(self, values: Tensor) -> int:
+        self._kept.append(values := values.detach().float().contiguous())
+        return values.data_ptr()
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (("data", _POINTER), ("bf16", _LONG))
+
+
+class _FFN(ctypes.Structure):
+    _fields_ = (("gate", _Matrix), ("up", _Matrix), ("down", _Matrix), ("ff", _LONG))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("attention_norm", "ffn_norm")),
+        *((name, _Matrix) for name in ("q", "k", "v", "o")),
+        ("cache", _POINTER),
+        ("dense", _FFN),
+        *((name, _Matrix) for name in ("gate_up", "down")),
+        *((name, _POINTER) for name in ("router", "bias")),
+        *((name, _LONG) for name in ("experts", "ff", "chosen", "groups", "chosen_groups", "group_best")),
+        *((name, _LONG) for name in ("sigmoid", "normalise")),
+        ("scale", _FLOAT),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        *((name, _LONG) for name in ("layers", "dim", "vocab", "heads", "kv_heads", "head_dim")),
+        *((name, _LONG) for name in ("cache_length", "cache_bf16")),
+        *((name, _FLOAT) for name in ("eps", "softmax_scale")),
+        ("layer", _POINTER),
+        *((name, _Matrix) for name in ("embedding", "head")),
+        *((name, _POINTER) for name in ("norm", "cos", "sin")),
+    )

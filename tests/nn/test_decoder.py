@@ -1,0 +1,104 @@
+"""The native decoding step equals the model's own forward, whatever the model of the kinds that it knows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import moekit
+from moekit.config import ModelConfig
+from moekit.nn.cache import KVCache
+from moekit.nn.decoder import decoder
+from moekit.nn.model import Model
+from moekit.ops.decode import unavailable
+
+if reason := unavailable([]):
+    pytest.skip(reason, allow_module_level=True)
+
+YARN = {"factor": 4, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 0.8}
+V3: dict[str, Any] = {
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "bias_update_speed": 0.01,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "grouped queries": {},
+    "dense, tied": {"ffn": {"kind": "dense"}, "tie_word_embeddings": True},
+    "a dense layer first": {"ffn": {"first_k_dense_replace": 1, "intermediate_size": 22}},
+    "no shared expert, renormalised": {"ffn": {"n_shared_experts": 0, "norm_topk_prob": True}},
+    "one group of two": {"ffn": {"n_routed_experts": 8, "topk_method": "group_limited_greedy", "n_group": 2}},
+    "V3's router": {"ffn": {**V3, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}},
+    "YaRN": {"attention": {"rope": {"yarn": YARN}}},
+    "every expert": {"ffn": {"num_experts_per_tok": 7}},
+}
+
+
+def steps(model: Model, native: bool, batch: int = 3, new: int = 5) -> torch.Tensor:
+    """Returns the logits of `new` steps after prompts of different lengths."""
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randint(0, model.config.vocab_size, (batch, 4), generator=generator)
+    lengths = torch.arange(batch) % 4 + 1
+    cache = KVCache(model.config, batch, 12, dtype=model.embed_tokens.weight.dtype)
+    out = []
+    with torch.no_grad():
+        model(prompt, cache=cache, padding_mask=torch.arange(4) < lengths.unsqueeze(1))
+        step = decoder(model, cache)
+        assert step is not None
+        for _ in range(new):
+            ids = torch.randint(0, model.config.vocab_size, (batch,), generator=generator)
+            if native:
+                out.append(step.step(ids, cache.lengths))
+                cache.advance(torch.ones_like(cache.lengths), 1)
+            else:
+                out.append(model(ids.unsqueeze(1), cache=cache).logits[:, 0])
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 9])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+def test_a_native_step_equals_the_models(
+    tiny_config: Callable[..., ModelConfig], kind: dict[str, Any], batch: int
+) -> None:
+    model = Model(tiny_config(**kind)).eval()
+    for layer in model.moe_layers:
+        if layer.router.expert_bias is not None:
+            layer.router.expert_bias.uniform_(-0.1, 0.1)
+    slow, fast = steps(model, native=False, batch=batch), steps(model, native=True, batch=batch)
+    assert (fast - slow).abs().max() < 1e-5 * slow.abs().max()  # measured 1e-6
+
+
+def test_in_bfloat16_it_is_no_further_from_float32_than_the_model_is(tiny_config: Callable[..., ModelConfig]) -> None:
+    model = Model(tiny_config()).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    exact = steps(model, native=False)
+    model.bfloat16()
+    slow, fast = ((steps(model, native).float() - exact).abs().mean() for native in (False, True))
+    assert fast < 1.2 * slow  # measured 0.5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generation_gives_the_same_text_with_and_without(
+    tiny_config: Callable[..., ModelConfig], temperature: float
+) -> None:
+    model = Model(tiny_config()).eval()
+    ids = torch.randint(0, model.config.vocab_size, (2, 5))
+    fast = moekit.generate(model, ids, 12, temperature, seed=3)
+    model.set_experts_backend("torch")
+    assert torch.equal(fast, moekit.generate(model, ids, 12, temperature, seed=3))
+
+
+@pytest.mark.parametrize(
+    "kind", [{"attention": {"kind": "mla"}}, {"ffn": {"topk_method": "hash", "hash_method": "random"}}]
+)
+def test_other_models_take_the_step_themselves(tiny_config: Callable[..., ModelConfig], kind: dict[str, Any]) -> None:
+    model = Model(tiny_config(**kind)).eval()
+    assert decoder(model, KVCache(model.config, 1, 8)) is None
+
+
+def test_float64_is_not_for_it(tiny_config: Callable[..., ModelConfig]) -> None:
+    model = Model(tiny_config()).double().eval()
+    assert decoder(model, KVCache(model.config, 1, 8, dtype=torch.float64)) is None
