@@ -33,8 +33,8 @@ SIGNATURES: dict[str, list[type]] = {
         _POINTER,
     ],
     "moekit_cross_entropy": [_INT, _LONG, _LONG, *[_POINTER] * 3, _INT, _INT],
-    "moekit_norm": [_LONG, _LONG, _POINTER, _POINTER, ctypes.c_float, _POINTER, _POINTER, _INT],
-    "moekit_norm_backward": [_LONG, _LONG, *[_POINTER] * 6, _LONG, _INT],
+    "moekit_norm": [_INT, _LONG, _LONG, _POINTER, _POINTER, ctypes.c_float, _POINTER, _POINTER, _INT],
+    "moekit_norm_backward": [_INT, _LONG, _LONG, *[_POINTER] * 6, _LONG, _INT],
     "moekit_decode": [_POINTER, _LONG, *[_POINTER] * 3, _INT],
     "moekit_combine": [_INT, *[_LONG] * 3, *[_POINTER] * 3, _LONG, _POINTER, _INT],
 }

@@ -84,7 +84,7 @@ def cross_entropy_(
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def rms_norm(x: Float[Tensor, "*batch dim"], weight: Float[Tensor, " dim"], eps: float) -> Float[Tensor, "*batch dim"]:
-    """Returns x / rms(x) * weight in float32."""
+    """Returns x / rms(x) * weight in x's dtype, computed in float32."""
     y: Tensor = _Norm.apply(x, weight, eps)
     return y
 
@@ -95,11 +95,9 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        library, x = native().library, x.contiguous()
-        assert library is not None
-        y, scales = torch.empty_like(x), torch.empty(x.shape[:-1])
-        rows = x.numel() // len(weight)
-        library.moekit_norm(rows, len(weight), _at(x), _at(weight), eps, _at(y), _at(scales), torch.get_num_threads())
+        x, scales, by = x.contiguous(), torch.empty(x.shape[:-1]), weight.float()
+        y = torch.empty_like(x)
+        _call_norm("moekit_norm", x, _at(by), eps, _at(y), _at(scales))
         ctx.save_for_backward(x, weight, scales)
         return y
 
@@ -107,17 +105,18 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scales = ctx.saved_tensors
-        library, dy = native().library, dy.contiguous()
-        assert library is not None
-        dx, parts = torch.empty_like(x), torch.empty(_Norm.PARTS, len(weight))
-        library.moekit_norm_backward(
-            x.numel() // len(weight),
-            len(weight),
-            *map(_at, (x, weight, scales, dy, dx, parts)),
-            len(parts),
-            torch.get_num_threads(),
-        )
-        return dx, parts.sum(0), None
+        dy, dx, by = dy.contiguous(), torch.empty_like(x), weight.float()
+        parts = torch.empty(_Norm.PARTS, len(weight))
+        _call_norm("moekit_norm_backward", x, *map(_at, (by, scales, dy, dx, parts)), len(parts))
+        return dx, parts.sum(0).to(weight.dtype), None
+
+
+def _call_norm(name: str, x: Tensor, *arguments: Any) -> None:
+    dim = x.shape[-1]
+    rows = x.numel() // dim
+    getattr(native().library, name)(
+        int(x.dtype == torch.bfloat16), rows, dim, _at(x), *arguments, torch.get_num_threads()
+    )
 
 
 class _Experts(torch.autograd.Function):

@@ -82,14 +82,20 @@ EXPORT void moekit_cross_entropy(int bf16_logits, int64_t rows, int64_t vocab, v
         cross_entropy(rows, vocab, (float*)logits, targets, losses, differentiate, threads);
 }
 
-EXPORT void moekit_norm(int64_t rows, int64_t dim, const float* x, const float* weight, float eps, float* y, float* scales,
-                        int threads) {
-    norm(rows, dim, x, weight, eps, y, scales, threads);
+EXPORT void moekit_norm(int rows_bf16, int64_t rows, int64_t dim, const void* x, const float* weight, float eps, void* y,
+                        float* scales, int threads) {
+    if (rows_bf16)
+        norm(rows, dim, (const bf16*)x, weight, eps, (bf16*)y, scales, threads);
+    else
+        norm(rows, dim, (const float*)x, weight, eps, (float*)y, scales, threads);
 }
 
-EXPORT void moekit_norm_backward(int64_t rows, int64_t dim, const float* x, const float* weight, const float* scales,
-                                 const float* dy, float* dx, float* d_weights, int64_t parts, int threads) {
-    norm_backward(rows, dim, x, weight, scales, dy, dx, d_weights, parts, threads);
+EXPORT void moekit_norm_backward(int rows_bf16, int64_t rows, int64_t dim, const void* x, const float* weight,
+                                 const float* scales, const void* dy, void* dx, float* d_weights, int64_t parts, int threads) {
+    if (rows_bf16)
+        norm_backward(rows, dim, (const bf16*)x, weight, scales, (const bf16*)dy, (bf16*)dx, d_weights, parts, threads);
+    else
+        norm_backward(rows, dim, (const float*)x, weight, scales, (const float*)dy, (float*)dx, d_weights, parts, threads);
 }
 
 EXPORT void moekit_decode(const DecodeModel* model, int64_t batch, const int64_t* ids, const int64_t* lengths, float* logits,

@@ -46,30 +46,32 @@ void cross_entropy(int64_t rows, int64_t vocab, T* logits, const int64_t* target
 }
 
 // y = x / rms(x) * weight; scales (rows) gets 1 / rms(x).
-void norm(int64_t rows, int64_t dim, const float* x, const float* weight, float eps, float* y, float* scales, int threads) {
+template <class T>
+void norm(int64_t rows, int64_t dim, const T* x, const float* weight, float eps, T* y, float* scales, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < rows; r++) {
-        const float* a = x + r * dim;
+        const T* a = x + r * dim;
         const int64_t whole = dim / LANES * LANES;
         vec sums = {};
         for (int64_t i = 0; i < whole; i += LANES) sums += load(a + i) * load(a + i);
         float sum = total(sums);
-        for (int64_t i = whole; i < dim; i++) sum += a[i] * a[i];
+        for (int64_t i = whole; i < dim; i++) sum += to_float(a[i]) * to_float(a[i]);
         const float scale = scales[r] = 1 / std::sqrt(sum / dim + eps);
         for (int64_t i = 0; i < whole; i += LANES) store(y + r * dim + i, load(a + i) * scale * load(weight + i));
-        for (int64_t i = whole; i < dim; i++) y[r * dim + i] = a[i] * scale * weight[i];
+        for (int64_t i = whole; i < dim; i++) assign(y[r * dim + i], to_float(a[i]) * scale * weight[i]);
     }
 }
 
 // dx, and d_weight summed over fixed parts of the rows, `parts` of them, one row of d_weights each.
-void norm_backward(int64_t rows, int64_t dim, const float* x, const float* weight, const float* scales, const float* dy,
-                   float* dx, float* d_weights, int64_t parts, int threads) {
+template <class T>
+void norm_backward(int64_t rows, int64_t dim, const T* x, const float* weight, const float* scales, const T* dy, T* dx,
+                   float* d_weights, int64_t parts, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t p = 0; p < parts; p++) {
         float* dw = d_weights + p * dim;
         std::fill(dw, dw + dim, 0.0f);
         for (int64_t r = rows * p / parts; r < rows * (p + 1) / parts; r++) {
-            const float *a = x + r * dim, *b = dy + r * dim;
+            const T *a = x + r * dim, *b = dy + r * dim;
             const int64_t whole = dim / LANES * LANES;
             const float scale = scales[r];
             vec sums = {};
@@ -80,13 +82,15 @@ void norm_backward(int64_t rows, int64_t dim, const float* x, const float* weigh
             }
             float sum = total(sums);
             for (int64_t i = whole; i < dim; i++) {
-                sum += b[i] * weight[i] * a[i] * scale;
-                dw[i] += b[i] * a[i] * scale;
+                const float g = to_float(b[i]), n = to_float(a[i]) * scale;
+                sum += g * weight[i] * n;
+                dw[i] += g * n;
             }
             const float mean = sum / dim * scale;
             for (int64_t i = 0; i < whole; i += LANES)
                 store(dx + r * dim + i, load(b + i) * load(weight + i) * scale - load(a + i) * scale * mean);
-            for (int64_t i = whole; i < dim; i++) dx[r * dim + i] = b[i] * weight[i] * scale - a[i] * scale * mean;
+            for (int64_t i = whole; i < dim; i++)
+                assign(dx[r * dim + i], to_float(b[i]) * weight[i] * scale - to_float(a[i]) * scale * mean);
         }
     }
 }
