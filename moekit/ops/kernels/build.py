@@ -20,8 +20,9 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "cpu" / "native.cpp"
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno")
-VARIANTS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ())
-"""Tried in turn: not every compiler knows the machine by the same name, and some have no OpenMP (one thread, then)."""
+VARIANTS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",))
+"""Tried in turn: not every compiler knows the machine by the same name. Without OpenMP one thread would have to beat
+torch's many, so such a compiler (Apple's) is none."""
 
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 SIGNATURES: dict[str, list[type]] = {
