@@ -133,6 +133,7 @@ def test_every_verb_has_an_example_in_its_help(verb: str, capsys: pytest.Capture
         ("train tiny-dense --data d --data.path e --out r", "--data and --data.path are both given"),
         ("train tiny-dense --data d --out r --stepps 3", "unknown option --stepps (did you mean steps?)"),
         ("train tiny-dense --data d --out r --optimizer.kind muon", "kind is muon but model.ffn.kind is dense"),
+        ("train tiny-dense --data d --out r --backend torch", "backend is torch but model.ffn.kind is dense"),
         ("prepare a --out d --valid v --valid-fraction 0.1", "valid_fraction is 0.1 but validation text is given"),
         ("prepare a --out d --tokenizer t --vocab-size 300", "vocab_size is 300 but a tokenizer is given"),
         ("train tiny-dense --data d --out r --grad-clip -1", "grad_clip is -1 but must be greater than 0"),

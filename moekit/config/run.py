@@ -125,4 +125,6 @@ class RunConfig(Strict):
             raise ValueError(f"schedule.warmup_steps is {warmup} but steps is {self.steps}, which must not be less")
         if isinstance(self.optimizer, MuonConfig) and self.model.ffn.kind == "dense":
             raise ValueError("optimizer.kind is muon but model.ffn.kind is dense, which has no experts; use adamw")
+        if self.backend != "auto" and self.model.ffn.kind == "dense":
+            raise ValueError(f"backend is {self.backend} but model.ffn.kind is dense, which has no experts; use auto")
         return self
