@@ -1,15 +1,15 @@
-"""Multi-head and grouped-query attention, and what MLA shares with it."""
+"""Multi-head and grouped-query attention."""
 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moekit.config import MHAConfig
 from moekit.nn.cache import KVCache
 from moekit.nn.rope import Rotation, rotate, softmax_scale
+from moekit.ops.attention import Seen, attend
 from moekit.ops.autocast import cast_once
 
 
@@ -18,33 +18,8 @@ class Context(NamedTuple):
 
     rotation: Rotation
     positions: Int[Tensor, "batch length"]
-    mask: Bool[Tensor, "batch 1 length keys"] | None
-    """Who may look at whom; None: plainly causal."""
+    seen: Seen
     cache: KVCache | None
-
-
-def attention_mask(
-    positions: Int[Tensor, "batch length"], keys: int, document_ids: Int[Tensor, "batch length"] | None
-) -> Bool[Tensor, "batch 1 length keys"]:
-    """Returns true where a query may look: not ahead of its position, and in its own document if ids are given."""
-    seen = positions.unsqueeze(-1) >= torch.arange(keys, device=positions.device)
-    if document_ids is not None:
-        seen = seen & (document_ids.unsqueeze(-1) == document_ids.unsqueeze(-2))
-    return seen.unsqueeze(1)
-
-
-def attend(
-    q: Float[Tensor, "batch length heads head_dim"],
-    k: Float[Tensor, "batch keys kv_heads head_dim"],
-    v: Float[Tensor, "batch keys kv_heads value_dim"],
-    mask: Bool[Tensor, "batch 1 length keys"] | None,
-    scale: float,
-) -> Float[Tensor, "batch length heads value_dim"]:
-    """Returns softmax attention; causal when there is no mask."""
-    grouped = q.shape[2] != k.shape[2]
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
-    return y.transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -70,5 +45,5 @@ class Attention(nn.Module):
             new = torch.cat((k, v), dim=2).flatten(2)
             kept = context.cache.extend(self.layer, new, context.positions).to(q.dtype).unflatten(-1, split)
             k, v = kept.chunk(2, dim=2)
-        y: Tensor = self.o_proj(attend(q, k, v, context.mask, self.scale).flatten(2))
+        y: Tensor = self.o_proj(attend(q, k, v, context.seen, self.scale).flatten(2))
         return y

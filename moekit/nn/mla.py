@@ -5,9 +5,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moekit.config import MLAConfig
-from moekit.nn.attention import Context, attend
+from moekit.nn.attention import Context
 from moekit.nn.norm import RMSNorm
 from moekit.nn.rope import rotate, softmax_scale
+from moekit.ops.attention import attend
 from moekit.ops.autocast import cast_once
 
 
@@ -48,7 +49,7 @@ class MLA(nn.Module):
             kv = self.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))
             k_nope, v = kv.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
             k = torch.cat((k_nope, k_rope.expand(-1, -1, config.num_attention_heads, -1)), dim=-1)
-            y = attend(torch.cat((q_nope, q_rope), dim=-1), k, v, context.mask, self.scale)
+            y = attend(torch.cat((q_nope, q_rope), dim=-1), k, v, context.seen, self.scale)
         else:
             new = torch.cat((latent, k_rope.squeeze(2).to(latent.dtype)), dim=-1)
             kept = context.cache.extend(self.layer, new, context.positions).to(q.dtype).unsqueeze(2)
@@ -56,7 +57,7 @@ class MLA(nn.Module):
             k_up, v_up = up.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
             q_latent = torch.einsum("blhn,hnc->blhc", q_nope, k_up)
             y = attend(
-                torch.cat((q_latent, q_rope), dim=-1), kept, kept[..., : config.kv_lora_rank], context.mask, self.scale
+                torch.cat((q_latent, q_rope), dim=-1), kept, kept[..., : config.kv_lora_rank], context.seen, self.scale
             )
             y = torch.einsum("blhc,hvc->blhv", y, v_up)
         out: Tensor = self.o_proj(y.flatten(2))

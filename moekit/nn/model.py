@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moekit.config import MHAConfig, ModelConfig, MoEConfig
 from moekit.errors import ConfigError
-from moekit.nn.attention import Attention, Context, attention_mask
+from moekit.nn.attention import Attention, Context
 from moekit.nn.cache import KVCache
 from moekit.nn.ffn import SwiGLU
 from moekit.nn.mla import MLA
@@ -18,6 +18,7 @@ from moekit.nn.moe import MoE
 from moekit.nn.norm import RMSNorm
 from moekit.nn.rope import rotation
 from moekit.nn.router import HashRouter, Router, RouterContext
+from moekit.ops.attention import seen
 from moekit.ops.balance import LoadSums, updated_bias
 from moekit.ops.loss import IGNORED, TokenLoss, linear_cross_entropy
 from moekit.ops.routing import Routing, balanced_hash_table
@@ -178,11 +179,10 @@ class Model(nn.Module):
             positions = torch.arange(length, device=input_ids.device).expand(batch, length)
         else:
             positions = cache.positions(batch, length)
-        plain = reached == length and document_ids is None
-        mask = None if plain else attention_mask(positions, reached, document_ids)
         attention = self.config.attention
         width = attention.head_dim if isinstance(attention, MHAConfig) else attention.qk_rope_head_dim
-        return Context(rotation(attention.rope, width, positions), positions, mask, cache)
+        visible = seen(positions, reached, document_ids)
+        return Context(rotation(attention.rope, width, positions), positions, visible, cache)
 
     @property
     def moe_layers(self) -> list[MoE]:

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moekit.config import RopeConfig
+from moekit.ops.kernels import attention as native
 
 
 class Rotation(NamedTuple):
@@ -66,6 +67,9 @@ def rotate(
 
     Pairs are (2i, 2i + 1) when interleaved (DeepSeek-V2's MLA) and (i, i + rope/2) otherwise (the V1 models).
     """
+    if rotation.cos.dtype == torch.float32 and native.unavailable(x) is None:
+        y: Tensor = native.rotate(x, rotation.cos, rotation.sin, interleaved)
+        return y
     cos, sin = rotation.cos.unsqueeze(2).to(x.dtype), rotation.sin.unsqueeze(2).to(x.dtype)
     if interleaved:
         a, b = x[..., 0::2], x[..., 1::2]

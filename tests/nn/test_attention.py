@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from moekit.config import MHAConfig
-from moekit.nn.attention import Attention, Context, attend, attention_mask
+from moekit.nn.attention import Attention, Context
 from moekit.nn.rope import Rotation, inverse_frequencies
 from moekit.ops import reference
+from moekit.ops.attention import Seen, attention_mask
 
 TIGHT = {"rtol": 0, "atol": 1e-11}
 DOCUMENTS = [[0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 1]]
@@ -52,30 +53,15 @@ def test_attention_equals_the_reference_with_every_gradient(
         inverse_frequencies(config.rope, 6), dtype=torch.float64, device=device
     )
     ids = torch.tensor(DOCUMENTS, device=device)
-    mask = attention_mask(positions, 7, ids) if documents else None
+    visible = Seen(mask=attention_mask(positions, 7, ids)) if documents else Seen()
     allowed: list[Tensor | None] = [row[:, None] == row[None, :] for row in ids] if documents else [None, None]
 
-    y = attention(x, Context(Rotation(angles.cos(), angles.sin()), positions, mask, None))
+    y = attention(x, Context(Rotation(angles.cos(), angles.sin()), positions, visible, None))
     expected = slow(attention, x, allowed)
     torch.testing.assert_close(y, expected, **TIGHT)
     probe, leaves = torch.randn_like(y), (x, *attention.parameters())
     ours, theirs = torch.autograd.grad(y, leaves, probe), torch.autograd.grad(expected, leaves, probe)
     torch.testing.assert_close(ours, theirs, **TIGHT)
-
-
-def test_attend_takes_values_of_another_width_than_keys(device: torch.device) -> None:
-    q, k = torch.randn(2, 1, 5, 3, 6, dtype=torch.float64, device=device)
-    v = torch.randn(1, 5, 3, 4, dtype=torch.float64, device=device)
-    y = attend(q, k, v, None, 0.3)
-    torch.testing.assert_close(y[0], reference.attention(q[0], k[0], v[0], 0.3), **TIGHT)
-
-
-def test_mask_lets_a_query_see_its_past_in_its_document_only(device: torch.device) -> None:
-    positions = torch.arange(4, device=device).unsqueeze(0)
-    mask = attention_mask(positions, 4, torch.tensor([[5, 5, 6, 6]], device=device))
-    assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    later = attention_mask(torch.tensor([[2], [0]], device=device), 4, None)
-    assert later[:, 0, 0].int().tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
 
 
 def test_grouped_heads_equal_full_heads_with_repeated_keys_and_values(
@@ -92,5 +78,5 @@ def test_grouped_heads_equal_full_heads_with_repeated_keys_and_values(
     x = torch.randn(1, 5, 10, dtype=torch.float64, device=device)
     positions = torch.arange(5, device=device).unsqueeze(0)
     angles = positions.unsqueeze(-1) * torch.ones(3, dtype=torch.float64, device=device)
-    context = Context(Rotation(angles.cos(), angles.sin()), positions, None, None)
+    context = Context(Rotation(angles.cos(), angles.sin()), positions, Seen(), None)
     torch.testing.assert_close(grouped(x, context), full(x, context), **TIGHT)

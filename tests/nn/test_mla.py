@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from moekit.config import MLAConfig, ModelConfig, RopeConfig, YarnConfig
-from moekit.nn.attention import Context, attention_mask
+from moekit.nn.attention import Context
 from moekit.nn.cache import KVCache
 from moekit.nn.mla import MLA
 from moekit.nn.rope import Rotation, inverse_frequencies, magnitude
 from moekit.ops import reference
+from moekit.ops.attention import Seen, seen
 
 TIGHT = {"rtol": 0, "atol": 1e-11}
 YARN = YarnConfig(factor=8.0, original_max_position_embeddings=16, mscale=0.707, mscale_all_dim=0.707)
@@ -36,7 +37,7 @@ def context(mla: MLA, length: int, device: torch.device) -> Context:
     positions = torch.arange(length, device=device).unsqueeze(0)
     frequencies = torch.tensor(inverse_frequencies(mla.config.rope, 4), dtype=torch.float64, device=device)
     angles = positions.double().unsqueeze(-1) * frequencies
-    return Context(Rotation(angles.cos(), angles.sin()), positions, None, None)
+    return Context(Rotation(angles.cos(), angles.sin()), positions, Seen(), None)
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -107,8 +108,7 @@ def test_absorbed_attention_on_the_latent_equals_expanded(
         span = slice(start, start + size)
         turn = Rotation(whole.rotation.cos[:, span], whole.rotation.sin[:, span])
         positions = cache.positions(1, size)
-        mask = attention_mask(positions, start + size, None)
-        parts.append(mla(x[:, span], Context(turn, positions, mask, cache)))
+        parts.append(mla(x[:, span], Context(turn, positions, seen(positions, start + size), cache)))
         cache.advance(torch.full_like(cache.lengths, size), size)
         start += size
     torch.testing.assert_close(torch.cat(parts, 1), expected, **TIGHT)

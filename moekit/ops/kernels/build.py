@@ -37,6 +37,9 @@ SIGNATURES: dict[str, list[type]] = {
     "moekit_norm": [_INT, _LONG, _LONG, _POINTER, _POINTER, ctypes.c_float, _POINTER, _POINTER, _INT],
     "moekit_norm_backward": [_INT, _LONG, _LONG, *[_POINTER] * 6, _LONG, _INT],
     "moekit_decode": [_POINTER, _LONG, *[_POINTER] * 3, _INT],
+    "moekit_attention": [_INT, _POINTER, ctypes.c_float, _POINTER, _POINTER, _INT, *[_POINTER] * 5],
+    "moekit_attention_backward": [_INT, _POINTER, ctypes.c_float, _POINTER, _INT, *[_POINTER] * 9],
+    "moekit_rotate": [_INT, *[_LONG] * 4, _POINTER, *[_LONG] * 3, *[_POINTER] * 3, *[_INT] * 3],
     "moekit_combine": [_INT, *[_LONG] * 3, *[_POINTER] * 3, _LONG, _POINTER, _INT],
 }
 
@@ -142,6 +145,11 @@ def _none(reason: str) -> Native:
 
 def check(library: ctypes.CDLL) -> None:
     """Raises BuildError unless forward and gradients equal numpy's, in float32 and bfloat16, over awkward sizes."""
+    _check_experts(library)
+    _check_attention(library)
+
+
+def _check_experts(library: ctypes.CDLL) -> None:
     rng = np.random.default_rng(0)
     counts = np.array([0, 1, 35, 0, 300])
     offsets = np.concatenate(([0], counts.cumsum())).astype(np.int64)
@@ -177,11 +185,53 @@ def check(library: ctypes.CDLL) -> None:
                 kept.append(np.asarray(part))
         found = (y, dx, d_gate_up, d_down)
         for name, value, parts_of in zip(("y", "dx", "gate_up", "down"), found, wanted, strict=True):
-            worst = float(
-                np.abs(_floats(half, value) - np.concatenate(parts_of)).max() / np.abs(np.concatenate(parts_of)).max()
-            )
-            if not worst < bound:
-                raise BuildError(f"{name} in {'bfloat16' if half else 'float32'} is off by {worst:.1e}")
+            _compare(name, half, value, np.concatenate(parts_of), bound)
+
+
+def _check_attention(library: ctypes.CDLL) -> None:
+    rng, (length, heads, kv_heads, width, value_width), scale = np.random.default_rng(0), (300, 4, 2, 70, 37), 0.1
+    documents = (np.arange(length) // 60 % 4).astype(np.int32)  # the first comes back
+    seen = np.tril(documents[:, None] == documents)
+    shapes = ((length, heads, width), (length, kv_heads, width), (length, kv_heads, value_width))
+    sizes = (1, length, length, heads, kv_heads, width, value_width, *(n for _, h, d in shapes for n in (0, h * d, d)))
+    for half, bound in ((0, 1e-4), (1, 3e-2)):
+        inputs = [rng.standard_normal(shape).astype(np.float32) for shape in (*shapes, (length, heads, value_width))]
+        inputs = [_truncated(x) if half else x for x in inputs]
+        keep, y, log_sums = (
+            [_bits(half, x) for x in inputs],
+            _empty(half, length, heads, value_width),
+            _empty(0, heads, length),
+        )
+        gradients = [_empty(half, *shape) for shape in shapes]
+        *qkv, dy = (x.ctypes.data for x in keep)
+        made = (y.ctypes.data, log_sums.ctypes.data)
+        numbers = (ctypes.c_int64 * len(sizes))(*sizes)
+        library.moekit_attention(half, numbers, scale, None, documents.ctypes.data, 2, *qkv, *made)
+        rest = (documents.ctypes.data, 2, *qkv, *made, dy, *(x.ctypes.data for x in gradients))
+        library.moekit_attention_backward(half, numbers, scale, *rest)
+        q, k, v, d = (x.astype(np.float64).repeat(heads // x.shape[1], 1).transpose(1, 0, 2) for x in inputs)
+        scores = np.exp(q @ k.transpose(0, 2, 1) * scale)
+        shares = np.where(seen, scores, 0)
+        shares /= shares.sum(-1, keepdims=True)
+        d_scores = d @ v.transpose(0, 2, 1)
+        d_scores = shares * (d_scores - (shares * d_scores).sum(-1, keepdims=True)) * scale
+        wanted = [shares @ v, d_scores @ k, d_scores.transpose(0, 2, 1) @ q, shares.transpose(0, 2, 1) @ d]
+        for name, found, whole in zip(("y", "dq", "dk", "dv"), (y, *gradients), wanted, strict=True):
+            summed = whole.reshape(found.shape[1], -1, length, found.shape[2]).sum(1).transpose(1, 0, 2)
+            _compare(f"attention's {name}", half, found, summed, bound)
+        for few in (3, 40):  # the last queries alone, as in decoding, of all documents
+            numbers[1], offset, found = few, np.array([length - few]), _empty(half, few, heads, value_width)
+            at = (keep[0][-few:].ctypes.data, *qkv[1:], found.ctypes.data, None)
+            library.moekit_attention(half, numbers, scale, offset.ctypes.data, None, 2, *at)
+            shares = np.tril(scores)[:, -few:]
+            whole = (shares / shares.sum(-1, keepdims=True) @ v).transpose(1, 0, 2)
+            _compare(f"attention's last {few}", half, found, whole, bound)
+
+
+def _compare(name: str, half: int, found: np.ndarray, wanted: np.ndarray, bound: float) -> None:
+    worst = float(np.abs(_floats(half, found) - wanted).max() / np.abs(wanted).max())
+    if not worst < bound:
+        raise BuildError(f"{name} in {'bfloat16' if half else 'float32'} is off by {worst:.1e}")
 
 
 def _truncated(x: np.ndarray) -> np.ndarray:

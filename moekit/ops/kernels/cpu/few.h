@@ -6,16 +6,6 @@
 
 namespace {
 
-inline float total(vec x) {
-#if LANES == 16
-    return _mm512_reduce_add_ps((__m512)x);
-#else
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += x[i];
-    return sum;
-#endif
-}
-
 // out[m * ldo + n] = w's row n times x's row m, for M rows of x and `rows` rows of w, each `k` long.
 template <int M, class W> void dots_of(const W* w, int64_t rows, int64_t k, const float* x, int64_t ldx, float* out, int64_t ldo) {
     constexpr int N = 4;

@@ -10,6 +10,7 @@
 // A unit is 32 bits that lie together along the summed dimension: one float, or two bfloat16.
 
 #include "decode.h"
+#include "attention_backward.h"
 #include "experts.h"
 #include "step.h"
 
@@ -104,4 +105,35 @@ EXPORT void moekit_decode(const DecodeModel* model, int64_t batch, const int64_t
         decode_step<bf16>(*model, batch, ids, lengths, logits, threads);
     else
         decode_step<float>(*model, batch, ids, lengths, logits, threads);
+}
+
+// sizes: the numbers of `Sizes` (attention.h), in their order.
+EXPORT void moekit_attention(int s_bf16, const int64_t* sizes, float scale, const int64_t* offsets, const int32_t* documents,
+                             int threads, const void* q, const void* k, const void* v, void* y, float* log_sums) {
+    const Attention s{*(const Sizes*)sizes, scale, offsets, documents, threads};
+    if (s_bf16)
+        attention(s, (const bf16*)q, (const bf16*)k, (const bf16*)v, (bf16*)y, log_sums);
+    else
+        attention(s, (const float*)q, (const float*)k, (const float*)v, (float*)y, log_sums);
+}
+
+EXPORT void moekit_attention_backward(int s_bf16, const int64_t* sizes, float scale, const int32_t* documents, int threads,
+                                      const void* q, const void* k, const void* v, const void* y, const float* log_sums,
+                                      const void* dy, void* dq, void* dk, void* dv) {
+    const Attention s{*(const Sizes*)sizes, scale, nullptr, documents, threads};
+    if (s_bf16)
+        attention_backward(s, (const bf16*)q, (const bf16*)k, (const bf16*)v, (const bf16*)y, log_sums, (const bf16*)dy,
+                           (bf16*)dq, (bf16*)dk, (bf16*)dv);
+    else
+        attention_backward(s, (const float*)q, (const float*)k, (const float*)v, (const float*)y, log_sums,
+                           (const float*)dy, (float*)dq, (float*)dk, (float*)dv);
+}
+
+EXPORT void moekit_rotate(int s_bf16, int64_t batches, int64_t length, int64_t heads, int64_t half, const void* x, int64_t batch,
+                          int64_t row, int64_t head, const float* cos, const float* sin, void* y, int interleaved, int back,
+                          int threads) {
+    if (s_bf16)
+        rotate(batches, length, heads, half, (const bf16*)x, batch, row, head, cos, sin, (bf16*)y, interleaved, back, threads);
+    else
+        rotate(batches, length, heads, half, (const float*)x, batch, row, head, cos, sin, (float*)y, interleaved, back, threads);
 }

@@ -104,6 +104,26 @@ inline vec exponential(vec x) {  // Cephes' polynomial, relative error 2e-7
 }
 inline vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
 
+inline float total(vec x) {
+#if LANES == 16
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += x[i];
+    return sum;
+#endif
+}
+
+inline float greatest(vec x) {
+#if LANES == 16
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float most = x[0];
+    for (int i = 1; i < LANES; i++) most = std::max(most, x[i]);
+    return most;
+#endif
+}
+
 // Memory that a thread keeps between tasks; grows, never shrinks.
 struct Scratch {
     char* data = nullptr;

@@ -1,16 +1,10 @@
-// What of a training step is not a product: cross-entropy and RMSNorm, each row once through the cache.
+// What of a training step is not a product: cross-entropy, RMSNorm and rotary embedding, each row once through the cache.
 
 #pragma once
 
 #include "numbers.h"
 
 namespace {
-
-inline float greatest(vec x) {
-    float most = x[0];
-    for (int i = 1; i < LANES; i++) most = std::max(most, x[i]);
-    return most;
-}
 
 // losses (rows) = logsumexp - logit of the target, 0 where the target is negative; with `differentiate` the logits
 // become their gradient, softmax - one-hot.
@@ -92,6 +86,41 @@ void norm_backward(int64_t rows, int64_t dim, const T* x, const float* weight, c
             for (int64_t i = whole; i < dim; i++)
                 assign(dx[r * dim + i], to_float(b[i]) * weight[i] * scale - to_float(a[i]) * scale * mean);
         }
+    }
+}
+
+// y (positions, heads, 2 half) = x with each pair turned by its position's angle, or back; a pair is (2i, 2i + 1) when
+// interleaved, else (i, i + half). x's head h at position b * length + i is at b * batch + i * row + h * head.
+template <class S>
+void rotate(int64_t batches, int64_t length, int64_t heads, int64_t half, const S* x, int64_t batch, int64_t row, int64_t head,
+            const float* cos, const float* sin, S* y, bool interleaved, bool back, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        scratch.reserve(2 * room(2 * half, 4));
+        float* __restrict in = scratch.take<float>(2 * half);
+        float* __restrict out = scratch.take<float>(2 * half);
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < batches * length; p++)
+            for (int64_t h = 0; h < heads; h++) {
+                const S* from = x + p / length * batch + p % length * row + h * head;
+                const float *c = cos + p * half, *s = sin + p * half, sign = back ? -1 : 1;
+                int64_t n = 0;
+                for (; n + LANES <= 2 * half; n += LANES) store(in + n, load(from + n));
+                for (; n < 2 * half; n++) in[n] = to_float(from[n]);
+                if (interleaved)
+                    for (int64_t i = 0; i < half; i++) {
+                        out[2 * i] = in[2 * i] * c[i] - in[2 * i + 1] * s[i] * sign;
+                        out[2 * i + 1] = in[2 * i + 1] * c[i] + in[2 * i] * s[i] * sign;
+                    }
+                else
+                    for (int64_t i = 0; i < half; i++) {
+                        out[i] = in[i] * c[i] - in[half + i] * s[i] * sign;
+                        out[half + i] = in[half + i] * c[i] + in[i] * s[i] * sign;
+                    }
+                S* to = y + (p * heads + h) * 2 * half;
+                for (n = 0; n + LANES <= 2 * half; n += LANES) store(to + n, load(out + n));
+                for (; n < 2 * half; n++) assign(to[n], out[n]);
+            }
     }
 }
 

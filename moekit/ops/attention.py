@@ -1,0 +1,69 @@
+"""Softmax attention: one function, and who may look at whom."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moekit.ops.kernels import attention as native
+
+
+class Seen(NamedTuple):
+    """What a query sees: the keys up to its own position, those of its own document. By default from the first on.
+
+    Either a matrix says so, or what it would be made of: our kernels take the latter and pass over what is not seen.
+    """
+
+    offsets: Int[Tensor, " batch"] | None = None
+    """Where each sequence's queries begin among its keys; None: at the first."""
+    document_ids: Int[Tensor, "batch length"] | None = None
+    mask: Bool[Tensor, "batch 1 length keys"] | None = None
+
+
+def seen(
+    positions: Int[Tensor, "batch length"], keys: int, document_ids: Int[Tensor, "batch length"] | None = None
+) -> Seen:
+    """Returns what queries at successive positions see of `keys` keys, once for all layers."""
+    if keys == positions.shape[1] and document_ids is None:
+        return Seen()
+    if native.has_kernels(positions.device):
+        return Seen(None if keys == positions.shape[1] else positions[:, 0].contiguous(), document_ids)
+    return Seen(mask=attention_mask(positions, keys, document_ids))
+
+
+def attention_mask(
+    positions: Int[Tensor, "batch length"], keys: int, document_ids: Int[Tensor, "batch length"] | None = None
+) -> Bool[Tensor, "batch 1 length keys"]:
+    """Returns true where a query may look: not ahead of its position, and in its own document if ids are given."""
+    mask = positions.unsqueeze(-1) >= torch.arange(keys, device=positions.device)
+    if document_ids is not None:
+        mask = mask & (document_ids.unsqueeze(-1) == document_ids.unsqueeze(-2))
+    return mask.unsqueeze(1)
+
+
+def attend(
+    q: Float[Tensor, "batch length heads head_dim"],
+    k: Float[Tensor, "batch keys kv_heads head_dim"],
+    v: Float[Tensor, "batch keys kv_heads value_dim"],
+    seen: Seen,
+    scale: float,
+) -> Float[Tensor, "batch length heads value_dim"]:
+    """Returns softmax attention: by our kernels wherever they can run, else by torch's.
+
+    No size was found where torch's are faster on a CPU, from one query to 2048, alone or with gradients.
+    """
+    offsets, document_ids, mask = seen
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if mask is None and native.unavailable(q, k, v) is None and not (learns and offsets is not None):
+        y: Tensor = native.attention(q, k, v, scale, document_ids, offsets)
+        return y
+    if mask is None and not (offsets is None and document_ids is None):
+        positions = torch.arange(q.shape[1], device=q.device).expand(q.shape[:2])
+        positions = positions if offsets is None else positions + offsets.unsqueeze(1)
+        mask = attention_mask(positions, k.shape[1], document_ids)
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+    return y.transpose(1, 2)

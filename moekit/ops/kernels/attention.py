@@ -1,0 +1,131 @@
+"""Softmax attention, and the rotation before it, on a CPU through our own compiled kernels: no matrix of scores."""
+
+import ctypes
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moekit.ops.kernels.build import native
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Returns whether tensors on this device may find kernels here."""
+    return device.type == "cpu" and native().library is not None
+
+
+def unavailable(*tensors: Tensor) -> str | None:
+    """Returns why the kernels cannot run on these tensors, or None."""
+    kinds = {(t.device.type, t.dtype) for t in tensors}
+    if kinds not in ({("cpu", torch.float32)}, {("cpu", torch.bfloat16)}):
+        return "it takes tensors on a CPU, all float32 or all bfloat16"
+    return native().reason
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def attention(
+    q: Float[Tensor, "batch length heads head_dim"],
+    k: Float[Tensor, "batch keys kv_heads head_dim"],
+    v: Float[Tensor, "batch keys kv_heads value_dim"],
+    scale: float,
+    document_ids: Int[Tensor, "batch length"] | None = None,
+    offsets: Int[Tensor, " batch"] | None = None,
+) -> Float[Tensor, "batch length heads value_dim"]:
+    """Returns softmax attention; a query sees its own document's keys up to its own position.
+
+    Query i stands at offsets + i among its sequence's keys. With offsets there are neither documents nor gradients.
+    """
+    if document_ids is not None:
+        document_ids = document_ids.to(torch.int32).contiguous()
+    y: Tensor = _Attention.apply(_rows(q), _rows(k), _rows(v), scale, document_ids, offsets)
+    return y
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def rotate(
+    x: Float[Tensor, "batch length heads rope"],
+    cos: Float[Tensor, "batch length half_rope"],
+    sin: Float[Tensor, "batch length half_rope"],
+    interleaved: bool,
+) -> Float[Tensor, "batch length heads rope"]:
+    """Returns x with each pair turned by its angle, in one pass; cos and sin are float32 and get no gradient."""
+    y: Tensor = _Rotate.apply(x, cos.contiguous(), sin.contiguous(), interleaved, False)
+    return y
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> Tensor:
+        library, x = native().library, _rows(x)
+        assert library is not None
+        (batch, length, heads, _), half = x.shape, cos.shape[2]
+        y, pointers = x.new_empty(x.shape), (_at(cos), _at(sin))
+        how = (interleaved, back, torch.get_num_threads())
+        kind = x.dtype == torch.bfloat16
+        library.moekit_rotate(kind, batch, length, heads, half, _at(x), *x.stride()[:3], *pointers, _at(y), *how)
+        ctx.interleaved = interleaved
+        ctx.save_for_backward(cos, sin)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _Rotate.apply(dy, cos, sin, ctx.interleaved, True), None, None, None, None
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, document_ids: Tensor | None, offsets: Tensor | None
+    ) -> Tensor:
+        library = native().library
+        assert library is not None
+        y = q.new_empty(*q.shape[:3], v.shape[3])
+        log_sums = torch.empty(q.shape[0], q.shape[2], q.shape[1]) if any(ctx.needs_input_grad) else None
+        kind, sizes, threads = q.dtype == torch.bfloat16, _sizes(q, k, v), torch.get_num_threads()
+        pointers = (_at(t) for t in (q, k, v, y, log_sums))
+        library.moekit_attention(kind, sizes, scale, _at(offsets), _at(document_ids), threads, *pointers)
+        if log_sums is not None:
+            assert offsets is None
+            assert k.shape[1] == q.shape[1]
+            ctx.scale = scale
+            ctx.save_for_backward(q, k, v, document_ids, y, log_sums)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, document_ids, y, log_sums = ctx.saved_tensors
+        library, dy = native().library, dy.contiguous()
+        assert library is not None
+        gradients = tuple(torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
+        kind, sizes, threads = q.dtype == torch.bfloat16, _sizes(q, k, v), torch.get_num_threads()
+        pointers = (_at(t) for t in (q, k, v, y, log_sums, dy, *gradients))
+        library.moekit_attention_backward(kind, sizes, ctx.scale, _at(document_ids), threads, *pointers)
+        return *gradients, None, None, None
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    (batch, length, heads, width), (_, keys, kv_heads, value_width) = q.shape, v.shape
+    numbers = (
+        batch,
+        length,
+        keys,
+        heads,
+        kv_heads,
+        width,
+        value_width,
+        *(n for t in (q, k, v) for n in t.stride()[:3]),
+    )
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
