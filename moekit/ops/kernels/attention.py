@@ -13,7 +13,7 @@ from moekit.ops.kernels.build import native
 
 def has_kernels(device: torch.device) -> bool:
     """Returns whether tensors on this device may find kernels here."""
-    return device.type == "cpu" and native().library is not None
+    return device.type == "cpu" and _missing() is None
 
 
 def unavailable(*tensors: Tensor) -> str | None:
@@ -21,6 +21,12 @@ def unavailable(*tensors: Tensor) -> str | None:
     kinds = {(t.device.type, t.dtype) for t in tensors}
     if kinds not in ({("cpu", torch.float32)}, {("cpu", torch.bfloat16)}):
         return "it takes tensors on a CPU, all float32 or all bfloat16"
+    reason: str | None = _missing()
+    return reason
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _missing() -> str | None:
     return native().reason
 
 
