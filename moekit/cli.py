@@ -195,6 +195,12 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (as saved)")
     add("--backend", default="auto", metavar="NAME", help="of the experts' products; see `moekit doctor` (auto)")
 
+    add = verb("convert", run_convert)
+    add("source", type=Path, metavar="SRC", help="a model directory or a run")
+    add("target", type=Path, metavar="DST", help="directory to write; it must not exist")
+    add("--dtype", required=True, choices=("float32", "bfloat16", "int8", "int4"), help="of the weights")
+    add("--text", type=Path, metavar="FILE", help="text to compare the logits on (random tokens)")
+
     verbs: dict[str, _Parser] = dict(subparsers.choices)
     verbs["plan"].set_defaults(settings="model")
     verbs["train"].set_defaults(settings="")
@@ -349,10 +355,7 @@ def run_generate(args: argparse.Namespace) -> int:
     example:
       moekit generate run --prompt "Once upon a time" --temperature 0.8
     """
-    try:
-        more = args.prompts_file.read_text(encoding="utf-8").splitlines() if args.prompts_file else []
-    except UnicodeDecodeError as error:
-        raise DataError(f"{args.prompts_file} is not UTF-8 text: byte {error.start}") from None
+    more = _text(args.prompts_file).splitlines() if args.prompts_file else []
     prompts = [*args.prompt, *more]
     if not prompts:
         raise ConfigError("--prompt or --prompts-file is missing: the text to continue")
@@ -363,12 +366,9 @@ def run_generate(args: argparse.Namespace) -> int:
     from moekit.formats.tokenizer import load_tokenizer
     from moekit.generate import SamplingSettings, complete
     from moekit.train.hardware import choose_device
-    from moekit.train.state import newest
 
     settings = validate(SamplingSettings, {name: getattr(args, name) for name in SamplingSettings.model_fields})
-    folder = newest(args.model) if (args.model / "checkpoints").is_dir() else args.model
-    if folder is None:
-        raise ConfigError(f"{args.model} is a run without a checkpoint yet")
+    folder = _model_folder(args.model)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     model = load(folder, choose_device(args.device), dtype, check_hashes=folder is args.model)
     model.set_experts_backend(args.backend)
@@ -389,6 +389,39 @@ def run_generate(args: argparse.Namespace) -> int:
     ends = untold if live else [completion.prompt + completion.text for completion in texts]
     sys.stdout.write("\n\n".join(ends) + "\n")
     return 0
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text: byte {error.start}") from None
+
+
+def _model_folder(given: Path) -> Path:
+    """Returns the newest whole checkpoint of a run, or the model directory that was given."""
+    from moekit.train.state import newest
+
+    if not (given / "checkpoints").is_dir():
+        return given
+    if (folder := newest(given)) is None:
+        raise ConfigError(f"{given} is a run without a checkpoint yet")
+    return folder
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    """a model in another precision, with what that costs
+
+    example:
+      moekit convert run small --dtype int8
+    """
+    from moekit.formats.convert import convert
+    from moekit.tables import convert_tables
+
+    text = None if args.text is None else _text(args.text)
+    receipt = convert(_model_folder(args.source), args.target, args.dtype, text=text)
+    _emit(args, receipt, lambda: convert_tables(receipt, str(args.target)))
+    return 0 if all(check["held"] for check in receipt["checks"]) else 1
 
 
 def run_doctor(args: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """What the verbs show to people: rich tables of the documents that --json prints."""
 
+import re
 from typing import Any
 
 from rich import box
@@ -90,6 +91,29 @@ def prepare_tables(manifest: dict[str, Any], out: str) -> list[Table | str]:
     vocabulary = manifest["vocab_size"]
     larger = f" --model.vocab_size {vocabulary}" if vocabulary > preset("tiny-deepseekmoe").vocab_size else ""
     return [counts, f"next: moekit train tiny-deepseekmoe{larger} --data {out} --out run"]
+
+
+def convert_tables(receipt: dict[str, Any], out: str) -> list[Table | str]:
+    """Returns the errors of like tensors together, and the checks."""
+    alike: dict[tuple[str, str], list[float]] = {}
+    for key, used in receipt["tensors"]["used"].items():
+        if key.endswith("_scale"):
+            continue
+        name = re.sub(r"\.\d+\.", ".*.", key.removeprefix("model.")).removeprefix("layers.*.").removesuffix(".weight")
+        change = used["from"] if used["from"] == used["to"] else f"{used['from']} -> {used['to']}"
+        alike.setdefault((name, change), []).append(used["relative_rms"])
+    errors = table("tensors", ">number", "precision", ">RMS error", ">largest")
+    for (name, change), values in alike.items():
+        exact = not any(values)
+        shown = ["0", "0"] if exact else [f"{sum(values) / len(values):.5f}", f"{max(values):.5f}"]
+        errors.add_row(name, f"{len(values):,}", change, *shown, style="dim" if exact else "")
+    checks = table("check", ">value", ">bound", "held")
+    for check in receipt["checks"]:
+        checks.add_row(check["name"], f"{check['value']:.5f}", check["bound"], "yes" if check["held"] else "NO")
+    size = sum(file["bytes"] for name, file in receipt["outputs"].items() if name.endswith(".safetensors"))
+    note = [receipt["config"]["note"]] if "note" in receipt["config"] else []
+    last = f"{out}: {size / 2**20:,.1f} MiB of weights; next: moekit generate {out} --prompt ..."
+    return [errors, checks, *note, last]
 
 
 def quickstart_tables(result: dict[str, Any]) -> list[Table | str]:

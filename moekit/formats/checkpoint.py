@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel
@@ -12,12 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moekit import files, receipts
-from moekit.config import ModelConfig, validate
+from moekit.config import ModelConfig, Strict, validate
 from moekit.errors import CheckpointError, ConfigError, nearest
 from moekit.formats.directory import MANIFEST, PlainName, atomic_directory, check_directory
 from moekit.formats.names import pieces
 from moekit.formats.tokenizer import Tokenizer
 from moekit.nn.model import Model
+from moekit.nn.quantized import quantize_
+from moekit.ops.quantize import GROUP, Codes
 
 MODEL_TYPE = "moekit"
 SHARD_BYTES = 5_000_000_000
@@ -28,6 +30,13 @@ class Index(BaseModel):
     """What is read of model.safetensors.index.json."""
 
     weight_map: dict[str, PlainName]
+
+
+class Quantization(Strict):
+    """What config.json says, beside the model's settings, of matrices in codes."""
+
+    dtype: Codes
+    group_size: Literal[32]
 
 
 def save(
@@ -54,6 +63,8 @@ def save(
             "vocab_size": model.config.vocab_size,
             "moekit": config,
         }
+        if model.quantization is not None:
+            content["quantization"] = Quantization(dtype=model.quantization, group_size=GROUP).model_dump()
         files.write_json(folder / "config.json", content)
         if tokenizer is not None:
             tokenizer.save(folder)
@@ -71,12 +82,18 @@ def save(
 
 def load_config(path: str | os.PathLike[str]) -> ModelConfig:
     """Returns the configuration of a model directory."""
-    file = Path(path) / "config.json"
+    return _load_config(Path(path))[0]
+
+
+def _load_config(folder: Path) -> tuple[ModelConfig, Codes | None]:
+    """Returns the configuration of a model directory and what its matrices are kept in."""
+    file = folder / "config.json"
     content = files.read_json(file, dict[str, Any], CheckpointError)
     if content.get("model_type") != MODEL_TYPE:
         raise CheckpointError(f"{file} says model_type {content.get('model_type')!r} but only {MODEL_TYPE!r} is read")
     try:
-        return validate(ModelConfig, content.get("moekit"))
+        codes = validate(Quantization, content["quantization"]).dtype if "quantization" in content else None
+        return validate(ModelConfig, content.get("moekit")), codes
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from error
 
@@ -88,7 +105,7 @@ def load(
     *,
     check_hashes: bool = True,
 ) -> Model:
-    """Returns the model in a directory, in evaluation mode. `dtype` None keeps each tensor's own.
+    """Returns the model in a directory, in evaluation mode. `dtype` None keeps each tensor's own; codes stay codes.
 
     Strict: every tensor must be there once, in its shape, and none may be left over. Files are checked against the
     manifest first (`check_hashes` False skips that), so a changed byte is an error and never another model.
@@ -99,20 +116,25 @@ def load(
         for name in ("config.json", INDEX, SINGLE):
             if name not in listed and (folder / name).exists():
                 raise CheckpointError(f"{folder / name} is not listed in {MANIFEST}; it was put there later, remove it")
-    config = load_config(folder)
+    config, codes = _load_config(folder)
     with torch.device("meta"):
         model = Model(config)
-    wanted = {name: tensor for name, tensor in model.state_dict().items() if not _tied(config, name)}
+    if codes is not None:
+        quantize_(model, codes)
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if not tied(config, name)}
     state = _read_weights(folder, wanted, torch.device(device), dtype)
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
+    if codes is not None:
+        model.requires_grad_(False)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     return model.eval()
 
 
-def _tied(config: ModelConfig, name: str) -> bool:
+def tied(config: ModelConfig, name: str) -> bool:
+    """Returns whether a tensor of the state dict is another one's again, and so not on disk."""
     return config.tie_word_embeddings and name == "lm_head.weight"
 
 
@@ -121,7 +143,7 @@ def _write_weights(model: Model, folder: Path) -> None:
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
     for name, tensor in model.state_dict().items():
-        if _tied(model.config, name):
+        if tied(model.config, name):
             continue
         for key, index in pieces(name, tuple(tensor.shape)):
             part = tensor[index]
@@ -156,12 +178,13 @@ def _read_weights(
             if part.shape != meta[index].shape:
                 shapes = f"{tuple(part.shape)} but the config asks for {tuple(meta[index].shape)}"
                 raise CheckpointError(f"{key} in {folder} has shape {shapes}")
-            if part.is_floating_point() != of.is_floating_point() or (name in state and part.dtype != of.dtype):
+            exact = name in state or not of.is_floating_point() or name.endswith(".scales")
+            if part.dtype != of.dtype if exact else not part.is_floating_point():
                 raise CheckpointError(f"{key} in {folder} has dtype {part.dtype} but the model holds {of.dtype} there")
             if name not in state:
                 state[name] = torch.empty(meta.shape, dtype=part.dtype)  # a map of a file would not survive it
             state[name][index] = part
-        keep = dtype is None or not meta.is_floating_point() or name.endswith("expert_bias")
+        keep = dtype is None or not meta.is_floating_point() or name.endswith(("expert_bias", ".scales"))
         state[name] = state[name].to(device=device, dtype=None if keep else dtype)
     if left:
         raise CheckpointError(

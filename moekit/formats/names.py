@@ -11,6 +11,9 @@ RENAMED = {
 }
 """Our suffix -> theirs; what is not listed keeps its name."""
 
+CODED = {".codes": "", ".scales": "_scale"}
+"""What is kept in codes: the suffix in our state dict -> behind the name of the matrix on disk."""
+
 
 class Piece(NamedTuple):
     """One tensor on disk and the part of ours that it holds."""
@@ -21,6 +24,9 @@ class Piece(NamedTuple):
 
 def pieces(name: str, shape: tuple[int, ...]) -> list[Piece]:
     """Returns the tensors on disk that together are the state-dict tensor `name`."""
+    for ours, theirs in CODED.items():
+        if name.endswith(ours):
+            return [Piece(key + theirs, index) for key, index in pieces(name.removesuffix(ours), shape)]
     key = name if name.startswith("lm_head.") else f"model.{name}"
     for ours, theirs in RENAMED.items():
         if key.endswith(ours):

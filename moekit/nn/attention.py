@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moekit.config import MHAConfig
 from moekit.nn.cache import KVCache
+from moekit.nn.linear import Linear
 from moekit.nn.rope import Rotation, rotate, softmax_scale
 from moekit.ops.attention import Seen, attend
 from moekit.ops.autocast import cast_once
@@ -29,10 +30,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = nn.Linear(dim, heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(dim, kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(dim, kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * head_dim, dim, bias=False)
+        self.q_proj = Linear(dim, heads * head_dim)
+        self.k_proj = Linear(dim, kv_heads * head_dim)
+        self.v_proj = Linear(dim, kv_heads * head_dim)
+        self.o_proj = Linear(heads * head_dim, dim)
         self.scale = softmax_scale(config.rope, head_dim)
 
     def forward(self, x: Float[Tensor, "batch length dim"], context: Context) -> Float[Tensor, "batch length dim"]:

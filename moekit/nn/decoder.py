@@ -6,8 +6,10 @@ from moekit.config import MHAConfig
 from moekit.nn.attention import Attention
 from moekit.nn.cache import KVCache
 from moekit.nn.ffn import SwiGLU
+from moekit.nn.linear import operand
 from moekit.nn.model import Block, Model
 from moekit.nn.moe import MoE
+from moekit.nn.quantized import matrices
 from moekit.nn.rope import rotation, softmax_scale
 from moekit.nn.router import Router
 from moekit.ops.decode import Decoder, Layer, Routed, unavailable
@@ -17,7 +19,7 @@ def decoder(model: Model, cache: KVCache) -> Decoder | None:
     """Returns the native step over this model and cache, or None: then the model itself takes the step.
 
     Known are multi-head and grouped-query attention with dense, shared and routed SwiGLU experts, chosen by any router
-    but a hash, on a CPU in float32 or bfloat16. Its sums are float32 whatever the weights are, so in bfloat16 it is
+    but a hash, on a CPU, weights of any precision. Its sums are float32 whatever the weights are, so in bfloat16 it is
     closer to the exact model than the model's own forward. Weights and cache must stay where they are.
     """
     attention = model.config.attention
@@ -25,14 +27,15 @@ def decoder(model: Model, cache: KVCache) -> Decoder | None:
         return None
     if any(isinstance(layer.mlp, MoE) and not isinstance(layer.mlp.router, Router) for layer in model.layers):
         return None
-    if unavailable([*model.parameters(), cache.layer(0)]):
+    weights = [operand(getattr(module, name)) for _, module, name in matrices(model)]
+    if unavailable([model.embed_tokens.weight, *model.parameters(), cache.layer(0)], weights):
         return None
     positions = torch.arange(cache.max_length).unsqueeze(0)
     cos, sin = rotation(attention.rope, attention.head_dim, positions)
     return Decoder(
         [_layer(block, cache, number) for number, block in enumerate(model.layers) if isinstance(block, Block)],
         embedding=model.embed_tokens.weight,
-        head=model.lm_head.weight,
+        head=operand(model.lm_head.weight),
         norm=model.norm.weight,
         eps=model.config.rms_norm_eps,
         heads=attention.num_attention_heads,
@@ -52,8 +55,8 @@ def _layer(block: Block, cache: KVCache, number: int) -> Layer:
         config, router, ffn = mlp.config, mlp.router, mlp.shared_experts
         assert isinstance(router, Router)
         routed = Routed(
-            mlp.experts.gate_up_proj,
-            mlp.experts.down_proj,
+            operand(mlp.experts.gate_up_proj),
+            operand(mlp.experts.down_proj),
             router.weight,
             router.expert_bias,
             config.num_experts_per_tok,
@@ -69,8 +72,15 @@ def _layer(block: Block, cache: KVCache, number: int) -> Layer:
         ffn = mlp
     return Layer(
         (block.input_layernorm.weight, block.post_attention_layernorm.weight),
-        (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight, attention.o_proj.weight),
-        None if ffn is None else (ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight),
+        (
+            operand(attention.q_proj.weight),
+            operand(attention.k_proj.weight),
+            operand(attention.v_proj.weight),
+            operand(attention.o_proj.weight),
+        ),
+        None
+        if ffn is None
+        else (operand(ffn.gate_proj.weight), operand(ffn.up_proj.weight), operand(ffn.down_proj.weight)),
         routed,
         cache.layer(number),
     )

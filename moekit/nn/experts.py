@@ -7,14 +7,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moekit.errors import UnsupportedError
+from moekit.nn.linear import operand
 from moekit.ops.dispatch import Plan
 from moekit.ops.experts import Backend, choose, mixed_experts, swiglu_experts
+from moekit.ops.quantize import Quantized
 
 
 class Experts(nn.Module):
     """SwiGLU experts without biases.
 
     `gate_up_proj` is (experts, 2 ff, dim) with the gate's rows first, `down_proj` is (experts, dim, ff).
+    Either may be a QuantizedWeight.
     """
 
     def __init__(self, n_experts: int, dim: int, ff: int) -> None:
@@ -25,21 +28,26 @@ class Experts(nn.Module):
 
     def set_backend(self, backend: str) -> None:
         """Sets the back end; UnsupportedError when it cannot run in float32 or bfloat16 where the weights are."""
-        rows = self.down_proj.new_empty(1, self.down_proj.shape[1])
+        gate_up, down = operand(self.gate_up_proj), operand(self.down_proj)
+        rows = (down.scales if isinstance(down, Quantized) else down).new_empty(1, down.shape[1])
         try:
-            choose(backend, rows, self.gate_up_proj, self.down_proj)
-        except UnsupportedError:  # under autocast the weights are cast
-            choose(backend, rows.bfloat16(), self.gate_up_proj.bfloat16(), self.down_proj.bfloat16())
+            choose(backend, rows, gate_up, down)
+        except UnsupportedError:
+            if isinstance(gate_up, Quantized) or isinstance(down, Quantized):
+                raise
+            choose(backend, rows.bfloat16(), gate_up.bfloat16(), down.bfloat16())  # as autocast would cast them
         self.backend = cast(Backend, backend)
 
     def forward(
         self, rows: Float[Tensor, "rows dim"], tokens_per_expert: Int[Tensor, " experts"]
     ) -> Float[Tensor, "rows dim"]:
         """Returns each row through its expert; rows are sorted by expert, zero rows are fine."""
-        return swiglu_experts(rows, self.gate_up_proj, self.down_proj, tokens_per_expert, self.backend)
+        return swiglu_experts(
+            rows, operand(self.gate_up_proj), operand(self.down_proj), tokens_per_expert, self.backend
+        )
 
     def mix(
         self, x: Float[Tensor, "tokens dim"], weights: Float[Tensor, "tokens k"], plan: Plan
     ) -> Float[Tensor, "tokens dim"]:
         """Returns gather, `forward` and combination in one, which some back ends do without copies."""
-        return mixed_experts(x, weights, plan, self.gate_up_proj, self.down_proj, self.backend)
+        return mixed_experts(x, weights, plan, operand(self.gate_up_proj), operand(self.down_proj), self.backend)

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moekit.nn.linear import Linear
 from moekit.ops.autocast import cast_once
 
 
@@ -16,9 +17,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, ff: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(dim, ff, bias=False)
-        self.up_proj = nn.Linear(dim, ff, bias=False)
-        self.down_proj = nn.Linear(ff, dim, bias=False)
+        self.gate_proj = Linear(dim, ff)
+        self.up_proj = Linear(dim, ff)
+        self.down_proj = Linear(ff, dim)
 
     def forward(self, x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         x = cast_once(x)

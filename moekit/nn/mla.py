@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from moekit.config import MLAConfig
 from moekit.nn.attention import Context
+from moekit.nn.linear import Linear
 from moekit.nn.norm import RMSNorm
 from moekit.nn.rope import rotate, softmax_scale
 from moekit.ops.attention import attend
@@ -24,16 +25,16 @@ class MLA(nn.Module):
         self.config, self.layer = config, layer
         heads, qk_dim = config.num_attention_heads, config.qk_nope_head_dim + config.qk_rope_head_dim
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(dim, heads * qk_dim, bias=False)
+            self.q_proj = Linear(dim, heads * qk_dim)
         else:
-            self.q_a_proj = nn.Linear(dim, config.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(dim, config.q_lora_rank)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * qk_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(dim, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * qk_dim)
+        self.kv_a_proj_with_mqa = Linear(dim, config.kv_lora_rank + config.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps)
         up = heads * (config.qk_nope_head_dim + config.v_head_dim)
-        self.kv_b_proj = nn.Linear(config.kv_lora_rank, up, bias=False)
-        self.o_proj = nn.Linear(heads * config.v_head_dim, dim, bias=False)
+        self.kv_b_proj = Linear(config.kv_lora_rank, up)
+        self.o_proj = Linear(heads * config.v_head_dim, dim)
         self.scale = softmax_scale(config.rope, qk_dim)
 
     def forward(self, x: Float[Tensor, "batch length dim"], context: Context) -> Float[Tensor, "batch length dim"]:

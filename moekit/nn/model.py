@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moekit.config import MHAConfig, ModelConfig, MoEConfig
-from moekit.errors import ConfigError
+from moekit.errors import ConfigError, UnsupportedError
 from moekit.nn.attention import Attention, Context
 from moekit.nn.cache import KVCache
 from moekit.nn.ffn import SwiGLU
+from moekit.nn.linear import Linear
 from moekit.nn.mla import MLA
 from moekit.nn.moe import MoE
 from moekit.nn.norm import RMSNorm
@@ -21,6 +22,7 @@ from moekit.nn.router import HashRouter, Router, RouterContext
 from moekit.ops.attention import seen
 from moekit.ops.balance import LoadSums, updated_bias
 from moekit.ops.loss import IGNORED, TokenLoss, linear_cross_entropy
+from moekit.ops.quantize import Codes
 from moekit.ops.routing import Routing, balanced_hash_table
 
 
@@ -78,10 +80,12 @@ class Model(nn.Module):
         self.recompute = False
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.experts_backend = "auto"
+        self.quantization: Codes | None = None
+        """What the matrices are kept in, where not in numbers: set by `nn.quantized.quantize_`."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.reset_parameters()
@@ -159,7 +163,7 @@ class Model(nn.Module):
         x = self.norm(x)
         token_loss = loss_mean = logits = None
         if targets is not None:
-            token_loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            token_loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.numbers(x.dtype), targets.flatten())
             loss_mean = token_loss.total / token_loss.tokens.clamp(min=1)
         if return_logits and (targets is None or not self.training):
             if isinstance(logits_to_keep, int):
@@ -183,6 +187,13 @@ class Model(nn.Module):
         width = attention.head_dim if isinstance(attention, MHAConfig) else attention.qk_rope_head_dim
         visible = seen(positions, reached, document_ids)
         return Context(rotation(attention.rope, width, positions), positions, visible, cache)
+
+    def train(self, mode: bool = True) -> "Model":
+        """Sets training or evaluation mode; UnsupportedError when weights in codes are to be trained."""
+        if mode and self.quantization is not None:
+            raise UnsupportedError(f"{self.quantization} weights are for inference; train the model they were made of")
+        super().train(mode)
+        return self
 
     @property
     def moe_layers(self) -> list[MoE]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from moekit.errors import ConfigError, UnsupportedError, nearest
 from moekit.ops import dispatch, reference
 from moekit.ops.kernels import build, loop, native, triton_experts
+from moekit.ops.quantize import Quantized, dequantize, refuse_gradients
 
 Backend = Literal["auto", "reference", "torch", "grouped", "native", "triton"]
 
@@ -22,20 +23,20 @@ Backend = Literal["auto", "reference", "torch", "grouped", "native", "triton"]
 class _Kernels(NamedTuple):
     """One back end."""
 
-    unavailable: Callable[[Tensor, Tensor, Tensor], str | None]
+    unavailable: Callable[..., str | None]
     """Says of (x, gate_up, down) why it cannot run on them, or None."""
     experts: Callable[..., Tensor]
     """(rows sorted by expert, gate_up, down, tokens_per_expert) -> rows."""
     mixed: Callable[..., Tensor] | None = None
     """(x, weights, plan, gate_up, down) -> y with gather and combination inside; None: they are done outside."""
     mixes_dtypes: bool = False
-    """Takes float32 weights beside bfloat16 rows; the others get a copy of the weights."""
+    """Takes float32 weights and codes beside bfloat16 rows; the others get a copy of the weights."""
 
 
 def swiglu_experts(
     rows: Float[Tensor, "rows dim"],
-    gate_up: Float[Tensor, "experts ff2 dim"],
-    down: Float[Tensor, "experts dim ff"],
+    gate_up: Float[Tensor, "experts ff2 dim"] | Quantized,
+    down: Float[Tensor, "experts dim ff"] | Quantized,
     tokens_per_expert: Int[Tensor, " experts"],
     backend: Backend = "auto",
 ) -> Float[Tensor, "rows dim"]:
@@ -43,9 +44,10 @@ def swiglu_experts(
 
     Rows behind the last expert's (dropped pairs) come back as zero. Zero rows and experts without rows are fine.
     """
+    refuse_gradients(gate_up, rows)
     kernels = BACKENDS[choose(backend, rows, gate_up, down)]
     if not kernels.mixes_dtypes:
-        gate_up, down = gate_up.to(rows.dtype), down.to(rows.dtype)
+        gate_up, down, tokens_per_expert = _copies(rows.dtype, gate_up, down, tokens_per_expert)
     return kernels.experts(rows, gate_up, down, tokens_per_expert)
 
 
@@ -53,32 +55,54 @@ def mixed_experts(
     x: Float[Tensor, "tokens dim"],
     weights: Float[Tensor, "tokens k"],
     plan: dispatch.Plan,
-    gate_up: Float[Tensor, "experts ff2 dim"],
-    down: Float[Tensor, "experts dim ff"],
+    gate_up: Float[Tensor, "experts ff2 dim"] | Quantized,
+    down: Float[Tensor, "experts dim ff"] | Quantized,
     backend: Backend = "auto",
 ) -> Float[Tensor, "tokens dim"]:
     """Returns the sum over each token's choices of weight * expert(x) (DeepSeekMoE, Eq. 9)."""
+    refuse_gradients(gate_up, x, weights)
     name = choose(backend, x, gate_up, down)
     mixed = BACKENDS[name].mixed
     if mixed is None:
         rows = dispatch.gather(x, plan, weights.shape[1])
         return dispatch.combine(swiglu_experts(rows, gate_up, down, plan.tokens_per_expert, name), weights, plan)
     if not BACKENDS[name].mixes_dtypes:
-        gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
+        gate_up, down, tokens_per_expert = _copies(x.dtype, gate_up, down, plan.tokens_per_expert)
+        plan = plan._replace(tokens_per_expert=tokens_per_expert)
     return mixed(x, weights, plan, gate_up, down)
 
 
-def choose(backend: str, x: Tensor, gate_up: Tensor, down: Tensor) -> Backend:
+def _copies(
+    dtype: torch.dtype, gate_up: Tensor | Quantized, down: Tensor | Quantized, tokens_per_expert: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the weights in the rows' dtype and the rows of each expert; of codes only the experts that have rows."""
+    if isinstance(gate_up, Quantized) and isinstance(down, Quantized):
+        used = tokens_per_expert.nonzero().flatten()
+        return dequantize(gate_up.of(used), dtype), dequantize(down.of(used), dtype), tokens_per_expert[used]
+    assert isinstance(gate_up, Tensor)
+    assert isinstance(down, Tensor)
+    return gate_up.to(dtype), down.to(dtype), tokens_per_expert
+
+
+def choose(backend: str, x: Tensor, gate_up: Tensor | Quantized, down: Tensor | Quantized) -> Backend:
     """Returns the back end that runs on these tensors; UnsupportedError when the one asked for cannot."""
     if backend == "auto":
         preferred = PREFERRED.get(x.device.type, ("torch",))
-        return next(name for name in preferred if BACKENDS[name].unavailable(x, gate_up, down) is None)
+        return next(name for name in preferred if unavailable(name, x, gate_up, down) is None)
     if backend not in BACKENDS:
         allowed = get_args(Backend)
         raise ConfigError(f"backend is {backend!r}{nearest(backend, allowed)}; allowed: {', '.join(allowed)}")
-    if reason := BACKENDS[backend].unavailable(x, gate_up, down):
+    if reason := unavailable(backend, x, gate_up, down):
         raise UnsupportedError(f"backend is {backend!r}, which cannot run here: {reason}; use auto")
     return cast(Backend, backend)
+
+
+def unavailable(backend: str, x: Tensor, gate_up: Tensor | Quantized, down: Tensor | Quantized) -> str | None:
+    """Returns why the back end cannot run on these tensors, or None."""
+    kernels = BACKENDS[backend]
+    if isinstance(gate_up, Quantized) and not kernels.mixes_dtypes:  # it gets a copy in the rows' dtype
+        gate_up, down = (x.new_empty(()).expand(w.shape) for w in (gate_up, down))
+    return kernels.unavailable(x, gate_up, down)
 
 
 def native_features() -> dict[str, Any]:
@@ -93,7 +117,7 @@ def _reference(rows: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: T
     return torch.cat((*parts, torch.zeros_like(rows[ends[-1] :])))
 
 
-def _always(x: Tensor, gate_up: Tensor, down: Tensor) -> None:
+def _always(*tensors: Any) -> None:
     return None
 
 

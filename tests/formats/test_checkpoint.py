@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -26,6 +27,8 @@ from moekit.formats.checkpoint import INDEX, load, load_config, save
 from moekit.formats.directory import MANIFEST, check_directory
 from moekit.formats.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from moekit.nn.model import Model
+from moekit.nn.quantized import quantize_
+from moekit.ops.quantize import Codes
 
 Configs = Callable[..., ModelConfig]
 
@@ -157,6 +160,58 @@ def test_shards_and_their_index_hold_the_same_model(
     assert index["weight_map"] == found
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in whole.values())
     assert_same(model, load(tmp_path / "many"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("codes", ["int8", "int4"])
+def test_a_model_in_codes_comes_back_to_the_bit_whatever_dtype_is_asked_for(
+    tiny_config: Configs, tmp_path: Path, kind: str, codes: Codes
+) -> None:
+    model = built(tiny_config(**KINDS[kind]))
+    quantize_(model, codes)
+    save(model, tmp_path / "model")
+    again = load(tmp_path / "model")
+    assert again.quantization == codes
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+    assert_same(model, again)
+    assert_same(model.to(torch.bfloat16), load(tmp_path / "model", dtype=torch.bfloat16))
+
+
+def test_in_codes_each_matrix_of_an_expert_has_its_scales(tiny_config: Configs, tmp_path: Path) -> None:
+    model = built(tiny_config())
+    quantize_(model, "int4")
+    save(model, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    stem = "model.layers.1.mlp.experts.3.up_proj.weight"
+    experts = model.layers[1].mlp.experts.gate_up_proj  # 10 wide, dim 18: one group
+    assert torch.equal(weights[stem], experts.codes[3, 10:])
+    assert torch.equal(weights[f"{stem}_scale"], experts.scales[3, 10:])
+    assert (weights[stem].shape, weights[stem].dtype) == ((10, 16), torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "tensors that the config has no place for|has shape"),
+        ({"dtype": "int8", "group_size": 32}, "has shape|has dtype"),
+        ({"dtype": "int2", "group_size": 32}, "dtype"),
+        ({"dtype": "int4", "group_size": 64}, "group_size"),
+        ({"dtype": "int4", "group_size": 32, "zero": True}, "zero"),
+    ],
+)
+def test_another_quantization_in_the_config_is_refused(
+    tiny_config: Configs, tmp_path: Path, change: dict[str, Any] | None, message: str
+) -> None:
+    model = built(tiny_config())
+    quantize_(model, "int4")
+    save(model, tmp_path / "model")
+    content = json.loads((tmp_path / "model" / "config.json").read_text())
+    content["quantization"] = change
+    if change is None:
+        del content["quantization"]
+    files.write_json(tmp_path / "model" / "config.json", content)
+    reseal(tmp_path / "model")
+    assert re.search(message, refusal(tmp_path / "model"))
 
 
 def test_on_disk_each_expert_has_deepseeks_three_matrices(tiny_config: Configs, tmp_path: Path) -> None:
@@ -386,6 +441,8 @@ from pathlib import Path
 from moekit.config import ModelConfig
 from moekit.formats.checkpoint import save
 from moekit.nn.model import Model
+from moekit.nn.quantized import quantize_
+from moekit.ops.quantize import Codes
 
 torch.set_num_threads(1)
 out = Path(sys.argv[1])

@@ -10,6 +10,8 @@ import torch
 from moekit.config import ModelConfig
 from moekit.formats.names import pieces
 from moekit.nn.model import Model
+from moekit.nn.quantized import quantize_
+from moekit.ops.quantize import Codes
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,18 @@ def test_each_expert_has_its_own_three_keys() -> None:
     ]
 
 
+def test_codes_have_the_matrix_s_name_and_scales_stand_beside_them() -> None:
+    assert pieces("layers.0.self_attn.q_proj.weight.codes", (4, 32)) == [("model.layers.0.self_attn.q_proj.weight", ())]
+    assert pieces("lm_head.weight.scales", (4, 1)) == [("lm_head.weight_scale", ())]
+    stem = "model.layers.3.mlp.experts"
+    assert pieces("layers.3.mlp.experts.gate_up_proj.scales", (1, 10, 2)) == [
+        (f"{stem}.0.gate_proj.weight_scale", (0, slice(0, 5))),
+        (f"{stem}.0.up_proj.weight_scale", (0, slice(5, 10))),
+    ]
+    assert pieces("layers.3.mlp.experts.down_proj.codes", (1, 7, 32)) == [(f"{stem}.0.down_proj.weight", (0,))]
+
+
+@pytest.mark.parametrize("codes", [None, "int8", "int4"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -54,10 +68,13 @@ def test_each_expert_has_its_own_three_keys() -> None:
     ],
 )
 def test_pieces_cover_every_tensor_once_and_share_no_key(
-    tiny_config: Callable[..., ModelConfig], settings: dict[str, Any]
+    tiny_config: Callable[..., ModelConfig], settings: dict[str, Any], codes: Codes | None
 ) -> None:
     keys: Counter[str] = Counter()
-    for name, tensor in Model(tiny_config(**settings)).state_dict().items():
+    model = Model(tiny_config(**settings))
+    if codes is not None:
+        quantize_(model, codes)
+    for name, tensor in model.state_dict().items():
         covered = torch.zeros(tensor.shape, dtype=torch.int64)
         for key, index in pieces(name, tuple(tensor.shape)):
             covered[index] += 1

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from moekit.errors import ConfigError, UnsupportedError
 from moekit.ops import dispatch, reference
-from moekit.ops.experts import BACKENDS, Backend, choose, mixed_experts, swiglu_experts
+from moekit.ops.experts import BACKENDS, Backend, choose, mixed_experts, swiglu_experts, unavailable
+from moekit.ops.quantize import Codes, dequantize, quantize
 
 COUNTS = {
     "odd sizes": [3, 5, 1, 7],
@@ -261,3 +262,48 @@ def test_a_frozen_weight_gets_no_gradient_and_changes_no_other(device: torch.dev
     assert trained[frozen].grad is None
     for name, tensor in {"rows": rows, **trained}.items():
         assert name == frozen or torch.equal(tensor.grad, expected[name])
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("sizes", MIXED.values(), ids=MIXED.keys())
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    # measured worst over these cases and five seeds: 6e-7 and 1.1e-2
+    [(torch.float32, 5e-6), (torch.bfloat16, 4e-2)],
+    ids=["float32", "bfloat16"],
+)
+def test_experts_in_codes_give_what_their_numbers_give(
+    device: torch.device, backend: Backend, sizes: tuple[int, ...], kind: Codes, dtype: torch.dtype, bound: float
+) -> None:
+    plan, inputs = mixed_inputs(device, dtype, torch.float32, *sizes)
+    x, mix, gate_up, down = (value.detach() for value in inputs)
+    coded = quantize(gate_up, kind), quantize(down, kind)
+    if reason := unavailable(backend, x, *coded):
+        pytest.skip(f"{backend}: {reason}")
+    numbers = (dequantize(weight).double() for weight in coded)
+    y = mixed_experts(x, mix, plan, *coded, backend)
+    assert y.dtype == dtype
+    assert worst([(y, mixed_reference(plan, x.double(), mix.double(), *numbers))]) < bound
+    rows = dispatch.gather(x, plan, mix.shape[1])
+    assert (
+        worst([(dispatch.combine(swiglu_experts(rows, *coded, plan.tokens_per_expert, backend), mix, plan), y)]) < bound
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_codes_and_no_token_at_all_are_fine(device: torch.device, backend: Backend) -> None:
+    plan = dispatch.plan(torch.empty(0, 2, dtype=torch.int64, device=device), 4)
+    x = torch.empty(0, 16, device=device)
+    coded = [quantize(weight.detach(), "int4") for weight in weights(device, torch.float32, 16, 8)]
+    if reason := unavailable(backend, x, *coded):
+        pytest.skip(f"{backend}: {reason}")
+    assert mixed_experts(x, torch.empty(0, 2, device=device), plan, *coded, backend).shape == (0, 16)
+
+
+def test_a_gradient_through_codes_is_an_error(device: torch.device) -> None:
+    plan, (x, mix, gate_up, down) = mixed_inputs(device, torch.float32, torch.float32, *MIXED["few tokens"])
+    coded = quantize(gate_up.detach(), "int8"), quantize(down.detach(), "int8")
+    for inputs in ((x, mix.detach()), (x.detach(), mix)):
+        with pytest.raises(UnsupportedError, match=r"^int8 weights are for inference and have no gradients"):
+            mixed_experts(*inputs, plan, *coded)

@@ -26,7 +26,8 @@ torch's many, so such a compiler (Apple's) is none."""
 
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 SIGNATURES: dict[str, list[type]] = {
-    "moekit_forward": [_INT, _INT, *[_LONG] * 3, *[_POINTER] * 2, _INT, _POINTER, _LONG, *[_POINTER] * 4],
+    "moekit_forward": [_INT, _INT, *[_LONG] * 3, *[_POINTER] * 2, _INT, _POINTER, _LONG, *[_POINTER] * 6],
+    "moekit_linear": [_INT, _INT, *[_LONG] * 3, _INT, _POINTER, _LONG, *[_POINTER] * 3],
     "moekit_backward_rows": [_INT, _INT, *[_LONG] * 3, *[_POINTER] * 2, _INT, _POINTER, _LONG, *[_POINTER] * 8],
     "moekit_weight_gradient": [
         *(_INT, _INT, _LONG, _POINTER, _POINTER, _INT),
@@ -168,7 +169,7 @@ def _check_experts(library: ctypes.CDLL) -> None:
         px, pdy, pg, pd = (value.ctypes.data for value in keep)
         where = (len(counts), dim, ff, offsets.ctypes.data, None, 2)
         at = [value.ctypes.data for value in (hidden, y, d_hidden, act, dx, d_gate_up, d_down)]
-        library.moekit_forward(half, half, *where, px, dim, pg, pd, at[0], at[1])
+        library.moekit_forward(half, half, *where, px, dim, pg, None, pd, None, at[0], at[1])
         library.moekit_backward_rows(half, half, *where, pdy, dim, pg, pd, None, at[0], at[2], at[3], at[4], None)
         gradient = (half, half, len(counts), offsets.ctypes.data, None, 2)
         library.moekit_weight_gradient(*gradient, at[2], 2 * ff, 0, 2 * ff, px, dim, 0, dim, at[5])
@@ -186,6 +187,7 @@ def _check_experts(library: ctypes.CDLL) -> None:
         found = (y, dx, d_gate_up, d_down)
         for name, value, parts_of in zip(("y", "dx", "gate_up", "down"), found, wanted, strict=True):
             _compare(name, half, value, np.concatenate(parts_of), bound)
+    _check_codes(library, rng)
 
 
 def _check_attention(library: ctypes.CDLL) -> None:
@@ -232,6 +234,38 @@ def _compare(name: str, half: int, found: np.ndarray, wanted: np.ndarray, bound:
     worst = float(np.abs(_floats(half, found) - wanted).max() / np.abs(wanted).max())
     if not worst < bound:
         raise BuildError(f"{name} in {'bfloat16' if half else 'float32'} is off by {worst:.1e}")
+
+
+def _check_codes(library: ctypes.CDLL, rng: np.random.Generator) -> None:
+    """Raises BuildError unless weights in codes give what the numbers that they stand for give."""
+    counts, dim, ff = np.array([1, 0, 4, 33]), 70, 37
+    offsets = np.concatenate(([0], counts.cumsum())).astype(np.int64)
+    x = rng.standard_normal((int(offsets[-1]), dim)).astype(np.float32)
+    where = (len(counts), dim, ff, offsets.ctypes.data, None, 2)
+    for kind, bits in ((2, 8), (3, 4)):
+        gate_up, down = _codes(rng, bits, len(counts), 2 * ff, dim), _codes(rng, bits, len(counts), dim, ff)
+        found, wanted = _empty(0, len(x), dim), _empty(0, len(x), dim)
+        coded = [array.ctypes.data for array in (*gate_up[:2], *down[:2])]
+        library.moekit_forward(0, kind, *where, x.ctypes.data, dim, *coded, None, found.ctypes.data)
+        plain = (gate_up[2].ctypes.data, None, down[2].ctypes.data, None)
+        library.moekit_forward(0, 0, *where, x.ctypes.data, dim, *plain, None, wanted.ctypes.data)
+        linear = _empty(0, 3, 2 * ff)
+        sizes = (3, 2 * ff, dim, 2)
+        library.moekit_linear(0, kind, *sizes, x.ctypes.data, dim, *coded[:2], linear.ctypes.data)
+        for name, value, right in (("y", found, wanted), ("linear", linear, x[:3] @ gate_up[2][0].T)):
+            if not (worst := float(np.abs(value - right).max() / np.abs(right).max())) < 1e-5:
+                raise BuildError(f"{name} in int{bits} is off by {worst:.1e}")
+
+
+def _codes(rng: np.random.Generator, bits: int, *shape: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns random codes as they are kept, their scales in bfloat16, and the numbers that they stand for."""
+    *rows, width = shape
+    codes = rng.integers(-8, 8, (*rows, -(-width // 32), 32))
+    codes.reshape(*rows, -1)[..., width:] = 0
+    scales = _truncated(rng.uniform(-0.1, 0.1, codes.shape[:-1]).astype(np.float32))
+    numbers = (codes * scales[..., None]).reshape(*rows, -1)[..., :width].astype(np.float32)
+    kept = codes.astype(np.int8) if bits == 8 else (codes[..., :16] + 8 | codes[..., 16:] + 8 << 4).astype(np.uint8)
+    return np.ascontiguousarray(kept), _bits(1, scales), np.ascontiguousarray(numbers)
 
 
 def _truncated(x: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """One decoding step of a whole model in one call of the native library."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,16 +9,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moekit.ops.kernels.build import native
+from moekit.ops.quantize import GROUP, Quantized
 
 _LONG, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-NAMES = {torch.float32: 0, torch.bfloat16: 1}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
+Weights = Tensor | Quantized
+"""A matrix, (out, in), or stacked ones."""
 
 
 class Routed(NamedTuple):
     """The routed experts of a layer and what chooses them; the settings are `ops.routing.route`'s."""
 
-    gate_up: Float[Tensor, "experts ff2 dim"]
-    down: Float[Tensor, "experts dim ff"]
+    gate_up: Weights
+    """(experts, 2 ff, dim)."""
+    down: Weights
+    """(experts, dim, ff)."""
     router: Float[Tensor, "experts dim"]
     bias: Float[Tensor, " experts"] | None
     k: int
@@ -31,12 +36,12 @@ class Routed(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """One block: multi-head attention, a dense or shared FFN, routed experts. Matrices are (out, in)."""
+    """One block: multi-head attention, a dense or shared FFN, routed experts."""
 
     norms: tuple[Tensor, Tensor]
-    attention: tuple[Tensor, Tensor, Tensor, Tensor]
+    attention: tuple[Weights, Weights, Weights, Weights]
     """q, k, v, o."""
-    ffn: tuple[Tensor, Tensor, Tensor] | None
+    ffn: tuple[Weights, Weights, Weights] | None
     """gate, up, down."""
     routed: Routed | None
     cache: Float[Tensor, "batch keys width"]
@@ -50,7 +55,7 @@ class Decoder:
         layers: Sequence[Layer],
         *,
         embedding: Float[Tensor, "vocab dim"],
-        head: Float[Tensor, "vocab dim"],
+        head: Weights,
         norm: Float[Tensor, " dim"],
         eps: float,
         heads: int,
@@ -65,7 +70,7 @@ class Decoder:
         cache = layers[0].cache
         described = (_Layer * len(layers))(*map(self._layer, layers))
         self._model = _Model(
-            *(len(layers), dim, self.vocab, heads, kv_heads, head_dim, cache.shape[1], NAMES[cache.dtype]),
+            *(len(layers), dim, self.vocab, heads, kv_heads, head_dim, cache.shape[1], KINDS[cache.dtype]),
             *(eps, softmax_scale, ctypes.cast(described, _POINTER)),
             *(self._matrix(embedding), self._matrix(head)),
             *(self._floats(norm), self._floats(cos), self._floats(sin)),
@@ -93,15 +98,17 @@ class Decoder:
             described.gate_up, described.down = self._matrix(routed.gate_up), self._matrix(routed.down)
             described.router = self._floats(routed.router)
             described.bias = None if routed.bias is None else self._floats(routed.bias)
-            described.experts, described.ff = len(routed.down), routed.down.shape[2]
+            described.experts, _, described.ff = routed.down.shape
             described.chosen, described.groups, described.chosen_groups = routed.k, routed.n_group, routed.topk_group
             described.group_best, described.sigmoid = routed.group_best, routed.sigmoid
             described.normalise, described.scale = routed.normalise, routed.scale
         return described
 
-    def _matrix(self, matrix: Tensor) -> "_Matrix":
-        self._kept.append(matrix := matrix.detach().contiguous())
-        return _Matrix(matrix.data_ptr(), NAMES[matrix.dtype])
+    def _matrix(self, matrix: Weights) -> "_Matrix":
+        codes, scales = (matrix.codes, matrix.scales) if isinstance(matrix, Quantized) else (matrix.detach(), None)
+        codes, scales = codes.contiguous(), None if scales is None else scales.contiguous()
+        self._kept += [codes, scales]
+        return _Matrix(codes.data_ptr(), None if scales is None else scales.data_ptr(), KINDS[codes.dtype])
 
     def _floats(self, values: Tensor) -> int:
         self._kept.append(values := values.detach().float().contiguous())
@@ -109,7 +116,7 @@ class Decoder:
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = (("data", _POINTER), ("bf16", _LONG))
+    _fields_ = (("data", _POINTER), ("scales", _POINTER), ("kind", _LONG))
 
 
 class _FFN(ctypes.Structure):
@@ -139,3 +146,14 @@ class _Model(ctypes.Structure):
         *((name, _Matrix) for name in ("embedding", "head")),
         *((name, _POINTER) for name in ("norm", "cos", "sin")),
     )
+
+
+def unavailable(numbers: Iterable[Tensor], weights: Iterable[Weights]) -> str | None:
+    """Returns why `Decoder` cannot run on such parameters and cache, or such matrices, or None."""
+    for tensor in numbers:
+        if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16):
+            return f"it takes float32 and bfloat16 on a CPU, not {tensor.dtype} on {tensor.device.type}"
+    for weight in weights:
+        if isinstance(weight, Quantized) and weight.width % GROUP:
+            return f"a matrix in {weight.kind} is {weight.width} wide, which is not whole groups of {GROUP}"
+    return native().reason

@@ -13,14 +13,16 @@ from torch.autograd.function import once_differentiable
 
 from moekit.ops.dispatch import Plan
 from moekit.ops.kernels.build import native
+from moekit.ops.quantize import Quantized
 
 
-def unavailable(x: Tensor, gate_up: Tensor, down: Tensor) -> str | None:
+def unavailable(x: Tensor, gate_up: Tensor | Quantized, down: Tensor | Quantized) -> str | None:
     """Returns why the kernels cannot run on these tensors, or None."""
     if x.device.type != "cpu":
         return f"it runs on a CPU but the tensors are on {x.device.type}"
-    if (x.dtype, gate_up.dtype) not in _TYPES:
-        return f"rows are {x.dtype} and weights {gate_up.dtype}; it takes float32, or bfloat16 rows with either weights"
+    dtype = _stored(gate_up).dtype
+    if (x.dtype, dtype) not in _TYPES:
+        return f"rows are {x.dtype} and weights {dtype}; it takes float32, or bfloat16 rows with either weights"
     return native().reason
 
 
@@ -28,7 +30,15 @@ _TYPES = {
     (torch.float32, torch.float32): (0, 0),
     (torch.bfloat16, torch.float32): (1, 0),
     (torch.bfloat16, torch.bfloat16): (1, 1),
+    (torch.float32, torch.int8): (0, 2),
+    (torch.bfloat16, torch.int8): (1, 2),
+    (torch.float32, torch.uint8): (0, 3),
+    (torch.bfloat16, torch.uint8): (1, 3),
 }
+
+
+def _stored(weight: Tensor | Quantized) -> Tensor:
+    return weight.codes if isinstance(weight, Quantized) else weight
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -36,11 +46,13 @@ def mixed_experts(
     x: Float[Tensor, "tokens dim"],
     weights: Float[Tensor, "tokens k"],
     plan: Plan,
-    gate_up: Float[Tensor, "experts ff2 dim"],
-    down: Float[Tensor, "experts dim ff"],
+    gate_up: Float[Tensor, "experts ff2 dim"] | Quantized,
+    down: Float[Tensor, "experts dim ff"] | Quantized,
 ) -> Float[Tensor, "tokens dim"]:
     """Returns sum over choices of weight * expert(x) for each token (DeepSeekMoE, Eq. 9)."""
     tokens = plan.order // weights.shape[1]
+    if not torch.is_grad_enabled() or isinstance(gate_up, Quantized) or isinstance(down, Quantized):
+        return _forward(x, weights.float(), gate_up, down, _offsets(plan.tokens_per_expert), tokens, plan.inverse)[0]
     y: Tensor = _Experts.apply(x, weights.float(), gate_up, down, plan.tokens_per_expert, tokens, plan.inverse)
     return y
 
@@ -48,13 +60,49 @@ def mixed_experts(
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def swiglu_experts(
     rows: Float[Tensor, "rows dim"],
-    gate_up: Float[Tensor, "experts ff2 dim"],
-    down: Float[Tensor, "experts dim ff"],
+    gate_up: Float[Tensor, "experts ff2 dim"] | Quantized,
+    down: Float[Tensor, "experts dim ff"] | Quantized,
     tokens_per_expert: Int[Tensor, " experts"],
 ) -> Float[Tensor, "rows dim"]:
     """Returns each row through its expert; rows behind the last expert's come back as zero."""
+    if not torch.is_grad_enabled() or isinstance(gate_up, Quantized) or isinstance(down, Quantized):
+        return _forward(rows, None, gate_up, down, _offsets(tokens_per_expert), None, None)[0]
     y: Tensor = _Experts.apply(rows, None, gate_up, down, tokens_per_expert, None, None)
     return y
+
+
+FEW = 4
+"""Rows up to which a product reads weights straight from where they lie; the kernels' own number."""
+
+
+def has_linear(x: Tensor, weight: Tensor | Quantized) -> bool:
+    """Returns whether `linear` can run on these tensors and is meant for so few rows; it has no gradients."""
+    if torch.compiler.is_compiling():
+        return False
+    wanted = torch.is_grad_enabled() and (x.requires_grad or _stored(weight).requires_grad)
+    return (
+        x.device.type == "cpu"
+        and 0 < x.numel() <= FEW * x.shape[-1]
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and (isinstance(weight, Quantized) or weight.dtype == x.dtype)
+        and not wanted
+        and native().library is not None
+    )
+
+
+def linear(x: Float[Tensor, "*batch dim"], weight: Float[Tensor, "out dim"] | Quantized) -> Float[Tensor, "*batch out"]:
+    """Returns x W^T for a few rows, summed in float32."""
+    library, flat, weight = native().library, _rows(x.reshape(-1, x.shape[-1])), _contiguous(weight)
+    assert library is not None
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    library.moekit_linear(
+        *(int(x.dtype == torch.bfloat16), _KINDS[_stored(weight).dtype], len(flat), *weight.shape),
+        *(torch.get_num_threads(), _at(flat), flat.stride(0), *_weights_at(weight), _at(y)),
+    )
+    return y
+
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 
 
 def has_rest(*tensors: Tensor) -> bool:
@@ -131,22 +179,12 @@ class _Experts(torch.autograd.Function):
         tokens: Tensor | None,
         row_of: Tensor | None,
     ) -> Tensor:
-        x, gate_up, down = _rows(x), gate_up.contiguous(), down.contiguous()
-        offsets = torch.zeros(len(counts) + 1, dtype=torch.int64)
-        torch.cumsum(counts, 0, out=offsets[1:])
-        n_rows, ff, dim = len(x) if tokens is None else len(tokens), down.shape[2], down.shape[1]
+        x, offsets = _rows(x), _offsets(counts)
         keep = any(ctx.needs_input_grad)
-        hidden = x.new_empty(n_rows, 2 * ff) if keep else None
-        y = x.new_empty(n_rows, dim)
-        run = _Call(x, gate_up, offsets, tokens)
-        run.forward(x, gate_up, down, hidden, y)
+        y, hidden = _forward(x, weights, gate_up, down, offsets, tokens, row_of, keep)
         if keep:
-            ctx.save_for_backward(x, weights, gate_up, down, offsets, tokens, row_of, hidden)
-        if row_of is None:
-            y[int(offsets[-1]) :] = 0
-            return y
-        assert weights is not None
-        return run.combine(y, row_of, weights.contiguous())
+            ctx.save_for_backward(x, weights, gate_up.contiguous(), down.contiguous(), offsets, tokens, row_of, hidden)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -177,18 +215,50 @@ class _Experts(torch.autograd.Function):
         return dx, d_weights, d_gate_up, d_down, None, None, None
 
 
+def _offsets(counts: Tensor) -> Tensor:
+    offsets = torch.zeros(len(counts) + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    return offsets
+
+
+def _forward(
+    x: Tensor,
+    weights: Tensor | None,
+    gate_up: Tensor | Quantized,
+    down: Tensor | Quantized,
+    offsets: Tensor,
+    tokens: Tensor | None,
+    row_of: Tensor | None,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the rows, or their sum for each token, and with `keep` what the backward pass needs."""
+    x, gate_up, down = _rows(x), _contiguous(gate_up), _contiguous(down)
+    n_rows, ff, dim = len(x) if tokens is None else len(tokens), down.shape[2], down.shape[1]
+    hidden = x.new_empty(n_rows, 2 * ff) if keep else None
+    y = x.new_empty(n_rows, dim)
+    run = _Call(x, gate_up, offsets, tokens)
+    run.forward(x, gate_up, down, hidden, y)
+    if row_of is None:
+        y[int(offsets[-1]) :] = 0
+        return y, hidden
+    assert weights is not None
+    return run.combine(y, row_of, weights.contiguous()), hidden
+
+
 class _Call:
     """The library's functions with what all calls of one layer share."""
 
-    def __init__(self, x: Tensor, gate_up: Tensor, offsets: Tensor, tokens: Tensor | None) -> None:
+    def __init__(self, x: Tensor, gate_up: Tensor | Quantized, offsets: Tensor, tokens: Tensor | None) -> None:
         library = native().library
         assert library is not None
         self.library, self.offsets, self.tokens = library, offsets, tokens
-        self.types, self.threads = _TYPES[x.dtype, gate_up.dtype], torch.get_num_threads()
+        self.types, self.threads = _TYPES[x.dtype, _stored(gate_up).dtype], torch.get_num_threads()
 
-    def forward(self, x: Tensor, gate_up: Tensor, down: Tensor, hidden: Tensor | None, y: Tensor) -> None:
+    def forward(
+        self, x: Tensor, gate_up: Tensor | Quantized, down: Tensor | Quantized, hidden: Tensor | None, y: Tensor
+    ) -> None:
         self.library.moekit_forward(
-            *self._shape(down), _at(x), x.stride(0), _at(gate_up), _at(down), _at(hidden), _at(y)
+            *self._shape(down), _at(x), x.stride(0), *_weights_at(gate_up), *_weights_at(down), _at(hidden), _at(y)
         )
 
     def backward_rows(self, dy: Tensor, gate_up: Tensor, down: Tensor, *rest: Tensor | None) -> None:
@@ -221,12 +291,26 @@ class _Call:
         )
         return y
 
-    def _shape(self, down: Tensor) -> tuple[int | None, ...]:
+    def _shape(self, down: Tensor | Quantized) -> tuple[int | None, ...]:
         return *self.types, *down.shape, _at(self.offsets), _at(self.tokens), self.threads
 
 
 def _at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _contiguous(weight: Tensor | Quantized) -> Tensor | Quantized:
+    if isinstance(weight, Quantized):
+        return Quantized(weight.codes.contiguous(), weight.scales.contiguous(), weight.width)
+    return weight.contiguous()
+
+
+def _weights_at(weight: Tensor | Quantized) -> tuple[int | None, int | None]:
+    """Returns where the numbers lie, or the codes and their scales."""
+    if isinstance(weight, Quantized):
+        assert weight.scales.dtype == torch.bfloat16
+        return _at(weight.codes), _at(weight.scales)
+    return _at(weight), None
 
 
 def _rows(x: Tensor) -> Tensor:

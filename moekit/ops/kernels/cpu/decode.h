@@ -6,9 +6,9 @@
 #include "few.h"
 
 extern "C" {
-struct Matrix {  // (rows, columns), one row after another
-    const void* data;
-    int64_t bf16;  // else float32
+struct Matrix {  // (rows, columns), one row after another; columns in codes are whole groups
+    const void *data, *scales;
+    int64_t kind;  // as `BY_WEIGHTS` (native.cpp) tells them apart
 };
 struct DecodeFFN {  // of the same columns: gate and up (ff, dim), down (dim, ff); ff 0: there is none
     Matrix gate, up, down;
@@ -35,17 +35,20 @@ struct DecodeModel {
 
 namespace {
 
-// out[m * ldo + n] = row n of a matrix times x's row m, for rows `first` to `last`, any m.
+template <class W>
+void rows_with(const W& w, int64_t first, int64_t last, const float* x, int64_t ldx, int64_t count, float* out, int64_t ldo) {
+    for (int64_t m = 0; m < count; m += FEW)
+        dots(std::min<int64_t>(FEW, count - m), w.rows(first), last - first, x + m * ldx, ldx, out + m * ldo, ldo);
+}
+
+// out[m * ldo + n] = row begin + n of a matrix times x's row m, for rows `first` to `last`, any m.
 void rows_of(const Matrix& w, int64_t begin, int64_t first, int64_t last, int64_t k, const float* x, int64_t ldx,
              int64_t count, float* out, int64_t ldo) {
-    for (int64_t m = 0; m < count; m += FEW) {
-        const int64_t taken = std::min<int64_t>(FEW, count - m);
-        float* to = out + m * ldo + first;
-        if (w.bf16)
-            dots(taken, (const bf16*)w.data + (begin + first) * k, last - first, k, x + m * ldx, ldx, to, ldo);
-        else
-            dots(taken, (const float*)w.data + (begin + first) * k, last - first, k, x + m * ldx, ldx, to, ldo);
-    }
+    const int64_t from = begin + first, to = begin + last;
+    if (w.kind == 0) rows_with(Plain<float>(w.data, w.scales, k), from, to, x, ldx, count, out + first, ldo);
+    if (w.kind == 1) rows_with(Plain<bf16>(w.data, w.scales, k), from, to, x, ldx, count, out + first, ldo);
+    if (w.kind == 2) rows_with(Groups<8>(w.data, w.scales, k), from, to, x, ldx, count, out + first, ldo);
+    if (w.kind == 3) rows_with(Groups<4>(w.data, w.scales, k), from, to, x, ldx, count, out + first, ldo);
 }
 
 inline float dot(const float* a, const float* b, int64_t n) {
@@ -175,7 +178,7 @@ void decode_step(const DecodeModel& model, int64_t batch, const int64_t* ids, co
 #pragma omp single
         for (int64_t b = 0; b < batch; b++)
             for (int64_t i = 0; i < d; i++)
-                x[b * d + i] = model.embedding.bf16 ? to_float(((const bf16*)model.embedding.data)[ids[b] * d + i])
+                x[b * d + i] = model.embedding.kind ? to_float(((const bf16*)model.embedding.data)[ids[b] * d + i])
                                                     : ((const float*)model.embedding.data)[ids[b] * d + i];
         for (int64_t at = 0; at < model.layers; at++) {
             const DecodeLayer& l = model.layer[at];
@@ -217,7 +220,7 @@ void decode_step(const DecodeModel& model, int64_t batch, const int64_t* ids, co
 #pragma omp single
             normed(x.data(), l.ffn_norm, model.eps, d, batch, n.data());
             if (l.experts) {
-                const Matrix router{l.router, 0};
+                const Matrix router{l.router, nullptr, 0};
                 rows_of(router, 0, part(l.experts, me), part(l.experts, me + 1), d, n.data(), d, batch, affinity.data(), l.experts);
 #pragma omp barrier
 #pragma omp single

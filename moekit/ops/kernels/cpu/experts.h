@@ -30,10 +30,10 @@ struct Shape {
     int threads;
 };
 
-// The weights of the next panel: PANEL rows of w (rows, length) from `begin` on, or PANEL columns of it.
-template <class W> Ahead next_rows(const W* w, int64_t begin, int64_t rows, int64_t length) {
+// The weights of the next panel: PANEL of w's `rows` rows from `begin` on, or PANEL columns of it.
+template <class W> Ahead next_rows(const W& w, int64_t begin, int64_t rows) {
     const int64_t taken = std::min<int64_t>(PANEL, rows - begin);
-    return {(const char*)(w + begin * length), 128, taken > 0 ? taken * length * (int64_t)sizeof(W) / 128 : 0};
+    return {w.rows(begin).begin(), 128, taken > 0 ? taken * w.bytes() / 128 : 0};
 }
 template <class W> Ahead next_columns(const W* w, int64_t begin, int64_t columns, int64_t rows) {
     return {(const char*)(w + begin), columns * (int64_t)sizeof(W), begin < columns ? rows : 0};
@@ -41,14 +41,14 @@ template <class W> Ahead next_columns(const W* w, int64_t begin, int64_t columns
 
 // hidden (rows, 2 ff) gets gate and up before SiLU unless it is null; y (rows, dim) gets the experts' outputs.
 template <class S, class W>
-void forward(const Shape& s, const S* x, int64_t ldx, const W* gate_up, const W* down, S* hidden, S* y) {
+void forward(const Shape& s, const S* x, int64_t ldx, const W& gate_up, const W& down, S* hidden, S* y) {
     typedef Product<S> P;
     constexpr int each = Units<P>::each;
     const int64_t d = s.dim, f = s.ff, dp = Units<P>::padded(d), fp = Units<P>::padded(f);
+    const int64_t few_d = W::padded(d), few_f = W::padded(f), few = FEW * std::max(few_d, 2 * few_f);
     const std::vector<Task> tasks = row_blocks(s.offsets, s.experts);
     const size_t bytes = room((BLOCK + TILE_ROWS) * dp, sizeof(P)) + room((BLOCK + TILE_ROWS) * fp, sizeof(P)) +
-                         2 * room(std::max(dp, fp) * PANEL, sizeof(P)) + 2 * room(TILE_ROWS * PANEL, 4) +
-                         2 * room(FEW * std::max(d, 2 * f), 4);
+                         2 * room(std::max(dp, fp) * PANEL, sizeof(P)) + 2 * room(TILE_ROWS * PANEL, 4) + 2 * room(few, 4);
 #pragma omp parallel num_threads(s.threads)
     {
         AmxTiles tiles;
@@ -59,36 +59,39 @@ void forward(const Shape& s, const S* x, int64_t ldx, const W* gate_up, const W*
         P* panel_u = scratch.take<P>(std::max(dp, fp) * PANEL);
         float* g = scratch.take<float>(TILE_ROWS * PANEL);
         float* u = scratch.take<float>(TILE_ROWS * PANEL);
-        float* in = scratch.take<float>(FEW * std::max(d, 2 * f));
-        float* out = scratch.take<float>(FEW * std::max(d, 2 * f));
+        float* in = scratch.take<float>(few);
+        float* out = scratch.take<float>(few);
         const int step = tile_rows<P>();
 #pragma omp for schedule(dynamic, 1)
         for (int64_t t = 0; t < (int64_t)tasks.size(); t++) {
             const Task task = tasks[t];
             const int64_t count = task.end - task.begin, blocks = (count + step - 1) / step;
-            const W *w = gate_up + task.expert * 2 * f * d, *v = down + task.expert * d * f;
+            const W w = gate_up.rows(task.expert * 2 * f), v = down.rows(task.expert * d);
             if (count <= FEW && !hidden) {  // packing would cost more than the products
-                gather(in, s.tokens ? x : x + task.begin * ldx, ldx, s.tokens ? s.tokens + task.begin : nullptr, count, d, d);
-                dots(count, w, 2 * f, d, in, d, out, 2 * f);
-                for (int64_t i = 0; i < count; i++)
+                gather(in, s.tokens ? x : x + task.begin * ldx, ldx, s.tokens ? s.tokens + task.begin : nullptr, count, d, few_d);
+                dots(count, w, 2 * f, in, few_d, out, 2 * f);
+                for (int64_t i = 0; i < count; i++) {
+                    float *gate = out + i * 2 * f, *to = in + i * few_f;
                     for (int64_t n = 0; n < f; n += LANES) {
                         vec a = {}, b = {};
                         const int64_t width = std::min<int64_t>(LANES, f - n);
-                        memcpy(&a, out + i * 2 * f + n, width * 4);
-                        memcpy(&b, out + i * 2 * f + f + n, width * 4);
+                        memcpy(&a, gate + n, width * 4);
+                        memcpy(&b, gate + f + n, width * 4);
                         a = a * sigmoid(a) * b;
-                        memcpy(in + i * f + n, &a, width * 4);
+                        memcpy(to + n, &a, width * 4);
                     }
-                dots(count, v, d, f, in, f, out, d);
+                    std::fill(to + f, to + few_f, 0.0f);
+                }
+                dots(count, v, d, in, few_f, out, d);
                 gather(y + task.begin * d, out, d, (const int64_t*)nullptr, count, d, d);
                 continue;
             }
             gather(rows, s.tokens ? x : x + task.begin * ldx, ldx, s.tokens ? s.tokens + task.begin : nullptr, count, d, dp);
             for (int64_t n = 0; n < f; n += PANEL) {
                 const int64_t width = std::min<int64_t>(PANEL, f - n);
-                pack_transposed(panel_g, w + n * d, d, width, d);
-                pack_transposed(panel_u, w + (f + n) * d, d, width, d);
-                const Ahead next_g = next_rows(w, n + PANEL, f, d), next_u = next_rows(w + f * d, n + PANEL, f, d);
+                pack_transposed(panel_g, w.rows(n), width);
+                pack_transposed(panel_u, w.rows(f + n), width);
+                const Ahead next_g = next_rows(w, n + PANEL, f), next_u = next_rows(w.rows(f), n + PANEL, f);
                 for (int64_t m = 0; m < count; m += step) {
                     const int64_t taken = std::min<int64_t>(step, count - m);
                     const unit* a = (const unit*)(rows + m * dp);
@@ -111,8 +114,8 @@ void forward(const Shape& s, const S* x, int64_t ldx, const W* gate_up, const W*
             }
             for (int64_t n = 0; n < d; n += PANEL) {
                 const int64_t width = std::min<int64_t>(PANEL, d - n);
-                pack_transposed(panel_g, v + n * f, f, width, f);
-                const Ahead next = next_rows(v, n + PANEL, d, f);
+                pack_transposed(panel_g, v.rows(n), width);
+                const Ahead next = next_rows(v, n + PANEL, d);
                 for (int64_t m = 0; m < count; m += step) {
                     const int64_t taken = std::min<int64_t>(step, count - m);
                     multiply<P>(taken, fp / each, (const unit*)(act + m * fp), fp / each, 1, (const unit*)panel_g, g, next.part(m / step, blocks));

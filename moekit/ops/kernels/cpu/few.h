@@ -2,48 +2,96 @@
 
 #pragma once
 
-#include "numbers.h"
+#include "weights.h"
 
 namespace {
 
-// out[m * ldo + n] = w's row n times x's row m, for M rows of x and `rows` rows of w, each `k` long.
-template <int M, class W> void dots_of(const W* w, int64_t rows, int64_t k, const float* x, int64_t ldx, float* out, int64_t ldo) {
-    constexpr int N = 4;
-    int64_t n = 0;
-    for (; n + N <= rows; n += N) {
-        vec sum[M][N] = {};
-        const W* at = w + n * k;
-        int64_t i = 0;
-        for (; i + LANES <= k; i += LANES) {
-            vec a[M];
-            for (int m = 0; m < M; m++) a[m] = load(x + m * ldx + i);
-            for (int j = 0; j < N; j++) {
-                const vec b = load(at + j * k + i);
-                for (int m = 0; m < M; m++) sum[m][j] += a[m] * b;
-            }
+// Asks for part `number` of the rows at `from`, which are read soon, `bytes` a part: several rows read side by side are
+// more than the machine's own prefetching follows. Twice as fast where weights come from memory.
+inline void ask(const char* from, int64_t number, int64_t bytes) {
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + number * bytes + b, 0, 3);
+}
+
+// out[m * ldo + n] = w's row n times x's row m, for M rows of x and N of w.
+template <int M, int N, class T> void block(const Plain<T>& w, int64_t n, const float* x, int64_t ldx, float* out, int64_t ldo) {
+    vec sum[M][N] = {};
+    const T* at = w.at + n * w.k;
+    int64_t i = 0;
+    for (; i + LANES <= w.k; i += LANES) {
+        ask((const char*)(at + N * w.k), i / LANES, N * LANES * sizeof(T));
+        vec a[M];
+        for (int m = 0; m < M; m++) a[m] = load(x + m * ldx + i);
+        for (int j = 0; j < N; j++) {
+            const vec b = load(at + j * w.k + i);
+            for (int m = 0; m < M; m++) sum[m][j] += a[m] * b;
         }
-        for (int m = 0; m < M; m++)
-            for (int j = 0; j < N; j++) {
-                float rest = total(sum[m][j]);
-                for (int64_t r = i; r < k; r++) rest += x[m * ldx + r] * to_float(at[j * k + r]);
-                out[m * ldo + n + j] = rest;
-            }
     }
-    for (; n < rows; n++)
-        for (int m = 0; m < M; m++) {
-            float sum = 0;
-            for (int64_t i = 0; i < k; i++) sum += x[m * ldx + i] * to_float(w[n * k + i]);
-            out[m * ldo + n] = sum;
+    for (int m = 0; m < M; m++)
+        for (int j = 0; j < N; j++) {
+            float rest = total(sum[m][j]);
+            for (int64_t r = i; r < w.k; r++) rest += x[m * ldx + r] * to_float(at[j * w.k + r]);
+            out[m * ldo + n + j] = rest;
         }
 }
 
+template <int M, int N, int BITS>
+void block(const Groups<BITS>& w, int64_t n, const float* x, int64_t ldx, float* out, int64_t ldo) {
+    vec sum[M][N] = {};
+    const char* next = w.rows(n + 2 * N).begin();
+    for (int64_t g = 0; g < w.groups; g++) {
+        ask(next, g, N * w.each);
+        for (int j = 0; j < N; j++) {
+            vec b[PARTS];
+            if constexpr (M == 1 && BITS == 8) {  // one multiplication, of the group's sum
+                const vec scale = w.read_codes(n + j, g, b);
+                vec part = {};
+                for (int p = 0; p < PARTS; p++) part += load(x + g * GROUP + p * LANES) * b[p];
+                sum[0][j] += part * scale;
+            } else {
+                w.read(n + j, g, b);
+                for (int p = 0; p < PARTS; p++)
+                    for (int m = 0; m < M; m++) sum[m][j] += load(x + m * ldx + g * GROUP + p * LANES) * b[p];
+            }
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int j = 0; j < N; j++) out[m * ldo + n + j] = total(sum[m][j]);
+}
+
+template <int M, class W> void dots_of(const W& w, int64_t rows, const float* x, int64_t ldx, float* out, int64_t ldo) {
+    int64_t n = 0;
+    for (; n + 4 <= rows; n += 4) block<M, 4>(w, n, x, ldx, out, ldo);
+    for (; n < rows; n++) block<M, 1>(w, n, x, ldx, out, ldo);
+}
+
+// x (m, ldx) is padded as the weights want it; m is at most FEW.
 constexpr int FEW = 4;
-template <class W>
-void dots(int64_t m, const W* w, int64_t rows, int64_t k, const float* x, int64_t ldx, float* out, int64_t ldo) {
-    if (m == 1) dots_of<1>(w, rows, k, x, ldx, out, ldo);
-    if (m == 2) dots_of<2>(w, rows, k, x, ldx, out, ldo);
-    if (m == 3) dots_of<3>(w, rows, k, x, ldx, out, ldo);
-    if (m == 4) dots_of<4>(w, rows, k, x, ldx, out, ldo);
+template <class W> void dots(int64_t m, const W& w, int64_t rows, const float* x, int64_t ldx, float* out, int64_t ldo) {
+    if (m == 1) dots_of<1>(w, rows, x, ldx, out, ldo);
+    if (m == 2) dots_of<2>(w, rows, x, ldx, out, ldo);
+    if (m == 3) dots_of<3>(w, rows, x, ldx, out, ldo);
+    if (m == 4) dots_of<4>(w, rows, x, ldx, out, ldo);
+}
+
+// y (tokens, rows) = x (tokens, k) times w transposed; the threads share the rows of w.
+template <class S, class W>
+void linear(int64_t tokens, int64_t rows, int64_t k, const S* x, int64_t ldx, const W& w, S* y, int threads) {
+    constexpr int64_t PART = 32;  // rows of w that a task takes
+    const int64_t width = W::padded(k);
+    std::vector<float> in(tokens * width);
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t i = 0; i < k; i++) in[t * width + i] = to_float(x[t * ldx + i]);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t part = 0; part < (rows + PART - 1) / PART; part++) {
+        const int64_t n = part * PART, taken = std::min(PART, rows - n);
+        float out[FEW * PART];
+        for (int64_t t = 0; t < tokens; t += FEW) {
+            const int64_t m = std::min<int64_t>(FEW, tokens - t);
+            dots(m, w.rows(n), taken, in.data() + t * width, width, out, PART);
+            for (int64_t i = 0; i < m; i++)
+                for (int64_t j = 0; j < taken; j++) assign(y[(t + i) * rows + n + j], out[i * PART + j]);
+        }
+    }
 }
 
 }  // namespace

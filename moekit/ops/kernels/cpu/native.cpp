@@ -43,11 +43,42 @@ EXPORT int moekit_features() {
         typedef float S; typedef float W; call; \
     }
 
-EXPORT void moekit_forward(int s_bf16, int w_bf16, int64_t experts, int64_t dim, int64_t ff, const int64_t* offsets,
+// `kind` of the weights: 0 float32, 1 bfloat16, 2 int8, 3 int4, the last two with scales.
+#define BY_WEIGHTS(kind, call)            \
+    if (kind == 0) {                      \
+        typedef Plain<float> W; call;     \
+    } else if (kind == 1) {               \
+        typedef Plain<bf16> W; call;      \
+    } else if (kind == 2) {               \
+        typedef Groups<8> W; call;        \
+    } else {                              \
+        typedef Groups<4> W; call;        \
+    }
+
+template <class S>
+void forward_of(int kind, const Shape& s, const S* x, int64_t ldx, const void* gate_up, const void* gate_up_scales,
+                const void* down, const void* down_scales, void* hidden, void* y) {
+    BY_WEIGHTS(kind, (forward<S, W>(s, x, ldx, W(gate_up, gate_up_scales, s.dim), W(down, down_scales, s.ff), (S*)hidden, (S*)y)))
+}
+
+EXPORT void moekit_forward(int s_bf16, int kind, int64_t experts, int64_t dim, int64_t ff, const int64_t* offsets,
                            const int64_t* tokens, int threads, const void* x, int64_t ldx, const void* gate_up,
-                           const void* down, void* hidden, void* y) {
+                           const void* gate_up_scales, const void* down, const void* down_scales, void* hidden, void* y) {
     const Shape s{experts, dim, ff, offsets, tokens, threads};
-    BY_TYPE((forward<S, W>(s, (const S*)x, ldx, (const W*)gate_up, (const W*)down, (S*)hidden, (S*)y)))
+    if (s_bf16)
+        forward_of(kind, s, (const bf16*)x, ldx, gate_up, gate_up_scales, down, down_scales, hidden, y);
+    else
+        forward_of(kind, s, (const float*)x, ldx, gate_up, gate_up_scales, down, down_scales, hidden, y);
+}
+
+EXPORT void moekit_linear(int s_bf16, int kind, int64_t tokens, int64_t rows, int64_t k, int threads, const void* x,
+                          int64_t ldx, const void* w, const void* scales, void* y) {
+    BY_WEIGHTS(kind, {
+        if (s_bf16)
+            linear(tokens, rows, k, (const bf16*)x, ldx, W(w, scales, k), (bf16*)y, threads);
+        else
+            linear(tokens, rows, k, (const float*)x, ldx, W(w, scales, k), (float*)y, threads);
+    })
 }
 
 EXPORT void moekit_backward_rows(int s_bf16, int w_bf16, int64_t experts, int64_t dim, int64_t ff, const int64_t* offsets,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "products.h"
+#include "weights.h"
 
 namespace {
 
@@ -59,6 +60,24 @@ template <class P, class W> void pack_transposed(P* panel, const W* w, int64_t l
         for (int n = 0; n < PANEL; n++)
             assign(panel[(at / each * PANEL + n) * each + at % each],
                    n < columns && at < k ? to_float(w[n * ld + at]) : 0.0f);
+}
+
+template <class P, class T> void pack_transposed(P* panel, const Plain<T>& w, int columns) {
+    pack_transposed(panel, w.at, w.k, columns, w.k);
+}
+template <class P, int BITS> void pack_transposed(P* panel, const Groups<BITS>& w, int columns) {
+    constexpr int64_t WIDTH = 4 * GROUP;  // dequantised a part at a time, which stays in the nearest cache
+    alignas(64) float part[PANEL * WIDTH];
+    for (int64_t at = 0; at < w.k; at += WIDTH) {
+        const int64_t groups = std::min(WIDTH / GROUP, w.groups - at / GROUP);
+        for (int n = 0; n < columns; n++)
+            for (int64_t g = 0; g < groups; g++) {
+                vec x[PARTS];
+                w.read(n, at / GROUP + g, x);
+                for (int p = 0; p < PARTS; p++) store(part + n * WIDTH + g * GROUP + p * LANES, x[p]);
+            }
+        pack_transposed(panel + at * PANEL, part, WIDTH, columns, std::min(WIDTH, w.k - at));
+    }
 }
 
 // Packs rows of b, `width` columns of each, unit after unit: the panel [units][stride] of a product with b itself.

@@ -1,0 +1,18 @@
+"""The product with one matrix, whatever its weights are kept in."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from moekit.ops.kernels import native
+from moekit.ops.quantize import Quantized, dequantize, refuse_gradients
+
+
+def linear(x: Float[Tensor, "*batch dim"], weight: Float[Tensor, "out dim"] | Quantized) -> Float[Tensor, "*batch out"]:
+    """Returns x W^T in x's dtype. A few rows without a gradient read the weights as they lie, summed in float32."""
+    refuse_gradients(weight, x)
+    if native.has_linear(x, weight) and not torch.is_autocast_enabled("cpu"):
+        y: Tensor = native.linear(x, weight)
+        return y
+    return F.linear(x, dequantize(weight, x.dtype) if isinstance(weight, Quantized) else weight)

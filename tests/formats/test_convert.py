@@ -1,0 +1,120 @@
+"""A converted model is the same model but for what its precision costs, and the receipt says exactly what that is."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from moekit.config import ModelConfig
+from moekit.errors import CheckpointError, ConfigError, DataError
+from moekit.formats import convert as converting
+from moekit.formats.checkpoint import load, save
+from moekit.formats.convert import Precision, convert
+from moekit.formats.directory import check_directory
+from moekit.formats.tokenizer import load_tokenizer, train_tokenizer
+from moekit.nn.model import Model
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+TEXT = "the quick brown fox jumps over the lazy dog 0123456789\n"
+
+
+@pytest.fixture
+def source(tiny_config: Callable[..., ModelConfig], tmp_path: Path) -> Path:
+    config = tiny_config(vocab_size=280, ffn={"topk_method": "noaux_tc", "scoring_func": "sigmoid"})
+    save(Model(config), tmp_path / "source", train_tokenizer([TEXT], 280))
+    return tmp_path / "source"
+
+
+def keys(folder: Path) -> dict[str, str]:
+    """Returns every tensor on disk with its type."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(PRECISIONS, PRECISIONS)))
+def test_every_tensor_of_source_and_target_is_accounted_for_and_its_error_is_true(
+    source: Path, tmp_path: Path, first: Precision, second: Precision
+) -> None:
+    convert(source, tmp_path / "first", first)
+    account = convert(tmp_path / "first", tmp_path / "second", second)["tensors"]
+    before, after = keys(tmp_path / "first"), keys(tmp_path / "second")
+    assert account["used"].keys() | account["dropped"].keys() == before.keys()
+    assert account["used"].keys() | account["created"].keys() == after.keys()
+    assert not account["used"].keys() & (account["dropped"].keys() | account["created"].keys())
+    if first == second:
+        assert before == after
+        assert not any(used["relative_rms"] for used in account["used"].values())
+        ours, theirs = (load(tmp_path / name).state_dict() for name in ("first", "second"))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_the_error_in_the_receipt_is_the_tensors(source: Path, tmp_path: Path, dtype: Precision) -> None:
+    used = convert(source, tmp_path / "target", dtype)["tensors"]["used"]
+    plain, target = load(source), load(tmp_path / "target")
+    a, b = plain.lm_head.weight.detach(), target.lm_head.numbers(torch.float32).detach().float()
+    assert used["lm_head.weight"]["relative_rms"] == pytest.approx(float((b - a).norm() / a.norm()), abs=1e-9)
+    low, high = {"float32": (0, 0), "bfloat16": (1e-3, 2**-8), "int8": (3e-3, 6e-3), "int4": (0.05, 0.1)}[dtype]
+    matrices = [used[key]["relative_rms"] for key in used if "_proj" in key]
+    assert len(matrices) == 2 * (4 + 3 * 7 + 3)
+    assert all(low <= error <= high for error in matrices)
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert used[bias] == {"from": "float32", "to": "float32", "relative_rms": 0.0}
+
+
+def test_the_target_is_a_whole_directory_with_its_tokenizer_and_receipt(source: Path, tmp_path: Path) -> None:
+    receipt = convert(source, tmp_path / "target", "int4", text=TEXT)
+    assert receipt["action"] == "convert"
+    assert receipt["inputs"] == check_directory(source)
+    assert receipt["config"] == {"source": str(source), "from": "float32", "dtype": "int4", "compared_on": "text"}
+    assert load_tokenizer(tmp_path / "target").fingerprint == load_tokenizer(source).fingerprint
+    assert {"config.json", "model.safetensors", "receipt.json"} <= check_directory(tmp_path / "target").keys()
+    assert load(tmp_path / "target").quantization == "int4"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_out_of_codes_come_their_numbers_and_a_note(source: Path, tmp_path: Path, dtype: Precision) -> None:
+    convert(source, tmp_path / "codes", "int4")
+    receipt = convert(tmp_path / "codes", tmp_path / "back", dtype)
+    assert receipt["config"]["note"].startswith("made of the numbers that int4 codes stand for")
+    codes, back = load(tmp_path / "codes"), load(tmp_path / "back")
+    ids = torch.randint(280, (1, 20))
+    with torch.no_grad():
+        difference = (back(ids).logits.float() - codes(ids).logits).norm() / codes(ids).logits.norm()
+    assert float(difference) < {"float32": 1e-6, "bfloat16": 0.3, "int8": 0.3}[dtype]
+
+
+def test_a_difference_beyond_the_bound_is_told_and_not_hidden(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def checks() -> list[dict[str, Any]]:
+        return convert(source, tmp_path / "target", "float32")["checks"]
+
+    assert [check["held"] for check in checks()] == [True, True, True]
+    monkeypatch.setitem(converting.BOUNDS, "int8", converting.BOUNDS["float32"])
+    found = convert(source, tmp_path / "int8", "int8")["checks"]
+    assert [check["held"] for check in found[:2]] == [False, False]
+    assert found[0]["bound"] == "<= 0"
+    assert found[0]["of"] in keys(source)
+
+
+def test_what_cannot_be_converted_is_one_clear_line_and_leaves_nothing(
+    source: Path, tmp_path: Path, tiny_config: Callable[..., ModelConfig]
+) -> None:
+    with pytest.raises(CheckpointError, match="source exists already; choose another directory"):
+        convert(source, source, "int8")
+    model = load(source)
+    with torch.no_grad():
+        model.lm_head.weight[3, 4] = torch.inf
+    save(model, tmp_path / "infinite")
+    with pytest.raises(CheckpointError, match=r"^lm_head.weight in .*infinite holds a value that is not finite"):
+        convert(tmp_path / "infinite", tmp_path / "target", "int8")
+    with pytest.raises(ConfigError, match=r"--text needs a tokenizer and the source has no tokenizer.json"):
+        convert(tmp_path / "infinite", tmp_path / "target", "int8", text=TEXT)
+    with pytest.raises(DataError, match="the text to compare on is empty"):
+        convert(source, tmp_path / "target", "int8", text="")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["infinite", "source"]

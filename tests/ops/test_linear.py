@@ -1,0 +1,68 @@
+"""The product with one matrix: the same whatever the weights are kept in and whoever computes it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moekit.errors import UnsupportedError
+from moekit.ops.kernels import native
+from moekit.ops.linear import linear
+from moekit.ops.quantize import Quantized, dequantize, quantize
+
+KINDS = ["float32", "bfloat16", "int8", "int4"]
+
+
+def kept(weight: Tensor, kind: str) -> tuple[Tensor | Quantized, Tensor]:
+    """Returns the weight as it is kept, and the numbers that this stands for."""
+    if kind in ("int8", "int4"):
+        coded = quantize(weight, kind)  # type: ignore[arg-type]
+        return coded, dequantize(coded)
+    cast = weight.to(getattr(torch, kind))
+    return cast, cast.float()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(64, 96), (70, 37), (1, 3), (33, 130)])
+@pytest.mark.parametrize("rows", [(1,), (3,), (4, 1), (9,), (2, 5), (0,)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 1.2e-2)])
+def test_it_is_the_product_with_the_numbers(
+    device: torch.device, kind: str, shape: tuple[int, int], rows: tuple[int, ...], dtype: torch.dtype, bound: float
+) -> None:
+    weight, numbers = kept(torch.randn(shape[1], shape[0], device=device), kind)
+    if isinstance(weight, Tensor):
+        weight = weight.to(dtype)
+    x = torch.randn(*rows, shape[0], device=device).to(dtype)
+    y, exact = linear(x, weight), x.double() @ numbers.to(dtype).double().T
+    assert y.dtype == dtype
+    assert y.shape == exact.shape
+    scale = (x.double().abs() @ numbers.double().abs().T).clamp(min=1e-9)
+    assert ((y - exact).abs() <= bound * scale).all()
+
+
+def test_gradients_are_those_of_the_plain_product(device: torch.device) -> None:
+    x, weight = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((2, 7), (5, 7)))
+    ours = torch.autograd.grad(linear(x, weight).square().sum(), (x, weight))
+    theirs = torch.autograd.grad((x @ weight.T).square().sum(), (x, weight))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_under_autocast_it_is_autocasts(device: torch.device) -> None:
+    x, weight = torch.randn(2, 7, device=device), torch.randn(5, 7, device=device)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+
+
+def test_a_gradient_through_codes_is_an_error(device: torch.device) -> None:
+    x = torch.randn(2, 7, device=device, requires_grad=True)
+    with pytest.raises(UnsupportedError, match=r"^int4 weights are for inference and have no gradients"):
+        linear(x, quantize(torch.randn(5, 7, device=device), "int4"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_strided_input_and_any_number_of_rows_suit_the_kernel(kind: str) -> None:
+    weight, numbers = kept(torch.randn(37, 70), kind)
+    x = torch.randn(4, 140)[:, ::2]
+    if not native.has_linear(x, weight):
+        pytest.skip("there are no native kernels")
+    torch.testing.assert_close(native.linear(x, weight), x @ numbers.T, rtol=1e-5, atol=1e-4)
