@@ -10,7 +10,10 @@ from moekit.ops.quantize import Quantized, dequantize, refuse_gradients
 
 
 def linear(x: Float[Tensor, "*batch dim"], weight: Float[Tensor, "out dim"] | Quantized) -> Float[Tensor, "*batch out"]:
-    """Returns x W^T in x's dtype. A few rows without a gradient read the weights as they lie, summed in float32."""
+    """Returns x W^T in x's dtype.
+
+    On a CPU codes, and for a few rows without a gradient weights of any kind, are read as they lie.
+    """
     refuse_gradients(weight, x)
     if native.has_linear(x, weight) and not torch.is_autocast_enabled("cpu"):
         y: Tensor = native.linear(x, weight)

@@ -249,10 +249,12 @@ def _check_codes(library: ctypes.CDLL, rng: np.random.Generator) -> None:
         library.moekit_forward(0, kind, *where, x.ctypes.data, dim, *coded, None, found.ctypes.data)
         plain = (gate_up[2].ctypes.data, None, down[2].ctypes.data, None)
         library.moekit_forward(0, 0, *where, x.ctypes.data, dim, *plain, None, wanted.ctypes.data)
-        linear = _empty(0, 3, 2 * ff)
-        sizes = (3, 2 * ff, dim, 2)
-        library.moekit_linear(0, kind, *sizes, x.ctypes.data, dim, *coded[:2], linear.ctypes.data)
-        for name, value, right in (("y", found, wanted), ("linear", linear, x[:3] @ gate_up[2][0].T)):
+        few, many = _empty(0, 3, 2 * ff), _empty(0, len(x), 2 * ff)
+        for y in (few, many):
+            sizes = (len(y), 2 * ff, dim, 2)
+            library.moekit_linear(0, kind, *sizes, x.ctypes.data, dim, *coded[:2], y.ctypes.data)
+        linear = x @ gate_up[2][0].T
+        for name, value, right in (("y", found, wanted), ("few", few, linear[:3]), ("many", many, linear)):
             if not (worst := float(np.abs(value - right).max() / np.abs(right).max())) < 1e-5:
                 raise BuildError(f"{name} in int{bits} is off by {worst:.1e}")
 

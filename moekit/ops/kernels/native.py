@@ -76,22 +76,22 @@ FEW = 4
 
 
 def has_linear(x: Tensor, weight: Tensor | Quantized) -> bool:
-    """Returns whether `linear` can run on these tensors and is meant for so few rows; it has no gradients."""
+    """Returns whether `linear` can run on these tensors and is meant to: on a few rows, or on codes. No gradients."""
     if torch.compiler.is_compiling():
         return False
     wanted = torch.is_grad_enabled() and (x.requires_grad or _stored(weight).requires_grad)
     return (
         x.device.type == "cpu"
-        and 0 < x.numel() <= FEW * x.shape[-1]
+        and x.numel() > 0
         and x.dtype in (torch.float32, torch.bfloat16)
-        and (isinstance(weight, Quantized) or weight.dtype == x.dtype)
+        and (isinstance(weight, Quantized) or (weight.dtype == x.dtype and x.numel() <= FEW * x.shape[-1]))
         and not wanted
         and native().library is not None
     )
 
 
 def linear(x: Float[Tensor, "*batch dim"], weight: Float[Tensor, "out dim"] | Quantized) -> Float[Tensor, "*batch out"]:
-    """Returns x W^T for a few rows, summed in float32."""
+    """Returns x W^T, summed in float32."""
     library, flat, weight = native().library, _rows(x.reshape(-1, x.shape[-1])), _contiguous(weight)
     assert library is not None
     y = x.new_empty(*x.shape[:-1], weight.shape[0])

@@ -73,25 +73,4 @@ template <class W> void dots(int64_t m, const W& w, int64_t rows, const float* x
     if (m == 4) dots_of<4>(w, rows, x, ldx, out, ldo);
 }
 
-// y (tokens, rows) = x (tokens, k) times w transposed; the threads share the rows of w.
-template <class S, class W>
-void linear(int64_t tokens, int64_t rows, int64_t k, const S* x, int64_t ldx, const W& w, S* y, int threads) {
-    constexpr int64_t PART = 32;  // rows of w that a task takes
-    const int64_t width = W::padded(k);
-    std::vector<float> in(tokens * width);
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t i = 0; i < k; i++) in[t * width + i] = to_float(x[t * ldx + i]);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t part = 0; part < (rows + PART - 1) / PART; part++) {
-        const int64_t n = part * PART, taken = std::min(PART, rows - n);
-        float out[FEW * PART];
-        for (int64_t t = 0; t < tokens; t += FEW) {
-            const int64_t m = std::min<int64_t>(FEW, tokens - t);
-            dots(m, w.rows(n), taken, in.data() + t * width, width, out, PART);
-            for (int64_t i = 0; i < m; i++)
-                for (int64_t j = 0; j < taken; j++) assign(y[(t + i) * rows + n + j], out[i * PART + j]);
-        }
-    }
-}
-
 }  // namespace

@@ -12,6 +12,7 @@
 #include "decode.h"
 #include "attention_backward.h"
 #include "experts.h"
+#include "linear.h"
 #include "step.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
