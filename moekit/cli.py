@@ -143,7 +143,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     add = verb("quickstart", run_quickstart)
     add("--out", type=Path, default=Path("moekit-quickstart"), help="directory to write (moekit-quickstart)")
-    add("--steps", type=_positive, help="training steps of each model (the recipe's, about four minutes)")
+    add("--steps", type=_positive, help="training steps of each model (the recipe's, two to four minutes)")
     add("--device", **device)
 
     add = verb("doctor", run_doctor)

@@ -33,7 +33,7 @@ def quickstart(
     device: str = "auto",
     sinks: Callable[[RunConfig], Sequence[Sink]] = lambda config: (),
 ) -> dict[str, Any]:
-    """Runs the whole job in `out` and returns its figures. `steps` None: the recipe's own, about four minutes.
+    """Runs the whole job in `out` and returns its figures. `steps` None: the recipe's own, two to four minutes.
 
     What is finished is not done again: a killed quickstart goes on where it stopped. `sinks` makes the displays of a
     training run.
