@@ -9,6 +9,7 @@ model and dtype take turns in one process; the speed-up is over the fastest of t
 """
 
 import argparse
+import copy
 from collections.abc import Callable, Iterator, Sequence
 
 import binding
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from moekit.generate import decode
 from moekit.generate.sampling import SamplingSettings
 from moekit.nn.model import Model
+from moekit.nn.quantized import quantize_
 
 Decoding = Callable[[Tensor, int], Iterator[Tensor]]
 """Prompts and a number of tokens -> the next token of every sequence, one step after the other."""
@@ -73,6 +75,11 @@ def compare(args: argparse.Namespace, kind: str, dtype: str) -> tuple[list[list[
     found = peers.lineup(args, args.shape, kind, dtype, args.prompt + args.tokens + 1)
     loops = {name: theirs(model) for name, model in found.theirs.items()}
     loops |= {name: ours(model) for name, model in found.ours.items()}
+    for codes in args.codes:
+        for name, model in found.ours.items():
+            coded = copy.deepcopy(model)
+            quantize_(coded, codes)
+            loops[f"{name} {codes}"] = ours(coded)
     rows = []
     for batch in args.batch:
         decoders = {name: Decoder(args, loop, dtype, batch) for name, loop in loops.items()}
@@ -94,6 +101,9 @@ def main(argv: Sequence[str]) -> None:
     peers.options(parser, dtypes=("fp32", "bf16"))
     peers.llama_options(parser)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="sequences at once, each in turn (1 8)")
+    parser.add_argument(
+        "--codes", nargs="*", choices=("int8", "int4"), default=["int8", "int4"], help="our matrices in these too"
+    )
     parser.add_argument("--prompt", type=int, default=128, help="tokens read before the clock starts (128)")
     parser.add_argument("--tokens", type=int, default=64, help="tokens timed, of each sequence (64)")
     args = measure.parse(parser, argv)
@@ -104,7 +114,7 @@ def main(argv: Sequence[str]) -> None:
             rows, missing = rows + more, missing + absent
     header = ["shape of", "dtype", "batch", "who", "tokens/s", "ms a step", "speed-up", "tokens as ours"]
     llama, not_run = peers.llama_bench(args, ["-p", "0", "-n", str(args.tokens)])
-    missing += ["int8 and int4: the benchmark makes random weights in fp32 and bf16 only", *not_run]
+    missing += not_run
     what = f"{args.tokens} tokens after a prompt of {args.prompt}, greedy. {args.shape}."
     measure.report(args, "Decoding", what, guard, [measure.table(header, rows), *llama], missing, peers.versions())
 

@@ -109,10 +109,7 @@ def ours(shape: Shape, kind: str, positions: int, backend: str = "auto") -> Mode
     model = Model(config(shape, kind, positions))
     for layer in model.moe_layers:
         nn.init.normal_(layer.router.weight, std=ROUTER_STD)
-    if hasattr(model, "set_experts_backend"):
-        model.set_experts_backend(backend)
-    elif backend != "auto":
-        raise UnsupportedError("this version has no back ends to choose from")
+    model.set_experts_backend(backend)
     return model
 
 

@@ -32,6 +32,6 @@ def test_the_command_prints_one_document_or_tables(capsys: pytest.CaptureFixture
     assert "what auto takes" in shown
 
 
-def test_a_back_end_that_cannot_run_is_refused_by_train_and_generate_alike(capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_refuses_a_back_end_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "tiny-deepseekmoe", "--data", "x", "--out", "y", "--backend", "nativ"]) == 2
-    assert "backend" in capsys.readouterr().err
+    assert 'backend is "nativ" (did you mean native?)' in capsys.readouterr().err

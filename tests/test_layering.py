@@ -136,3 +136,9 @@ def test_what_must_be_fast_imports_nothing_heavy(code: str, heavy: str) -> None:
     check = f"import sys; {code}; sys.exit(str(sys.modules.keys() & set({heavy!r}.split()) or ''))"
     done = subprocess.run([sys.executable, "-c", check], cwd=PACKAGE.parent, capture_output=True, text=True)
     assert done.stderr.strip() == ""
+
+
+def test_kernels_are_imported_by_ops_alone() -> None:
+    uses = {one.source for one in _imports() if one.target.startswith("moekit.ops.kernels")}
+    assert "moekit.ops.experts" in uses
+    assert all(source.startswith("moekit.ops.") for source in uses)

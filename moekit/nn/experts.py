@@ -35,7 +35,8 @@ class Experts(nn.Module):
         except UnsupportedError:
             if isinstance(gate_up, Quantized) or isinstance(down, Quantized):
                 raise
-            choose(backend, rows.bfloat16(), gate_up.bfloat16(), down.bfloat16())  # as autocast would cast them
+            low = rows.new_empty((), dtype=torch.bfloat16)  # as autocast would cast them, without the copies
+            choose(backend, low.expand(rows.shape), low.expand(gate_up.shape), low.expand(down.shape))
         self.backend = cast(Backend, backend)
 
     def forward(

@@ -1,1 +1,1 @@
-"""Fast paths. Nobody imports them but `ops/experts.py` and `ops/merge.py`, and each can say why it cannot run."""
+"""Fast paths. Nobody but `ops` imports them, and each can say why it cannot run on given tensors."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moekit.ops.kernels.build import native
+from moekit.ops.kernels.native import at
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -67,10 +68,10 @@ class _Rotate(torch.autograd.Function):
         library, x = native().library, _rows(x)
         assert library is not None
         (batch, length, heads, _), half = x.shape, cos.shape[2]
-        y, pointers = x.new_empty(x.shape), (_at(cos), _at(sin))
+        y, pointers = x.new_empty(x.shape), (at(cos), at(sin))
         how = (interleaved, back, torch.get_num_threads())
         kind = x.dtype == torch.bfloat16
-        library.moekit_rotate(kind, batch, length, heads, half, _at(x), *x.stride()[:3], *pointers, _at(y), *how)
+        library.moekit_rotate(kind, batch, length, heads, half, at(x), *x.stride()[:3], *pointers, at(y), *how)
         ctx.interleaved = interleaved
         ctx.save_for_backward(cos, sin)
         return y
@@ -92,8 +93,8 @@ class _Attention(torch.autograd.Function):
         y = q.new_empty(*q.shape[:3], v.shape[3])
         log_sums = torch.empty(q.shape[0], q.shape[2], q.shape[1]) if any(ctx.needs_input_grad) else None
         kind, sizes, threads = q.dtype == torch.bfloat16, _sizes(q, k, v), torch.get_num_threads()
-        pointers = (_at(t) for t in (q, k, v, y, log_sums))
-        library.moekit_attention(kind, sizes, scale, _at(offsets), _at(document_ids), threads, *pointers)
+        pointers = (at(t) for t in (q, k, v, y, log_sums))
+        library.moekit_attention(kind, sizes, scale, at(offsets), at(document_ids), threads, *pointers)
         if log_sums is not None:
             assert offsets is None
             assert k.shape[1] == q.shape[1]
@@ -109,8 +110,8 @@ class _Attention(torch.autograd.Function):
         assert library is not None
         gradients = tuple(torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
         kind, sizes, threads = q.dtype == torch.bfloat16, _sizes(q, k, v), torch.get_num_threads()
-        pointers = (_at(t) for t in (q, k, v, y, log_sums, dy, *gradients))
-        library.moekit_attention_backward(kind, sizes, ctx.scale, _at(document_ids), threads, *pointers)
+        pointers = (at(t) for t in (q, k, v, y, log_sums, dy, *gradients))
+        library.moekit_attention_backward(kind, sizes, ctx.scale, at(document_ids), threads, *pointers)
         return *gradients, None, None, None
 
 
@@ -131,7 +132,3 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> Any:
 
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
-
-
-def _at(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

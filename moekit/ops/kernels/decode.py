@@ -9,10 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moekit.ops.kernels.build import native
+from moekit.ops.kernels.native import KINDS
 from moekit.ops.quantize import GROUP, Quantized
 
 _LONG, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 Weights = Tensor | Quantized
 """A matrix, (out, in), or stacked ones."""
 

@@ -1,4 +1,6 @@
-"""The experts on a CPU through our own compiled kernels: gather, products, SiLU * up and combination in few passes.
+"""The compiled kernels as functions that torch can differentiate: experts, products with one matrix, loss and norm.
+
+The experts' gather, products, SiLU * up and combination take few passes.
 
 What the backward pass needs is x, the inputs of SiLU (rows, 2 ff) and nothing else of a row's size: the gradient of a
 routing weight is the dot product of the activation with dy W_down, which is at hand there (SonicMoE, arXiv 2512.14080).
@@ -26,14 +28,13 @@ def unavailable(x: Tensor, gate_up: Tensor | Quantized, down: Tensor | Quantized
     return native().reason
 
 
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
+"""What the library calls the dtypes of numbers and of codes."""
 _TYPES = {
-    (torch.float32, torch.float32): (0, 0),
-    (torch.bfloat16, torch.float32): (1, 0),
-    (torch.bfloat16, torch.bfloat16): (1, 1),
-    (torch.float32, torch.int8): (0, 2),
-    (torch.bfloat16, torch.int8): (1, 2),
-    (torch.float32, torch.uint8): (0, 3),
-    (torch.bfloat16, torch.uint8): (1, 3),
+    (rows, weights): (KINDS[rows], kind)
+    for rows in (torch.float32, torch.bfloat16)
+    for weights, kind in KINDS.items()
+    if (rows, weights) != (torch.float32, torch.bfloat16)
 }
 
 
@@ -96,17 +97,14 @@ def linear(x: Float[Tensor, "*batch dim"], weight: Float[Tensor, "out dim"] | Qu
     assert library is not None
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     library.moekit_linear(
-        *(int(x.dtype == torch.bfloat16), _KINDS[_stored(weight).dtype], len(flat), *weight.shape),
-        *(torch.get_num_threads(), _at(flat), flat.stride(0), *_weights_at(weight), _at(y)),
+        *(int(x.dtype == torch.bfloat16), KINDS[_stored(weight).dtype], len(flat), *weight.shape),
+        *(torch.get_num_threads(), at(flat), flat.stride(0), *_weights_at(weight), at(y)),
     )
     return y
 
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
-
-
 def has_rest(*tensors: Tensor) -> bool:
-    """Returns whether `cross_entropy_` (float32, bfloat16) and `rms_norm` (float32) can run on these tensors."""
+    """Returns whether `cross_entropy_` and `rms_norm` can run on these tensors."""
     return all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.bfloat16) for t in tensors) and (
         native().library is not None
     )
@@ -123,7 +121,7 @@ def cross_entropy_(
     library.moekit_cross_entropy(
         int(logits.dtype == torch.bfloat16),
         *logits.shape,
-        *map(_at, (logits, targets, losses)),
+        *map(at, (logits, targets, losses)),
         differentiate,
         torch.get_num_threads(),
     )
@@ -145,7 +143,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, scales, by = x.contiguous(), torch.empty(x.shape[:-1]), weight.float()
         y = torch.empty_like(x)
-        _call_norm("moekit_norm", x, _at(by), eps, _at(y), _at(scales))
+        _call_norm("moekit_norm", x, at(by), eps, at(y), at(scales))
         ctx.save_for_backward(x, weight, scales)
         return y
 
@@ -155,7 +153,7 @@ class _Norm(torch.autograd.Function):
         x, weight, scales = ctx.saved_tensors
         dy, dx, by = dy.contiguous(), torch.empty_like(x), weight.float()
         parts = torch.empty(_Norm.PARTS, len(weight))
-        _call_norm("moekit_norm_backward", x, *map(_at, (by, scales, dy, dx, parts)), len(parts))
+        _call_norm("moekit_norm_backward", x, *map(at, (by, scales, dy, dx, parts)), len(parts))
         return dx, parts.sum(0).to(weight.dtype), None
 
 
@@ -163,7 +161,7 @@ def _call_norm(name: str, x: Tensor, *arguments: Any) -> None:
     dim = x.shape[-1]
     rows = x.numel() // dim
     getattr(native().library, name)(
-        int(x.dtype == torch.bfloat16), rows, dim, _at(x), *arguments, torch.get_num_threads()
+        int(x.dtype == torch.bfloat16), rows, dim, at(x), *arguments, torch.get_num_threads()
     )
 
 
@@ -258,12 +256,12 @@ class _Call:
         self, x: Tensor, gate_up: Tensor | Quantized, down: Tensor | Quantized, hidden: Tensor | None, y: Tensor
     ) -> None:
         self.library.moekit_forward(
-            *self._shape(down), _at(x), x.stride(0), *_weights_at(gate_up), *_weights_at(down), _at(hidden), _at(y)
+            *self._shape(down), at(x), x.stride(0), *_weights_at(gate_up), *_weights_at(down), at(hidden), at(y)
         )
 
     def backward_rows(self, dy: Tensor, gate_up: Tensor, down: Tensor, *rest: Tensor | None) -> None:
         self.library.moekit_backward_rows(
-            *self._shape(down), _at(dy), dy.stride(0), _at(gate_up), _at(down), *map(_at, rest)
+            *self._shape(down), at(dy), dy.stride(0), at(gate_up), at(down), *map(at, rest)
         )
 
     def weight_gradient(
@@ -272,12 +270,12 @@ class _Call:
         self.library.moekit_weight_gradient(
             *self.types,
             len(gradient),
-            _at(self.offsets),
-            _at(self.tokens),
+            at(self.offsets),
+            at(self.tokens),
             self.threads,
-            *(_at(left), left.stride(0), left_gathered, gradient.shape[1]),
-            *(_at(right), right.stride(0), right_gathered, gradient.shape[2]),
-            _at(gradient),
+            *(at(left), left.stride(0), left_gathered, gradient.shape[1]),
+            *(at(right), right.stride(0), right_gathered, gradient.shape[2]),
+            at(gradient),
         )
 
     def combine(self, rows: Tensor, row_of: Tensor, weights: Tensor | None) -> Tensor:
@@ -286,16 +284,17 @@ class _Call:
         y = rows.new_empty(tokens, rows.shape[1])
         computed = int(self.offsets[-1])
         self.library.moekit_combine(
-            *(self.types[0], tokens, k, rows.shape[1], _at(rows), _at(row_of), _at(weights), computed, _at(y)),
+            *(self.types[0], tokens, k, rows.shape[1], at(rows), at(row_of), at(weights), computed, at(y)),
             self.threads,
         )
         return y
 
     def _shape(self, down: Tensor | Quantized) -> tuple[int | None, ...]:
-        return *self.types, *down.shape, _at(self.offsets), _at(self.tokens), self.threads
+        return *self.types, *down.shape, at(self.offsets), at(self.tokens), self.threads
 
 
-def _at(tensor: Tensor | None) -> int | None:
+def at(tensor: Tensor | None) -> int | None:
+    """Returns the tensor's address; the caller keeps the tensor."""
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -309,8 +308,8 @@ def _weights_at(weight: Tensor | Quantized) -> tuple[int | None, int | None]:
     """Returns where the numbers lie, or the codes and their scales."""
     if isinstance(weight, Quantized):
         assert weight.scales.dtype == torch.bfloat16
-        return _at(weight.codes), _at(weight.scales)
-    return _at(weight), None
+        return at(weight.codes), at(weight.scales)
+    return at(weight), None
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -67,16 +67,6 @@ void normed(const float* x, const float* weight, float eps, int64_t dim, int64_t
     }
 }
 
-// gate[i] becomes silu(gate[i]) * gate[i + up].
-void swiglu(float* gate, int64_t up, int64_t count) {
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) {
-        const vec a = load(gate + i);
-        store(gate + i, a * sigmoid(a) * load(gate + up + i));
-    }
-    for (; i < count; i++) gate[i] = gate[i] / (1 + std::exp(-gate[i])) * gate[up + i];
-}
-
 struct Choice {
     int64_t expert, token;
     float weight;
@@ -242,14 +232,14 @@ void decode_step(const DecodeModel& model, int64_t batch, const int64_t* ids, co
                     float* h = routed.data() + c * 2 * f;
                     rows_of(l.gate_up, expert * 2 * f, begin, end, d, inputs.data() + c * d, d, count, h, 2 * f);
                     rows_of(l.gate_up, expert * 2 * f + f, begin, end, d, inputs.data() + c * d, d, count, h + f, 2 * f);
-                    for (int64_t m = 0; m < count; m++) swiglu(h + m * 2 * f + begin, f, end - begin);
+                    for (int64_t m = 0; m < count; m++) swiglu(h + m * 2 * f + begin, f, end - begin, h + m * 2 * f + begin);
                 }
             }
             const int64_t f = l.dense.ff, begin = part(f, me), end = part(f, me + 1);
             if (f) {
                 rows_of(l.dense.gate, 0, begin, end, d, n.data(), d, batch, hidden.data(), 2 * f);
                 rows_of(l.dense.up, 0, begin, end, d, n.data(), d, batch, hidden.data() + f, 2 * f);
-                for (int64_t b = 0; b < batch; b++) swiglu(hidden.data() + b * 2 * f + begin, f, end - begin);
+                for (int64_t b = 0; b < batch; b++) swiglu(hidden.data() + b * 2 * f + begin, f, end - begin, hidden.data() + b * 2 * f + begin);
             }
 #pragma omp barrier
             if (f) {

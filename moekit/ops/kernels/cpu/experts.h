@@ -71,15 +71,8 @@ void forward(const Shape& s, const S* x, int64_t ldx, const W& gate_up, const W&
                 gather(in, s.tokens ? x : x + task.begin * ldx, ldx, s.tokens ? s.tokens + task.begin : nullptr, count, d, few_d);
                 dots(count, w, 2 * f, in, few_d, out, 2 * f);
                 for (int64_t i = 0; i < count; i++) {
-                    float *gate = out + i * 2 * f, *to = in + i * few_f;
-                    for (int64_t n = 0; n < f; n += LANES) {
-                        vec a = {}, b = {};
-                        const int64_t width = std::min<int64_t>(LANES, f - n);
-                        memcpy(&a, gate + n, width * 4);
-                        memcpy(&b, gate + f + n, width * 4);
-                        a = a * sigmoid(a) * b;
-                        memcpy(to + n, &a, width * 4);
-                    }
+                    float* to = in + i * few_f;
+                    swiglu(out + i * 2 * f, f, f, to);
                     std::fill(to + f, to + few_f, 0.0f);
                 }
                 dots(count, v, d, in, few_f, out, d);

@@ -66,6 +66,19 @@ template <int M, class W> void dots_of(const W& w, int64_t rows, const float* x,
 
 // x (m, ldx) is padded as the weights want it; m is at most FEW.
 constexpr int FEW = 4;
+
+// to[i] = silu(gate[i]) * gate[i + up]; `to` may be `gate`.
+inline void swiglu(const float* gate, int64_t up, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        vec a = {}, b = {};
+        const int64_t width = std::min<int64_t>(LANES, count - i);
+        memcpy(&a, gate + i, width * 4);
+        memcpy(&b, gate + up + i, width * 4);
+        a = a * sigmoid(a) * b;
+        memcpy(to + i, &a, width * 4);
+    }
+}
+
 template <class W> void dots(int64_t m, const W& w, int64_t rows, const float* x, int64_t ldx, float* out, int64_t ldo) {
     if (m == 1) dots_of<1>(w, rows, x, ldx, out, ldo);
     if (m == 2) dots_of<2>(w, rows, x, ldx, out, ldo);
