@@ -49,10 +49,11 @@ def test_its_file_names_command_machine_and_guard_and_has_a_row_for_ours_and_the
         part in text for part in (", commit ", f"torch {torch.__version__}", " threads", "Guard: matmul GFLOP/s")
     )
     rows = _rows(text)
-    assert {row["who"] for row in rows} - {"dense"} == {"transformers grouped_mm", "moekit auto"}
+    coded = {"moekit auto int8", "moekit auto int4"} if name == "decode" else set()
+    assert {row["who"] for row in rows} - {"dense"} == {"transformers grouped_mm", "moekit auto", *coded}
     for row in rows:
         assert float(row.get("speed-up") or row["eff"]) > 0
-        if row["dtype"] == "fp32":  # the same weights: what is compared computes the same
+        if row["dtype"] == "fp32" and row["who"] not in coded:  # the same weights: what is compared computes the same
             assert float(row.get("logits off by", 0)) < 1e-5
             assert row.get("tokens as ours", "4 of 4") == "4 of 4"
 

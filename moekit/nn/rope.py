@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moekit.config import RopeConfig
-from moekit.ops.kernels import attention as native
+from moekit.ops import attention
 
 
 class Rotation(NamedTuple):
@@ -67,12 +67,4 @@ def rotate(
 
     Pairs are (2i, 2i + 1) when interleaved (DeepSeek-V2's MLA) and (i, i + rope/2) otherwise (the V1 models).
     """
-    if rotation.cos.dtype == torch.float32 and native.unavailable(x) is None:
-        y: Tensor = native.rotate(x, rotation.cos, rotation.sin, interleaved)
-        return y
-    cos, sin = rotation.cos.unsqueeze(2).to(x.dtype), rotation.sin.unsqueeze(2).to(x.dtype)
-    if interleaved:
-        a, b = x[..., 0::2], x[..., 1::2]
-        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return attention.rotate(x, rotation.cos, rotation.sin, interleaved)

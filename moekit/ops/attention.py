@@ -67,3 +67,21 @@ def attend(
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
     return y.transpose(1, 2)
+
+
+def rotate(
+    x: Float[Tensor, "batch length heads rope"],
+    cos: Float[Tensor, "batch length half_rope"],
+    sin: Float[Tensor, "batch length half_rope"],
+    interleaved: bool,
+) -> Float[Tensor, "batch length heads rope"]:
+    """Returns x with each pair turned by its angle: pairs (2i, 2i + 1) when interleaved, (i, i + rope/2) otherwise."""
+    if cos.dtype == torch.float32 and native.unavailable(x) is None:
+        y: Tensor = native.rotate(x, cos, sin, interleaved)
+        return y
+    cos, sin = cos.unsqueeze(2).to(x.dtype), sin.unsqueeze(2).to(x.dtype)
+    if interleaved:
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
