@@ -13,9 +13,9 @@ from moekit.formats.checkpoint import load, save, tied
 from moekit.formats.directory import MANIFEST, Manifest
 from moekit.formats.names import pieces
 from moekit.formats.tokenizer import Tokenizer, load_tokenizer
-from moekit.nn.linear import operand
 from moekit.nn.model import Model
 from moekit.nn.quantized import dequantize_, matrices, quantize_
+from moekit.nn.weights import operand
 from moekit.ops.quantize import Quantized, dequantize
 
 Precision = Literal["float32", "bfloat16", "int8", "int4"]

@@ -6,12 +6,12 @@ from moekit.config import MHAConfig
 from moekit.nn.attention import Attention
 from moekit.nn.cache import KVCache
 from moekit.nn.ffn import SwiGLU
-from moekit.nn.linear import operand
 from moekit.nn.model import Block, Model
 from moekit.nn.moe import MoE
 from moekit.nn.quantized import matrices
 from moekit.nn.rope import rotation, softmax_scale
 from moekit.nn.router import Router
+from moekit.nn.weights import operand
 from moekit.ops.decode import Decoder, Layer, Routed, unavailable
 
 
@@ -35,7 +35,7 @@ def decoder(model: Model, cache: KVCache) -> Decoder | None:
     return Decoder(
         [_layer(block, cache, number) for number, block in enumerate(model.layers) if isinstance(block, Block)],
         embedding=model.embed_tokens.weight,
-        head=operand(model.lm_head.weight),
+        head=model.lm_head.matrix,
         norm=model.norm.weight,
         eps=model.config.rms_norm_eps,
         heads=attention.num_attention_heads,
@@ -73,14 +73,12 @@ def _layer(block: Block, cache: KVCache, number: int) -> Layer:
     return Layer(
         (block.input_layernorm.weight, block.post_attention_layernorm.weight),
         (
-            operand(attention.q_proj.weight),
-            operand(attention.k_proj.weight),
-            operand(attention.v_proj.weight),
-            operand(attention.o_proj.weight),
+            attention.q_proj.matrix,
+            attention.k_proj.matrix,
+            attention.v_proj.matrix,
+            attention.o_proj.matrix,
         ),
-        None
-        if ffn is None
-        else (operand(ffn.gate_proj.weight), operand(ffn.up_proj.weight), operand(ffn.down_proj.weight)),
+        None if ffn is None else (ffn.gate_proj.matrix, ffn.up_proj.matrix, ffn.down_proj.matrix),
         routed,
         cache.layer(number),
     )

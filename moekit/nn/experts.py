@@ -7,9 +7,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moekit.errors import UnsupportedError
-from moekit.nn.linear import operand
+from moekit.nn.weights import operand
 from moekit.ops.dispatch import Plan
 from moekit.ops.experts import Backend, choose, mixed_experts, swiglu_experts
+from moekit.ops.mapped import Mapped
 from moekit.ops.quantize import Quantized
 
 
@@ -17,7 +18,7 @@ class Experts(nn.Module):
     """SwiGLU experts without biases.
 
     `gate_up_proj` is (experts, 2 ff, dim) with the gate's rows first, `down_proj` is (experts, dim, ff).
-    Either may be a QuantizedWeight.
+    Either may be a QuantizedWeight or a MappedWeight.
     """
 
     def __init__(self, n_experts: int, dim: int, ff: int) -> None:
@@ -29,11 +30,12 @@ class Experts(nn.Module):
     def set_backend(self, backend: str) -> None:
         """Sets the back end; UnsupportedError when it cannot run in float32 or bfloat16 where the weights are."""
         gate_up, down = operand(self.gate_up_proj), operand(self.down_proj)
-        rows = (down.scales if isinstance(down, Quantized) else down).new_empty(1, down.shape[1])
+        one = down.one if isinstance(down, Mapped) else down
+        rows = (one.scales if isinstance(one, Quantized) else one).new_empty(1, down.shape[1])
         try:
             choose(backend, rows, gate_up, down)
         except UnsupportedError:
-            if isinstance(gate_up, Quantized) or isinstance(down, Quantized):
+            if not isinstance(gate_up, Tensor):
                 raise
             low = rows.new_empty((), dtype=torch.bfloat16)  # as autocast would cast them, without the copies
             choose(backend, low.expand(rows.shape), low.expand(gate_up.shape), low.expand(down.shape))

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from moekit.nn.experts import Experts
-from moekit.nn.linear import Linear, QuantizedWeight, operand
+from moekit.nn.linear import Linear
 from moekit.nn.model import Model
+from moekit.nn.weights import QuantizedWeight, operand
 from moekit.ops.quantize import Codes, Quantized, dequantize, quantize
 
 

@@ -1,5 +1,5 @@
 """A decoding step of a whole model as one function of its weights: the seam to the native kernel that does it."""
 
-from moekit.ops.kernels.decode import Decoder, Layer, Routed, Weights, unavailable
+from moekit.ops.kernels.decode import Decoder, Layer, Routed, unavailable
 
-__all__ = ["Decoder", "Layer", "Routed", "Weights", "unavailable"]
+__all__ = ["Decoder", "Layer", "Routed", "unavailable"]

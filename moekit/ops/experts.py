@@ -15,6 +15,7 @@ from torch import Tensor
 from moekit.errors import ConfigError, UnsupportedError, nearest
 from moekit.ops import dispatch, reference
 from moekit.ops.kernels import build, loop, native, triton_experts
+from moekit.ops.mapped import Mapped, Weights
 from moekit.ops.quantize import Quantized, dequantize, refuse_gradients
 
 Backend = Literal["auto", "reference", "torch", "grouped", "native", "triton"]
@@ -35,8 +36,8 @@ class _Kernels(NamedTuple):
 
 def swiglu_experts(
     rows: Float[Tensor, "rows dim"],
-    gate_up: Float[Tensor, "experts ff2 dim"] | Quantized,
-    down: Float[Tensor, "experts dim ff"] | Quantized,
+    gate_up: Float[Tensor, "experts ff2 dim"] | Quantized | Mapped,
+    down: Float[Tensor, "experts dim ff"] | Quantized | Mapped,
     tokens_per_expert: Int[Tensor, " experts"],
     backend: Backend = "auto",
 ) -> Float[Tensor, "rows dim"]:
@@ -47,7 +48,7 @@ def swiglu_experts(
     refuse_gradients(gate_up, rows)
     kernels = BACKENDS[choose(backend, rows, gate_up, down)]
     if not kernels.mixes_dtypes:
-        gate_up, down, tokens_per_expert = _copies(rows.dtype, gate_up, down, tokens_per_expert)
+        gate_up, down, tokens_per_expert = _copies(rows, gate_up, down, tokens_per_expert)
     return kernels.experts(rows, gate_up, down, tokens_per_expert)
 
 
@@ -55,8 +56,8 @@ def mixed_experts(
     x: Float[Tensor, "tokens dim"],
     weights: Float[Tensor, "tokens k"],
     plan: dispatch.Plan,
-    gate_up: Float[Tensor, "experts ff2 dim"] | Quantized,
-    down: Float[Tensor, "experts dim ff"] | Quantized,
+    gate_up: Float[Tensor, "experts ff2 dim"] | Quantized | Mapped,
+    down: Float[Tensor, "experts dim ff"] | Quantized | Mapped,
     backend: Backend = "auto",
 ) -> Float[Tensor, "tokens dim"]:
     """Returns the sum over each token's choices of weight * expert(x) (DeepSeekMoE, Eq. 9)."""
@@ -67,24 +68,30 @@ def mixed_experts(
         rows = dispatch.gather(x, plan, weights.shape[1])
         return dispatch.combine(swiglu_experts(rows, gate_up, down, plan.tokens_per_expert, name), weights, plan)
     if not BACKENDS[name].mixes_dtypes:
-        gate_up, down, tokens_per_expert = _copies(x.dtype, gate_up, down, plan.tokens_per_expert)
+        gate_up, down, tokens_per_expert = _copies(x, gate_up, down, plan.tokens_per_expert)
         plan = plan._replace(tokens_per_expert=tokens_per_expert)
     return mixed(x, weights, plan, gate_up, down)
 
 
-def _copies(
-    dtype: torch.dtype, gate_up: Tensor | Quantized, down: Tensor | Quantized, tokens_per_expert: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the weights in the rows' dtype and the rows of each expert; of codes only the experts that have rows."""
-    if isinstance(gate_up, Quantized) and isinstance(down, Quantized):
-        used = tokens_per_expert.nonzero().flatten()
-        return dequantize(gate_up.of(used), dtype), dequantize(down.of(used), dtype), tokens_per_expert[used]
-    assert isinstance(gate_up, Tensor)
-    assert isinstance(down, Tensor)
-    return gate_up.to(dtype), down.to(dtype), tokens_per_expert
+def _copies(rows: Tensor, gate_up: Weights, down: Weights, tokens_per_expert: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the weights as plain numbers in the rows' dtype and the rows of each expert.
+
+    Of experts that are in codes or mapped, it is only those that have rows.
+    """
+    if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+        return gate_up.to(rows.dtype), down.to(rows.dtype), tokens_per_expert
+    used = tokens_per_expert.nonzero().flatten()
+    gate_up, down = (
+        w.of(used, rows.device) if isinstance(w, Mapped) else w.of(used) if isinstance(w, Quantized) else w[used]
+        for w in (gate_up, down)
+    )
+    gate_up, down = (
+        dequantize(w, rows.dtype) if isinstance(w, Quantized) else w.to(rows.dtype) for w in (gate_up, down)
+    )
+    return gate_up, down, tokens_per_expert[used]
 
 
-def choose(backend: str, x: Tensor, gate_up: Tensor | Quantized, down: Tensor | Quantized) -> Backend:
+def choose(backend: str, x: Tensor, gate_up: Weights, down: Weights) -> Backend:
     """Returns the back end that runs on these tensors; UnsupportedError when the one asked for cannot."""
     if backend == "auto":
         preferred = PREFERRED.get(x.device.type, ("torch",))
@@ -97,10 +104,10 @@ def choose(backend: str, x: Tensor, gate_up: Tensor | Quantized, down: Tensor | 
     return cast(Backend, backend)
 
 
-def unavailable(backend: str, x: Tensor, gate_up: Tensor | Quantized, down: Tensor | Quantized) -> str | None:
+def unavailable(backend: str, x: Tensor, gate_up: Weights, down: Weights) -> str | None:
     """Returns why the back end cannot run on these tensors, or None."""
     kernels = BACKENDS[backend]
-    if isinstance(gate_up, Quantized) and not kernels.mixes_dtypes:  # it gets a copy in the rows' dtype
+    if not isinstance(gate_up, Tensor) and not kernels.mixes_dtypes:  # it gets a copy in the rows' dtype
         gate_up, down = (x.new_empty(()).expand(w.shape) for w in (gate_up, down))
     return kernels.unavailable(x, gate_up, down)
 

@@ -72,7 +72,8 @@ def dequantize(weight: Quantized, dtype: torch.dtype = torch.float32) -> Float[T
     return w.to(dtype)
 
 
-def refuse_gradients(weight: Tensor | Quantized, *inputs: Tensor) -> None:
-    """Raises UnsupportedError where a gradient would have to pass through weights in codes."""
-    if isinstance(weight, Quantized) and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        raise UnsupportedError(f"{weight.kind} weights are for inference and have no gradients; use torch.no_grad()")
+def refuse_gradients(weight: object, *inputs: Tensor) -> None:
+    """Raises UnsupportedError where a gradient would have to pass through weights that are in codes or mapped."""
+    if not isinstance(weight, Tensor) and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        kind = weight.kind if isinstance(weight, Quantized) else "mapped"
+        raise UnsupportedError(f"{kind} weights are for inference and have no gradients; use torch.no_grad()")

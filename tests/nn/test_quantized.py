@@ -10,9 +10,9 @@ import torch
 from moekit.config import ModelConfig
 from moekit.errors import UnsupportedError
 from moekit.generate import generate
-from moekit.nn.linear import QuantizedWeight
 from moekit.nn.model import Model
 from moekit.nn.quantized import dequantize_, matrices, quantize_
+from moekit.nn.weights import QuantizedWeight
 from moekit.ops.quantize import Codes
 
 CODES = get_args(Codes)

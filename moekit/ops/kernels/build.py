@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,8 @@ torch's many, so such a compiler (Apple's) is none."""
 
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 SIGNATURES: dict[str, list[type]] = {
-    "moekit_forward": [_INT, _INT, *[_LONG] * 3, *[_POINTER] * 2, _INT, _POINTER, _LONG, *[_POINTER] * 6],
+    "moekit_forward": [_INT, *[_LONG] * 3, *[_POINTER] * 2, _INT, _POINTER, _LONG, *[_POINTER] * 3],
+    "moekit_fetch": [*[_LONG] * 3, _POINTER, _POINTER],
     "moekit_linear": [_INT, _INT, *[_LONG] * 3, _INT, _POINTER, _LONG, *[_POINTER] * 3],
     "moekit_backward_rows": [_INT, _INT, *[_LONG] * 3, *[_POINTER] * 2, _INT, _POINTER, _LONG, *[_POINTER] * 8],
     "moekit_weight_gradient": [
@@ -144,6 +146,13 @@ def _none(reason: str) -> Native:
     return Native(None, False, False, 0, reason)
 
 
+def matrices(count: int, kind: int, data: int, data_bytes: int, scales: int = 0, scales_bytes: int = 0) -> np.ndarray:
+    """Returns the library's `Matrix` for each of `count` equal parts of what lies at `data`, (count, 3)."""
+    numbers = np.arange(count)
+    at, scales_at = data + numbers * (data_bytes // count), scales + numbers * (scales_bytes // count)
+    return np.stack((at, scales_at, np.full(count, kind)), axis=1)
+
+
 def check(library: ctypes.CDLL) -> None:
     """Raises BuildError unless forward and gradients equal numpy's, in float32 and bfloat16, over awkward sizes."""
     _check_experts(library)
@@ -167,9 +176,10 @@ def _check_experts(library: ctypes.CDLL) -> None:
         d_gate_up, d_down = _empty(half, *gate_up.shape), _empty(half, *down.shape)
         keep = [_bits(half, value) for value in (x, dy, gate_up, down)]
         px, pdy, pg, pd = (value.ctypes.data for value in keep)
+        table = _table(half, keep[2:], len(counts))
         where = (len(counts), dim, ff, offsets.ctypes.data, None, 2)
         at = [value.ctypes.data for value in (hidden, y, d_hidden, act, dx, d_gate_up, d_down)]
-        library.moekit_forward(half, half, *where, px, dim, pg, None, pd, None, at[0], at[1])
+        library.moekit_forward(half, *where, px, dim, table.ctypes.data, at[0], at[1])
         library.moekit_backward_rows(half, half, *where, pdy, dim, pg, pd, None, at[0], at[2], at[3], at[4], None)
         gradient = (half, half, len(counts), offsets.ctypes.data, None, 2)
         library.moekit_weight_gradient(*gradient, at[2], 2 * ff, 0, 2 * ff, px, dim, 0, dim, at[5])
@@ -245,18 +255,31 @@ def _check_codes(library: ctypes.CDLL, rng: np.random.Generator) -> None:
     for kind, bits in ((2, 8), (3, 4)):
         gate_up, down = _codes(rng, bits, len(counts), 2 * ff, dim), _codes(rng, bits, len(counts), dim, ff)
         found, wanted = _empty(0, len(x), dim), _empty(0, len(x), dim)
-        coded = [array.ctypes.data for array in (*gate_up[:2], *down[:2])]
-        library.moekit_forward(0, kind, *where, x.ctypes.data, dim, *coded, None, found.ctypes.data)
-        plain = (gate_up[2].ctypes.data, None, down[2].ctypes.data, None)
-        library.moekit_forward(0, 0, *where, x.ctypes.data, dim, *plain, None, wanted.ctypes.data)
+        coded = _table(kind, (gate_up[0], down[0]), len(counts), (gate_up[1], down[1]))
+        library.moekit_forward(0, *where, x.ctypes.data, dim, coded.ctypes.data, None, found.ctypes.data)
+        plain = _table(0, (gate_up[2], down[2]), len(counts))
+        library.moekit_forward(0, *where, x.ctypes.data, dim, plain.ctypes.data, None, wanted.ctypes.data)
         few, many = _empty(0, 3, 2 * ff), _empty(0, len(x), 2 * ff)
         for y in (few, many):
             sizes = (len(y), 2 * ff, dim, 2)
-            library.moekit_linear(0, kind, *sizes, x.ctypes.data, dim, *coded[:2], y.ctypes.data)
+            library.moekit_linear(
+                0, kind, *sizes, x.ctypes.data, dim, *(array.ctypes.data for array in gate_up[:2]), y.ctypes.data
+            )
         linear = x @ gate_up[2][0].T
         for name, value, right in (("y", found, wanted), ("few", few, linear[:3]), ("many", many, linear)):
             if not (worst := float(np.abs(value - right).max() / np.abs(right).max())) < 1e-5:
                 raise BuildError(f"{name} in int{bits} is off by {worst:.1e}")
+
+
+def _table(
+    kind: int, arrays: Sequence[np.ndarray], experts: int, scales: Sequence[np.ndarray] | None = None
+) -> np.ndarray:
+    """Returns the library's table of experts whose gate and up, and down, are stacked."""
+    parts = []
+    for number, (array, each) in enumerate(zip(arrays, (2, 1), strict=True)):
+        of = (scales[number].ctypes.data, scales[number].nbytes) if scales else ()
+        parts.append(matrices(each * experts, kind, array.ctypes.data, array.nbytes, *of).reshape(experts, each, 3))
+    return np.concatenate(parts, axis=1)
 
 
 def _codes(rng: np.random.Generator, bits: int, *shape: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

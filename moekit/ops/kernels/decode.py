@@ -9,12 +9,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moekit.ops.kernels.build import native
-from moekit.ops.kernels.native import KINDS
+from moekit.ops.kernels.native import KINDS, at, contiguous, table
+from moekit.ops.mapped import Mapped, Weights
 from moekit.ops.quantize import GROUP, Quantized
 
+Matrix = Tensor | Quantized
 _LONG, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-Weights = Tensor | Quantized
-"""A matrix, (out, in), or stacked ones."""
 
 
 class Routed(NamedTuple):
@@ -39,9 +39,9 @@ class Layer(NamedTuple):
     """One block: multi-head attention, a dense or shared FFN, routed experts."""
 
     norms: tuple[Tensor, Tensor]
-    attention: tuple[Weights, Weights, Weights, Weights]
+    attention: tuple[Matrix, Matrix, Matrix, Matrix]
     """q, k, v, o."""
-    ffn: tuple[Weights, Weights, Weights] | None
+    ffn: tuple[Matrix, Matrix, Matrix] | None
     """gate, up, down."""
     routed: Routed | None
     cache: Float[Tensor, "batch keys width"]
@@ -55,7 +55,7 @@ class Decoder:
         layers: Sequence[Layer],
         *,
         embedding: Float[Tensor, "vocab dim"],
-        head: Weights,
+        head: Matrix,
         norm: Float[Tensor, " dim"],
         eps: float,
         heads: int,
@@ -91,11 +91,13 @@ class Decoder:
         norms = [self._floats(norm) for norm in layer.norms]
         attention = [self._matrix(matrix) for matrix in layer.attention]
         ffn = [self._matrix(matrix) for matrix in layer.ffn] if layer.ffn else [_Matrix()] * 3
-        dense = _FFN(*ffn, layer.ffn[0].shape[0] if layer.ffn else 0)
+        width = layer.ffn[0].shape[0] if layer.ffn else 0
         routed = layer.routed
-        described = _Layer(*norms, *attention, layer.cache.data_ptr(), dense)
+        described = _Layer(*norms, *attention, layer.cache.data_ptr(), *ffn, width)
         if routed is not None:
-            described.gate_up, described.down = self._matrix(routed.gate_up), self._matrix(routed.down)
+            weights = contiguous(routed.gate_up), contiguous(routed.down)
+            self._kept += [weights, experts := table(*weights)]
+            described.routed, described.mapped = experts.ctypes.data, isinstance(routed.gate_up, Mapped)
             described.router = self._floats(routed.router)
             described.bias = None if routed.bias is None else self._floats(routed.bias)
             described.experts, _, described.ff = routed.down.shape
@@ -104,11 +106,10 @@ class Decoder:
             described.normalise, described.scale = routed.normalise, routed.scale
         return described
 
-    def _matrix(self, matrix: Weights) -> "_Matrix":
-        codes, scales = (matrix.codes, matrix.scales) if isinstance(matrix, Quantized) else (matrix.detach(), None)
-        codes, scales = codes.contiguous(), None if scales is None else scales.contiguous()
-        self._kept += [codes, scales]
-        return _Matrix(codes.data_ptr(), None if scales is None else scales.data_ptr(), KINDS[codes.dtype])
+    def _matrix(self, matrix: Matrix) -> "_Matrix":
+        self._kept.append(matrix := contiguous(matrix))
+        codes, scales = (matrix.codes, matrix.scales) if isinstance(matrix, Quantized) else (matrix, None)
+        return _Matrix(codes.data_ptr(), at(scales), KINDS[codes.dtype])
 
     def _floats(self, values: Tensor) -> int:
         self._kept.append(values := values.detach().float().contiguous())
@@ -119,19 +120,15 @@ class _Matrix(ctypes.Structure):
     _fields_ = (("data", _POINTER), ("scales", _POINTER), ("kind", _LONG))
 
 
-class _FFN(ctypes.Structure):
-    _fields_ = (("gate", _Matrix), ("up", _Matrix), ("down", _Matrix), ("ff", _LONG))
-
-
 class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("attention_norm", "ffn_norm")),
         *((name, _Matrix) for name in ("q", "k", "v", "o")),
         ("cache", _POINTER),
-        ("dense", _FFN),
-        *((name, _Matrix) for name in ("gate_up", "down")),
-        *((name, _POINTER) for name in ("router", "bias")),
-        *((name, _LONG) for name in ("experts", "ff", "chosen", "groups", "chosen_groups", "group_best")),
+        *((name, _Matrix) for name in ("gate", "up", "down")),
+        ("dense_ff", _LONG),
+        *((name, _POINTER) for name in ("routed", "router", "bias")),
+        *((name, _LONG) for name in ("mapped", "experts", "ff", "chosen", "groups", "chosen_groups", "group_best")),
         *((name, _LONG) for name in ("sigmoid", "normalise")),
         ("scale", _FLOAT),
     )
@@ -154,6 +151,7 @@ def unavailable(numbers: Iterable[Tensor], weights: Iterable[Weights]) -> str | 
         if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16):
             return f"it takes float32 and bfloat16 on a CPU, not {tensor.dtype} on {tensor.device.type}"
     for weight in weights:
-        if isinstance(weight, Quantized) and weight.width % GROUP:
-            return f"a matrix in {weight.kind} is {weight.width} wide, which is not whole groups of {GROUP}"
+        one = weight.one if isinstance(weight, Mapped) else weight
+        if isinstance(one, Quantized) and one.width % GROUP:
+            return f"a matrix in {one.kind} is {one.width} wide, which is not whole groups of {GROUP}"
     return native().reason

@@ -8,17 +8,19 @@ routing weight is the dot product of the activation with dy W_down, which is at 
 
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moekit.ops.dispatch import Plan
-from moekit.ops.kernels.build import native
+from moekit.ops.kernels.build import matrices, native
+from moekit.ops.mapped import Mapped, Weights
 from moekit.ops.quantize import Quantized
 
 
-def unavailable(x: Tensor, gate_up: Tensor | Quantized, down: Tensor | Quantized) -> str | None:
+def unavailable(x: Tensor, gate_up: Weights, down: Weights) -> str | None:
     """Returns why the kernels cannot run on these tensors, or None."""
     if x.device.type != "cpu":
         return f"it runs on a CPU but the tensors are on {x.device.type}"
@@ -38,7 +40,9 @@ _TYPES = {
 }
 
 
-def _stored(weight: Tensor | Quantized) -> Tensor:
+def _stored(weight: Weights) -> Tensor:
+    if isinstance(weight, Mapped):
+        weight = weight.one
     return weight.codes if isinstance(weight, Quantized) else weight
 
 
@@ -47,12 +51,12 @@ def mixed_experts(
     x: Float[Tensor, "tokens dim"],
     weights: Float[Tensor, "tokens k"],
     plan: Plan,
-    gate_up: Float[Tensor, "experts ff2 dim"] | Quantized,
-    down: Float[Tensor, "experts dim ff"] | Quantized,
+    gate_up: Float[Tensor, "experts ff2 dim"] | Quantized | Mapped,
+    down: Float[Tensor, "experts dim ff"] | Quantized | Mapped,
 ) -> Float[Tensor, "tokens dim"]:
     """Returns sum over choices of weight * expert(x) for each token (DeepSeekMoE, Eq. 9)."""
     tokens = plan.order // weights.shape[1]
-    if not torch.is_grad_enabled() or isinstance(gate_up, Quantized) or isinstance(down, Quantized):
+    if not (torch.is_grad_enabled() and isinstance(gate_up, Tensor) and isinstance(down, Tensor)):
         return _forward(x, weights.float(), gate_up, down, _offsets(plan.tokens_per_expert), tokens, plan.inverse)[0]
     y: Tensor = _Experts.apply(x, weights.float(), gate_up, down, plan.tokens_per_expert, tokens, plan.inverse)
     return y
@@ -61,12 +65,12 @@ def mixed_experts(
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def swiglu_experts(
     rows: Float[Tensor, "rows dim"],
-    gate_up: Float[Tensor, "experts ff2 dim"] | Quantized,
-    down: Float[Tensor, "experts dim ff"] | Quantized,
+    gate_up: Float[Tensor, "experts ff2 dim"] | Quantized | Mapped,
+    down: Float[Tensor, "experts dim ff"] | Quantized | Mapped,
     tokens_per_expert: Int[Tensor, " experts"],
 ) -> Float[Tensor, "rows dim"]:
     """Returns each row through its expert; rows behind the last expert's come back as zero."""
-    if not torch.is_grad_enabled() or isinstance(gate_up, Quantized) or isinstance(down, Quantized):
+    if not (torch.is_grad_enabled() and isinstance(gate_up, Tensor) and isinstance(down, Tensor)):
         return _forward(rows, None, gate_up, down, _offsets(tokens_per_expert), None, None)[0]
     y: Tensor = _Experts.apply(rows, None, gate_up, down, tokens_per_expert, None, None)
     return y
@@ -93,7 +97,7 @@ def has_linear(x: Tensor, weight: Tensor | Quantized) -> bool:
 
 def linear(x: Float[Tensor, "*batch dim"], weight: Float[Tensor, "out dim"] | Quantized) -> Float[Tensor, "*batch out"]:
     """Returns x W^T, summed in float32."""
-    library, flat, weight = native().library, _rows(x.reshape(-1, x.shape[-1])), _contiguous(weight)
+    library, flat, weight = native().library, _rows(x.reshape(-1, x.shape[-1])), contiguous(weight)
     assert library is not None
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     library.moekit_linear(
@@ -222,15 +226,15 @@ def _offsets(counts: Tensor) -> Tensor:
 def _forward(
     x: Tensor,
     weights: Tensor | None,
-    gate_up: Tensor | Quantized,
-    down: Tensor | Quantized,
+    gate_up: Weights,
+    down: Weights,
     offsets: Tensor,
     tokens: Tensor | None,
     row_of: Tensor | None,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the rows, or their sum for each token, and with `keep` what the backward pass needs."""
-    x, gate_up, down = _rows(x), _contiguous(gate_up), _contiguous(down)
+    x, gate_up, down = _rows(x), contiguous(gate_up), contiguous(down)
     n_rows, ff, dim = len(x) if tokens is None else len(tokens), down.shape[2], down.shape[1]
     hidden = x.new_empty(n_rows, 2 * ff) if keep else None
     y = x.new_empty(n_rows, dim)
@@ -246,22 +250,23 @@ def _forward(
 class _Call:
     """The library's functions with what all calls of one layer share."""
 
-    def __init__(self, x: Tensor, gate_up: Tensor | Quantized, offsets: Tensor, tokens: Tensor | None) -> None:
+    def __init__(self, x: Tensor, gate_up: Weights, offsets: Tensor, tokens: Tensor | None) -> None:
         library = native().library
         assert library is not None
         self.library, self.offsets, self.tokens = library, offsets, tokens
         self.types, self.threads = _TYPES[x.dtype, _stored(gate_up).dtype], torch.get_num_threads()
 
-    def forward(
-        self, x: Tensor, gate_up: Tensor | Quantized, down: Tensor | Quantized, hidden: Tensor | None, y: Tensor
-    ) -> None:
+    def forward(self, x: Tensor, gate_up: Weights, down: Weights, hidden: Tensor | None, y: Tensor) -> None:
+        experts = table(gate_up, down)
+        if isinstance(gate_up, Mapped):
+            self.library.moekit_fetch(*down.shape, at(self.offsets), experts.ctypes.data)
         self.library.moekit_forward(
-            *self._shape(down), at(x), x.stride(0), *_weights_at(gate_up), *_weights_at(down), at(hidden), at(y)
+            self.types[0], *self._shape(down), at(x), x.stride(0), experts.ctypes.data, at(hidden), at(y)
         )
 
     def backward_rows(self, dy: Tensor, gate_up: Tensor, down: Tensor, *rest: Tensor | None) -> None:
         self.library.moekit_backward_rows(
-            *self._shape(down), at(dy), dy.stride(0), at(gate_up), at(down), *map(at, rest)
+            *self.types, *self._shape(down), at(dy), dy.stride(0), at(gate_up), at(down), *map(at, rest)
         )
 
     def weight_gradient(
@@ -289,8 +294,8 @@ class _Call:
         )
         return y
 
-    def _shape(self, down: Tensor | Quantized) -> tuple[int | None, ...]:
-        return *self.types, *down.shape, at(self.offsets), at(self.tokens), self.threads
+    def _shape(self, down: Weights) -> tuple[int | None, ...]:
+        return *down.shape, at(self.offsets), at(self.tokens), self.threads
 
 
 def at(tensor: Tensor | None) -> int | None:
@@ -298,18 +303,31 @@ def at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _contiguous(weight: Tensor | Quantized) -> Tensor | Quantized:
+def table(gate_up: Weights, down: Weights) -> np.ndarray:
+    """Returns the library's table of where each expert's gate, up and down lie; the caller keeps the weights."""
+    return np.concatenate((_matrices(gate_up, 2), _matrices(down, 1)), axis=1)
+
+
+def _matrices(weight: Weights, each: int) -> np.ndarray:
+    count, stored = each * weight.shape[0], _stored(weight)
+    if isinstance(weight, Mapped):
+        kinds = np.full((*weight.addresses.shape[:2], 1), KINDS[stored.dtype])
+        return np.concatenate((weight.addresses, kinds), axis=2)
+    of = (at(weight.scales), weight.scales.nbytes) if isinstance(weight, Quantized) else ()
+    return matrices(count, KINDS[stored.dtype], stored.data_ptr(), stored.nbytes, *of).reshape(-1, each, 3)
+
+
+def contiguous(weight: Weights) -> Any:
+    """Returns the weight with its rows one after another, as the library reads them."""
     if isinstance(weight, Quantized):
+        assert weight.scales.dtype == torch.bfloat16
         return Quantized(weight.codes.contiguous(), weight.scales.contiguous(), weight.width)
-    return weight.contiguous()
+    return weight.contiguous() if isinstance(weight, Tensor) else weight
 
 
 def _weights_at(weight: Tensor | Quantized) -> tuple[int | None, int | None]:
     """Returns where the numbers lie, or the codes and their scales."""
-    if isinstance(weight, Quantized):
-        assert weight.scales.dtype == torch.bfloat16
-        return at(weight.codes), at(weight.scales)
-    return at(weight), None
+    return (at(weight.codes), at(weight.scales)) if isinstance(weight, Quantized) else (at(weight), None)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -4,24 +4,18 @@
 #pragma once
 
 #include "few.h"
+#include "fetch.h"
 
 extern "C" {
-struct Matrix {  // (rows, columns), one row after another; columns in codes are whole groups
-    const void *data, *scales;
-    int64_t kind;  // as `BY_WEIGHTS` (native.cpp) tells them apart
-};
-struct DecodeFFN {  // of the same columns: gate and up (ff, dim), down (dim, ff); ff 0: there is none
-    Matrix gate, up, down;
-    int64_t ff;
-};
 struct DecodeLayer {
     const float *attention_norm, *ffn_norm;
     Matrix q, k, v, o;
     void* cache;  // (batch, cache_length, 2 kv_heads head_dim): keys, then values
-    DecodeFFN dense;  // a dense layer's, or the shared experts'
-    Matrix gate_up, down;  // (experts, 2 ff, dim), (experts, dim, ff)
+    Expert dense;  // a dense layer's FFN, or the shared experts as one
+    int64_t dense_ff;  // 0: there is none
+    const Expert* routed;
     const float *router, *bias;  // (experts, dim), (experts) or null
-    int64_t experts, ff, chosen, groups, chosen_groups, group_best, sigmoid, normalise;
+    int64_t mapped, experts, ff, chosen, groups, chosen_groups, group_best, sigmoid, normalise;
     float scale;
 };
 struct DecodeModel {
@@ -41,14 +35,13 @@ void rows_with(const W& w, int64_t first, int64_t last, const float* x, int64_t 
         dots(std::min<int64_t>(FEW, count - m), w.rows(first), last - first, x + m * ldx, ldx, out + m * ldo, ldo);
 }
 
-// out[m * ldo + n] = row begin + n of a matrix times x's row m, for rows `first` to `last`, any m.
-void rows_of(const Matrix& w, int64_t begin, int64_t first, int64_t last, int64_t k, const float* x, int64_t ldx,
-             int64_t count, float* out, int64_t ldo) {
-    const int64_t from = begin + first, to = begin + last;
-    if (w.kind == 0) rows_with(Plain<float>(w.data, w.scales, k), from, to, x, ldx, count, out + first, ldo);
-    if (w.kind == 1) rows_with(Plain<bf16>(w.data, w.scales, k), from, to, x, ldx, count, out + first, ldo);
-    if (w.kind == 2) rows_with(Groups<8>(w.data, w.scales, k), from, to, x, ldx, count, out + first, ldo);
-    if (w.kind == 3) rows_with(Groups<4>(w.data, w.scales, k), from, to, x, ldx, count, out + first, ldo);
+// out[m * ldo + n] = row n of a matrix times x's row m, for rows `first` to `last`, any m.
+void rows_of(const Matrix& w, int64_t first, int64_t last, int64_t k, const float* x, int64_t ldx, int64_t count, float* out,
+             int64_t ldo) {
+    if (w.kind == 0) rows_with(Plain<float>(w.data, w.scales, k), first, last, x, ldx, count, out + first, ldo);
+    if (w.kind == 1) rows_with(Plain<bf16>(w.data, w.scales, k), first, last, x, ldx, count, out + first, ldo);
+    if (w.kind == 2) rows_with(Groups<8>(w.data, w.scales, k), first, last, x, ldx, count, out + first, ldo);
+    if (w.kind == 3) rows_with(Groups<4>(w.data, w.scales, k), first, last, x, ldx, count, out + first, ldo);
 }
 
 inline float dot(const float* a, const float* b, int64_t n) {
@@ -115,6 +108,17 @@ void choose(const DecodeLayer& l, const float* logits, int64_t token, std::vecto
     for (size_t i = first; i < out.size(); i++) out[i].weight *= l.scale / (l.normalise ? chosen_sum : 1);
 }
 
+// Asks for the experts that the next layer will likely choose: what its router says of the present state, which one
+// layer changes little.
+void fetch_likely(const DecodeLayer& next, const float* x, float eps, int64_t dim, int64_t batch) {
+    std::vector<float> n(batch * dim), affinity(batch * next.experts);
+    std::vector<Choice> likely;
+    normed(x, next.ffn_norm, eps, dim, batch, n.data());
+    rows_of({next.router, nullptr, 0}, 0, next.experts, dim, n.data(), dim, batch, affinity.data(), next.experts);
+    for (int64_t b = 0; b < batch; b++) choose(next, affinity.data() + b * next.experts, b, likely);
+    for (const Choice& choice : likely) fetch(next.routed[choice.expert], dim, next.ff, false);
+}
+
 // Softmax attention of one head's query over `length` cached keys.
 template <class C>
 void attend(const C* keys, const C* values, int64_t stride, int64_t length, int64_t width, const float* q, float scale,
@@ -148,7 +152,7 @@ void decode_step(const DecodeModel& model, int64_t batch, const int64_t* ids, co
     for (int64_t b = 0; b < batch; b++) longest = std::max(longest, lengths[b] + 1);
     for (int64_t i = 0; i < model.layers; i++) {
         const DecodeLayer& l = model.layer[i];
-        widest = std::max(widest, std::max(2 * l.dense.ff * batch, 2 * l.ff * l.chosen * batch));
+        widest = std::max(widest, std::max(2 * l.dense_ff * batch, 2 * l.ff * l.chosen * batch));
         most = std::max(most, l.experts);
     }
     std::vector<float> x(batch * d), n(batch * d), qkv(batch * row), y(batch * wide), hidden(widest), routed(widest);
@@ -174,9 +178,9 @@ void decode_step(const DecodeModel& model, int64_t batch, const int64_t* ids, co
             const DecodeLayer& l = model.layer[at];
 #pragma omp single
             normed(x.data(), l.attention_norm, model.eps, d, batch, n.data());
-            rows_of(l.q, 0, part(wide, me), part(wide, me + 1), d, n.data(), d, batch, qkv.data(), row);
-            rows_of(l.k, 0, part(narrow, me), part(narrow, me + 1), d, n.data(), d, batch, qkv.data() + wide, row);
-            rows_of(l.v, 0, part(narrow, me), part(narrow, me + 1), d, n.data(), d, batch, qkv.data() + wide + narrow, row);
+            rows_of(l.q, part(wide, me), part(wide, me + 1), d, n.data(), d, batch, qkv.data(), row);
+            rows_of(l.k, part(narrow, me), part(narrow, me + 1), d, n.data(), d, batch, qkv.data() + wide, row);
+            rows_of(l.v, part(narrow, me), part(narrow, me + 1), d, n.data(), d, batch, qkv.data() + wide + narrow, row);
 #pragma omp barrier
 #pragma omp for schedule(static)
             for (int64_t job = 0; job < batch * (model.heads + model.kv_heads); job++) {  // rotate, and keep
@@ -203,7 +207,7 @@ void decode_step(const DecodeModel& model, int64_t batch, const int64_t* ids, co
                        scores.data() + me * longest, y.data() + b * wide + h * hd);
             }
             const int64_t first = part(d, me), last = part(d, me + 1);
-            rows_of(l.o, 0, first, last, wide, y.data(), wide, batch, out.data(), d);
+            rows_of(l.o, first, last, wide, y.data(), wide, batch, out.data(), d);
             for (int64_t b = 0; b < batch; b++)
                 for (int64_t i = first; i < last; i++) x[b * d + i] += out[b * d + i];
 #pragma omp barrier
@@ -211,7 +215,7 @@ void decode_step(const DecodeModel& model, int64_t batch, const int64_t* ids, co
             normed(x.data(), l.ffn_norm, model.eps, d, batch, n.data());
             if (l.experts) {
                 const Matrix router{l.router, nullptr, 0};
-                rows_of(router, 0, part(l.experts, me), part(l.experts, me + 1), d, n.data(), d, batch, affinity.data(), l.experts);
+                rows_of(router, part(l.experts, me), part(l.experts, me + 1), d, n.data(), d, batch, affinity.data(), l.experts);
 #pragma omp barrier
 #pragma omp single
                 {
@@ -222,34 +226,39 @@ void decode_step(const DecodeModel& model, int64_t batch, const int64_t* ids, co
                     for (size_t i = 0; i < choices.size(); i++)
                         if (!i || choices[i].expert != choices[i - 1].expert) starts.push_back(i);
                     starts.push_back(choices.size());
+                    if (l.mapped)
+                        for (size_t s = 0; s + 1 < starts.size(); s++) fetch(l.routed[choices[starts[s]].expert], d, l.ff, true);
+                    if (at + 1 < model.layers && model.layer[at + 1].mapped)
+                        fetch_likely(model.layer[at + 1], x.data(), model.eps, d, batch);
                     inputs.resize(choices.size() * d);
                     for (size_t i = 0; i < choices.size(); i++)
                         std::copy_n(n.data() + choices[i].token * d, d, inputs.data() + i * d);
                 }
                 const int64_t f = l.ff, begin = part(f, me), end = part(f, me + 1);
                 for (size_t s = 0; s + 1 < starts.size(); s++) {
-                    const int64_t c = starts[s], count = starts[s + 1] - c, expert = choices[c].expert;
+                    const int64_t c = starts[s], count = starts[s + 1] - c;
+                    const Expert& expert = l.routed[choices[c].expert];
                     float* h = routed.data() + c * 2 * f;
-                    rows_of(l.gate_up, expert * 2 * f, begin, end, d, inputs.data() + c * d, d, count, h, 2 * f);
-                    rows_of(l.gate_up, expert * 2 * f + f, begin, end, d, inputs.data() + c * d, d, count, h + f, 2 * f);
+                    rows_of(expert.gate, begin, end, d, inputs.data() + c * d, d, count, h, 2 * f);
+                    rows_of(expert.up, begin, end, d, inputs.data() + c * d, d, count, h + f, 2 * f);
                     for (int64_t m = 0; m < count; m++) swiglu(h + m * 2 * f + begin, f, end - begin, h + m * 2 * f + begin);
                 }
             }
-            const int64_t f = l.dense.ff, begin = part(f, me), end = part(f, me + 1);
+            const int64_t f = l.dense_ff, begin = part(f, me), end = part(f, me + 1);
             if (f) {
-                rows_of(l.dense.gate, 0, begin, end, d, n.data(), d, batch, hidden.data(), 2 * f);
-                rows_of(l.dense.up, 0, begin, end, d, n.data(), d, batch, hidden.data() + f, 2 * f);
+                rows_of(l.dense.gate, begin, end, d, n.data(), d, batch, hidden.data(), 2 * f);
+                rows_of(l.dense.up, begin, end, d, n.data(), d, batch, hidden.data() + f, 2 * f);
                 for (int64_t b = 0; b < batch; b++) swiglu(hidden.data() + b * 2 * f + begin, f, end - begin, hidden.data() + b * 2 * f + begin);
             }
 #pragma omp barrier
             if (f) {
-                rows_of(l.dense.down, 0, first, last, f, hidden.data(), 2 * f, batch, out.data(), d);
+                rows_of(l.dense.down, first, last, f, hidden.data(), 2 * f, batch, out.data(), d);
                 for (int64_t b = 0; b < batch; b++)
                     for (int64_t i = first; i < last; i++) x[b * d + i] += out[b * d + i];
             }
             for (size_t s = 0; l.experts && s + 1 < starts.size(); s++) {
                 const int64_t c = starts[s], count = starts[s + 1] - c;
-                rows_of(l.down, choices[c].expert * d, first, last, l.ff, routed.data() + c * 2 * l.ff, 2 * l.ff, count, out.data(), d);
+                rows_of(l.routed[choices[c].expert].down, first, last, l.ff, routed.data() + c * 2 * l.ff, 2 * l.ff, count, out.data(), d);
                 for (int64_t m = 0; m < count; m++)
                     for (int64_t i = first; i < last; i++)
                         x[choices[c + m].token * d + i] += choices[c + m].weight * out[m * d + i];
@@ -258,7 +267,7 @@ void decode_step(const DecodeModel& model, int64_t batch, const int64_t* ids, co
         }
 #pragma omp single
         normed(x.data(), model.norm, model.eps, d, batch, n.data());
-        rows_of(model.head, 0, part(model.vocab, me), part(model.vocab, me + 1), d, n.data(), d, batch, logits, model.vocab);
+        rows_of(model.head, part(model.vocab, me), part(model.vocab, me + 1), d, n.data(), d, batch, logits, model.vocab);
     }
 }
 

@@ -41,7 +41,7 @@ template <class W> Ahead next_columns(const W* w, int64_t begin, int64_t columns
 
 // hidden (rows, 2 ff) gets gate and up before SiLU unless it is null; y (rows, dim) gets the experts' outputs.
 template <class S, class W>
-void forward(const Shape& s, const S* x, int64_t ldx, const W& gate_up, const W& down, S* hidden, S* y) {
+void forward(const Shape& s, const S* x, int64_t ldx, const Expert* experts, S* hidden, S* y) {
     typedef Product<S> P;
     constexpr int each = Units<P>::each;
     const int64_t d = s.dim, f = s.ff, dp = Units<P>::padded(d), fp = Units<P>::padded(f);
@@ -66,49 +66,51 @@ void forward(const Shape& s, const S* x, int64_t ldx, const W& gate_up, const W&
         for (int64_t t = 0; t < (int64_t)tasks.size(); t++) {
             const Task task = tasks[t];
             const int64_t count = task.end - task.begin, blocks = (count + step - 1) / step;
-            const W w = gate_up.rows(task.expert * 2 * f), v = down.rows(task.expert * d);
+            const Expert& e = experts[task.expert];
+            const W gate(e.gate.data, e.gate.scales, d), up(e.up.data, e.up.scales, d), down(e.down.data, e.down.scales, f);
             if (count <= FEW && !hidden) {  // packing would cost more than the products
                 gather(in, s.tokens ? x : x + task.begin * ldx, ldx, s.tokens ? s.tokens + task.begin : nullptr, count, d, few_d);
-                dots(count, w, 2 * f, in, few_d, out, 2 * f);
+                dots(count, gate, f, in, few_d, out, 2 * f);
+                dots(count, up, f, in, few_d, out + f, 2 * f);
                 for (int64_t i = 0; i < count; i++) {
                     float* to = in + i * few_f;
                     swiglu(out + i * 2 * f, f, f, to);
                     std::fill(to + f, to + few_f, 0.0f);
                 }
-                dots(count, v, d, in, few_f, out, d);
+                dots(count, down, d, in, few_f, out, d);
                 gather(y + task.begin * d, out, d, (const int64_t*)nullptr, count, d, d);
                 continue;
             }
             gather(rows, s.tokens ? x : x + task.begin * ldx, ldx, s.tokens ? s.tokens + task.begin : nullptr, count, d, dp);
             for (int64_t n = 0; n < f; n += PANEL) {
                 const int64_t width = std::min<int64_t>(PANEL, f - n);
-                pack_transposed(panel_g, w.rows(n), width);
-                pack_transposed(panel_u, w.rows(f + n), width);
-                const Ahead next_g = next_rows(w, n + PANEL, f), next_u = next_rows(w.rows(f), n + PANEL, f);
+                pack_transposed(panel_g, gate.rows(n), width);
+                pack_transposed(panel_u, up.rows(n), width);
+                const Ahead next_g = next_rows(gate, n + PANEL, f), next_u = next_rows(up, n + PANEL, f);
                 for (int64_t m = 0; m < count; m += step) {
                     const int64_t taken = std::min<int64_t>(step, count - m);
                     const unit* a = (const unit*)(rows + m * dp);
                     multiply<P>(taken, dp / each, a, dp / each, 1, (const unit*)panel_g, g, next_g.part(m / step, blocks));
                     multiply<P>(taken, dp / each, a, dp / each, 1, (const unit*)panel_u, u, next_u.part(m / step, blocks));
                     for (int64_t i = 0; i < taken; i++) {
-                        float *gate = g + i * PANEL, *up = u + i * PANEL;
+                        float *a = g + i * PANEL, *b = u + i * PANEL;
                         if (hidden) {
                             S* kept = hidden + (task.begin + m + i) * 2 * f + n;
-                            store_row(kept, gate, width);
-                            store_row(kept + f, up, width);
+                            store_row(kept, a, width);
+                            store_row(kept + f, b, width);
                         }
                         for (int j = 0; j < PANEL; j += LANES) {
-                            vec a = load(gate + j);
-                            store(gate + j, a * sigmoid(a) * load(up + j));
+                            vec v = load(a + j);
+                            store(a + j, v * sigmoid(v) * load(b + j));
                         }
-                        store_row(act + (m + i) * fp + n, gate, std::min<int64_t>(PANEL, fp - n));
+                        store_row(act + (m + i) * fp + n, a, std::min<int64_t>(PANEL, fp - n));
                     }
                 }
             }
             for (int64_t n = 0; n < d; n += PANEL) {
                 const int64_t width = std::min<int64_t>(PANEL, d - n);
-                pack_transposed(panel_g, v.rows(n), width);
-                const Ahead next = next_rows(v, n + PANEL, d);
+                pack_transposed(panel_g, down.rows(n), width);
+                const Ahead next = next_rows(down, n + PANEL, d);
                 for (int64_t m = 0; m < count; m += step) {
                     const int64_t taken = std::min<int64_t>(step, count - m);
                     multiply<P>(taken, fp / each, (const unit*)(act + m * fp), fp / each, 1, (const unit*)panel_g, g, next.part(m / step, blocks));

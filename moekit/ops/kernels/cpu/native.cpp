@@ -12,6 +12,7 @@
 #include "decode.h"
 #include "attention_backward.h"
 #include "experts.h"
+#include "fetch.h"
 #include "linear.h"
 #include "step.h"
 
@@ -57,19 +58,24 @@ EXPORT int moekit_features() {
     }
 
 template <class S>
-void forward_of(int kind, const Shape& s, const S* x, int64_t ldx, const void* gate_up, const void* gate_up_scales,
-                const void* down, const void* down_scales, void* hidden, void* y) {
-    BY_WEIGHTS(kind, (forward<S, W>(s, x, ldx, W(gate_up, gate_up_scales, s.dim), W(down, down_scales, s.ff), (S*)hidden, (S*)y)))
+void forward_of(const Shape& s, const S* x, int64_t ldx, const Expert* matrices, void* hidden, void* y) {
+    BY_WEIGHTS(matrices->gate.kind, (forward<S, W>(s, x, ldx, matrices, (S*)hidden, (S*)y)))
 }
 
-EXPORT void moekit_forward(int s_bf16, int kind, int64_t experts, int64_t dim, int64_t ff, const int64_t* offsets,
-                           const int64_t* tokens, int threads, const void* x, int64_t ldx, const void* gate_up,
-                           const void* gate_up_scales, const void* down, const void* down_scales, void* hidden, void* y) {
+// matrices: one an expert, all of one kind.
+EXPORT void moekit_forward(int s_bf16, int64_t experts, int64_t dim, int64_t ff, const int64_t* offsets, const int64_t* tokens,
+                           int threads, const void* x, int64_t ldx, const Expert* matrices, void* hidden, void* y) {
     const Shape s{experts, dim, ff, offsets, tokens, threads};
     if (s_bf16)
-        forward_of(kind, s, (const bf16*)x, ldx, gate_up, gate_up_scales, down, down_scales, hidden, y);
+        forward_of(s, (const bf16*)x, ldx, matrices, hidden, y);
     else
-        forward_of(kind, s, (const float*)x, ldx, gate_up, gate_up_scales, down, down_scales, hidden, y);
+        forward_of(s, (const float*)x, ldx, matrices, hidden, y);
+}
+
+// Asks for the experts that have rows.
+EXPORT void moekit_fetch(int64_t experts, int64_t dim, int64_t ff, const int64_t* offsets, const Expert* matrices) {
+    for (int64_t e = experts; e-- > 0;)  // the first at the front
+        if (offsets[e + 1] > offsets[e]) fetch(matrices[e], dim, ff, true);
 }
 
 EXPORT void moekit_linear(int s_bf16, int kind, int64_t tokens, int64_t rows, int64_t k, int threads, const void* x,

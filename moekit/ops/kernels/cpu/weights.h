@@ -7,6 +7,16 @@
 
 #include "numbers.h"
 
+extern "C" {
+struct Matrix {  // (rows, columns), one row after another; columns in codes are whole groups
+    const void *data, *scales;
+    int64_t kind;  // as `BY_WEIGHTS` (native.cpp) tells them apart
+};
+struct Expert {  // gate and up (ff, dim), down (dim, ff), wherever each of them lies
+    Matrix gate, up, down;
+};
+}
+
 namespace {
 
 constexpr int GROUP = 32, PARTS = GROUP / LANES;
