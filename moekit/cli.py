@@ -194,6 +194,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     add("--device", **device)
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (as saved)")
     add("--backend", default="auto", metavar="NAME", help="of the experts' products; see `moekit doctor` (auto)")
+    mapped = "read weights from their files as they are needed (where they exceed half of the memory)"
+    add("--mapped", action=argparse.BooleanOptionalAction, help=mapped)
 
     add = verb("convert", run_convert)
     add("source", type=Path, metavar="SRC", help="a model directory or a run")
@@ -364,13 +366,18 @@ def run_generate(args: argparse.Namespace) -> int:
     from moekit.config import validate
     from moekit.formats.checkpoint import load
     from moekit.formats.tokenizer import load_tokenizer
+    from moekit.formats.weights import weight_bytes
     from moekit.generate import SamplingSettings, complete
-    from moekit.train.hardware import choose_device
+    from moekit.train.hardware import choose_device, memory
 
     settings = validate(SamplingSettings, {name: getattr(args, name) for name in SamplingSettings.model_fields})
     folder = _model_folder(args.model)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    model = load(folder, choose_device(args.device), dtype, check_hashes=folder is args.model)
+    device, mapped = choose_device(args.device), args.mapped
+    if mapped is None:
+        mapped = device.type == "cpu" and weight_bytes(folder) > memory() / 2
+    check = folder is args.model and not mapped  # which would read all that is to stay in the files
+    model = load(folder, device, dtype, check_hashes=check, mapped=mapped)
     model.set_experts_backend(args.backend)
     tokenizer = load_tokenizer(folder)
     untold = [prompts[0]]  # not written before the first token comes: a mistake must not follow half a line

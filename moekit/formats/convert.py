@@ -1,6 +1,8 @@
 """A model directory in another precision, with the account of what that cost: each tensor's error, and the logits'."""
 
+import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -9,17 +11,18 @@ from torch import Tensor
 
 from moekit import files, receipts
 from moekit.errors import CheckpointError, ConfigError, DataError
-from moekit.formats.checkpoint import load, save, tied
-from moekit.formats.directory import MANIFEST, Manifest
-from moekit.formats.names import pieces
+from moekit.formats.checkpoint import describe, load, seal
+from moekit.formats.directory import MANIFEST, Manifest, atomic_directory
 from moekit.formats.tokenizer import Tokenizer, load_tokenizer
+from moekit.formats.weights import Stored, held, split, write
 from moekit.nn.model import Model
-from moekit.nn.quantized import dequantize_, matrices, quantize_
-from moekit.nn.weights import operand
-from moekit.ops.quantize import Quantized, dequantize
+from moekit.nn.quantized import matrices
+from moekit.ops.quantize import Quantized, dequantize, quantize
 
 Precision = Literal["float32", "bfloat16", "int8", "int4"]
 SEQUENCES, LENGTH, SEED = 4, 128, 0
+BLOCK = 2**24
+"""Numbers that are converted at a time."""
 
 
 class _Bounds(NamedTuple):
@@ -50,42 +53,55 @@ def convert(source: Path, target: Path, dtype: Precision, *, text: str | None = 
 
     float32 and bfloat16 are of all tensors, but for selection biases and hash tables; int8 and int4 are of the matrices
     that `nn.quantized` names, the rest stays as it is. From codes to anything else is by the numbers that they stand
-    for. `text` is what the logits are compared on, its first tokens; None: random tokens. Raises CheckpointError for a
-    tensor that is not finite; a check that does not hold is only said in the receipt.
+    for. `text` is what the logits are compared on, its first tokens; None: random tokens. One matrix at a time is in
+    memory, whatever the size of the model. Raises CheckpointError for a tensor that is not finite; a check that does
+    not hold is only said in the receipt.
     """
     start = time.monotonic()
     if target.exists():
         raise CheckpointError(f"{target} exists already; choose another directory or remove it")
-    model = load(source)
+    model = load(source, mapped=True)
     tokenizer = load_tokenizer(source) if (source / "tokenizer.json").is_file() else None
     ids = _tokens(model, tokenizer, text)
-    before, came_in, logits = _tensors(model), _precision(model), model(ids).logits
-    for name, tensor in before.items():
-        if not isinstance(tensor, Quantized) and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{name} in {source} holds a value that is not finite, which nothing can stand for")
-    _change(model, dtype)
-    tensors = _account(before, _tensors(model))
-    if "training.safetensors" in (listed := files.read_json(source / MANIFEST, Manifest, CheckpointError).files):
-        tensors["dropped"]["training.safetensors"] = "the state of a training, which this model does not go on with"
-    told = {
-        "source": str(source),
-        "from": came_in,
-        "dtype": dtype,
-        "compared_on": "random tokens" if text is None else "text",
-    }
-    if came_in in ("int8", "int4") and came_in != dtype:
-        told["note"] = f"made of the numbers that {came_in} codes stand for: what they had lost is not brought back"
-    receipt = receipts.make(
-        "convert",
-        model.config,
-        config=told,
-        inputs={name: entry.model_dump() for name, entry in listed.items()},
-        tensors=tensors,
-        checks=_checks(BOUNDS[dtype], tensors["used"], logits, model(ids).logits),
-        seed=SEED,
-        seconds=round(time.monotonic() - start, 3),
-    )
-    return save(model, target, tokenizer, receipt=receipt)
+    came_in, logits, work = _precision(model), model(ids).logits, _work(model, dtype)
+    tensors: dict[str, dict[str, Any]] = {"used": {}, "created": {}, "dropped": {}}
+
+    def converted() -> Iterator[Stored]:
+        for key, piece, wanted in work:
+            if not isinstance(piece, Quantized) and not bool(torch.isfinite(piece).all()):
+                raise CheckpointError(f"{key} in {source} has a value that is not finite, which nothing can stand for")
+            result, error = _converted(piece, wanted)
+            _account(tensors, key, piece, result, error)
+            yield result
+
+    hashed: dict[str, Any] = {}
+    with atomic_directory(target, hashed=hashed) as folder:
+        write(folder, [(key, _converted(_meta(piece), wanted)[0]) for key, piece, wanted in work], converted())
+        codes = dtype if dtype == "int8" or dtype == "int4" else None
+        number = model.embed_tokens.weight.dtype if codes else getattr(torch, dtype)
+        describe(folder, model.config, number, codes, tokenizer)
+        if "training.safetensors" in (listed := files.read_json(source / MANIFEST, Manifest, CheckpointError).files):
+            tensors["dropped"]["training.safetensors"] = "the state of a training, which this model does not go on with"
+        told = {
+            "source": str(source),
+            "from": came_in,
+            "dtype": dtype,
+            "compared_on": "random tokens" if text is None else "text",
+        }
+        if came_in in ("int8", "int4") and came_in != dtype:
+            told["note"] = f"made of the numbers that {came_in} codes stand for: what they had lost is not brought back"
+        after = load(folder, check_hashes=False, mapped=True)(ids).logits
+        receipt = receipts.make(
+            "convert",
+            model.config,
+            config=told,
+            inputs={name: entry.model_dump() for name, entry in listed.items()},
+            tensors=tensors,
+            checks=_checks(BOUNDS[dtype], tensors["used"], logits, after),
+            seed=SEED,
+            seconds=round(time.monotonic() - start, 3),
+        )
+        return seal(folder, hashed, receipt)
 
 
 def _tokens(model: Model, tokenizer: Tokenizer | None, text: str | None) -> Tensor:
@@ -109,56 +125,69 @@ def _precision(model: Model) -> str:
     return model.quantization or str(model.embed_tokens.weight.dtype).removeprefix("torch.")
 
 
-def _tensors(model: Model) -> dict[str, Tensor | Quantized]:
-    """Returns what the state dict holds, a matrix in codes as one."""
-    coded = {name: operand(getattr(module, attribute)) for name, module, attribute in matrices(model)}
-    state = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if not tied(model.config, name) and name.removesuffix(".codes").removesuffix(".scales") not in coded
-    }
-    # detached: `model.to` changes parameters in place
-    return state | {name: held.detach() if isinstance(held, Tensor) else held for name, held in coded.items()}
+def _work(model: Model, dtype: Precision) -> list[tuple[str, Stored, Precision | None]]:
+    """Returns every key on disk, what it holds, and the precision that it is to have; None: it stays as it is."""
+    coded = {name for name, _, _ in matrices(model)}
+    codes = dtype == "int8" or dtype == "int4"
+    work: list[tuple[str, Stored, Precision | None]] = []
+    for name, weight in held(model).items():
+        stays = name not in coded if codes else name.endswith(("expert_bias", ".table"))
+        work += [(key, piece, None if stays else dtype) for key, piece in split(name, weight)]
+    return work
 
 
-def _change(model: Model, dtype: Precision) -> None:
-    if model.quantization == dtype:
-        return
-    if dtype in ("int8", "int4"):
-        if model.quantization is not None:
-            dequantize_(model, torch.float32)
-        quantize_(model, dtype)
-    else:
-        number = getattr(torch, dtype)
-        if model.quantization is not None:
-            dequantize_(model, number)
-        model.to(number).eval()
+def _meta(piece: Stored) -> Stored:
+    """Returns its shape and dtype without its memory."""
+    if isinstance(piece, Quantized):
+        return Quantized(piece.codes.to("meta"), piece.scales.to("meta"), piece.width)
+    return piece.to("meta")
 
 
-def _account(before: dict[str, Tensor | Quantized], after: dict[str, Tensor | Quantized]) -> dict[str, dict[str, Any]]:
-    """Returns every tensor on disk, of the source and of the target: used with its error, created, or dropped."""
-    account: dict[str, dict[str, Any]] = {"used": {}, "created": {}, "dropped": {}}
-    for name, source in before.items():
-        target = after[name]
-        a, b = (dequantize(t) if isinstance(t, Quantized) else t for t in (source, target))
-        kinds = [t.kind if isinstance(t, Quantized) else str(t.dtype).removeprefix("torch.") for t in (source, target)]
-        for key, index in pieces(name, tuple(a.shape)):
-            used = {"from": kinds[0], "to": kinds[1], "relative_rms": _relative_rms(a[index], b[index])}
-            account["used"][key], scales = used, f"{key}_scale"
-            if isinstance(source, Quantized) and isinstance(target, Quantized):
-                account["used"][scales] = used
-            elif isinstance(target, Quantized):
-                account["created"][scales] = f"the scales of {key}"
-            elif isinstance(source, Quantized):
-                account["dropped"][scales] = f"multiplied into {key}"
-    return account
+def _converted(piece: Stored, dtype: Precision | None) -> tuple[Stored, float]:
+    """Returns one matrix in another precision, None: as it is, and its relative RMS error."""
+    if dtype is None or _kind(piece) == dtype:
+        return piece, 0.0
+    blocks, wrong, whole = [], 0.0, 0.0
+    for block in _blocks(piece):
+        numbers = dequantize(block) if isinstance(block, Quantized) else block
+        result = quantize(numbers, dtype) if dtype == "int8" or dtype == "int4" else numbers.to(getattr(torch, dtype))
+        blocks.append(result)
+        if not numbers.is_meta:
+            exact, found = numbers.double(), dequantize(result) if isinstance(result, Quantized) else result
+            wrong, whole = wrong + float((found - exact).square().sum()), whole + float(exact.square().sum())
+    return _joined(blocks), (wrong / whole) ** 0.5 if wrong else 0.0
 
 
-def _relative_rms(a: Tensor, b: Tensor) -> float:
-    """Returns |b - a| / |a|, 0 where both are zero."""
-    if torch.equal(a.double(), b.double()):
-        return 0.0
-    return float((b.double() - a.double()).norm() / a.double().norm())
+def _joined(blocks: list[Stored]) -> Stored:
+    coded = [block for block in blocks if isinstance(block, Quantized)]
+    if not coded:
+        return torch.cat([block for block in blocks if isinstance(block, Tensor)])
+    codes, scales = torch.cat([block.codes for block in coded]), torch.cat([block.scales for block in coded])
+    return Quantized(codes, scales, coded[0].width)
+
+
+def _blocks(piece: Stored) -> Iterator[Stored]:
+    """Yields a matrix by rows, BLOCK numbers or so at a time."""
+    rows = max(1, BLOCK // max(1, math.prod(piece.shape[1:])))
+    for begin in range(0, max(1, piece.shape[0]), rows):
+        taken = slice(begin, begin + rows)
+        yield piece.of(taken) if isinstance(piece, Quantized) else piece[taken]
+
+
+def _kind(piece: Stored) -> str:
+    return piece.kind if isinstance(piece, Quantized) else str(piece.dtype).removeprefix("torch.")
+
+
+def _account(tensors: dict[str, dict[str, Any]], key: str, source: Stored, target: Stored, error: float) -> None:
+    """Notes what became of the tensors on disk that one key stands for: used with its error, created, or dropped."""
+    used = {"from": _kind(source), "to": _kind(target), "relative_rms": error}
+    tensors["used"][key], scales = used, f"{key}_scale"
+    if isinstance(source, Quantized) and isinstance(target, Quantized):
+        tensors["used"][scales] = used
+    elif isinstance(target, Quantized):
+        tensors["created"][scales] = f"the scales of {key}"
+    elif isinstance(source, Quantized):
+        tensors["dropped"][scales] = f"multiplied into {key}"
 
 
 def _checks(bounds: _Bounds, used: dict[str, Any], before: Tensor, after: Tensor) -> list[dict[str, Any]]:

@@ -34,9 +34,10 @@ class Manifest(Strict):
 
 
 @contextmanager
-def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(path: Path, overwrite: bool = False, hashed: dict[str, Any] | None = None) -> Iterator[Path]:
     """Yields a sibling temporary directory that becomes `path` in one rename when the block ends without an error.
 
+    `hashed` takes what the block has hashed already, as `files.hashes` returns it, so that no file is hashed twice.
     Every file is synced and listed in manifest.json with its size and SHA-256. On any error, a full disk for one,
     nothing is left behind and an older `path` stays as it was. Raises CheckpointError if `path` exists.
     """
@@ -52,7 +53,9 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         for name in names:
             with (temporary / name).open("rb+") as file:
                 os.fsync(file.fileno())
-        files.write_json(temporary / MANIFEST, {"format": 1, "files": files.hashes(temporary, names)})
+        known = {name: entry for name, entry in (hashed or {}).items() if name in names}
+        listed = known | files.hashes(temporary, set(names) - known.keys())
+        files.write_json(temporary / MANIFEST, {"format": 1, "files": dict(sorted(listed.items()))})
         if path.exists():
             path.rename(old)
         temporary.rename(path)

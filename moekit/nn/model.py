@@ -82,6 +82,8 @@ class Model(nn.Module):
         self.experts_backend = "auto"
         self.quantization: Codes | None = None
         """What the matrices are kept in, where not in numbers: set by `nn.quantized.quantize_`."""
+        self.mapped = False
+        """The weights are in files: set by `formats.load`."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -192,6 +194,8 @@ class Model(nn.Module):
         """Sets training or evaluation mode; UnsupportedError when weights in codes are to be trained."""
         if mode and self.quantization is not None:
             raise UnsupportedError(f"{self.quantization} weights are for inference; train the model they were made of")
+        if mode and self.mapped:
+            raise UnsupportedError("the weights are in mapped files, which is for inference; load it without `mapped`")
         super().train(mode)
         return self
 

@@ -5,7 +5,7 @@ underflow, and turning it into float32 is a shift on any machine. Its 8 bits of 
 the codes are rounded against the scale that is kept.
 """
 
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +39,9 @@ class Quantized(NamedTuple):
         """Returns the shape of the matrices that it stands for."""
         return *self.codes.shape[:-1], self.width
 
-    def of(self, experts: Int[Tensor, " experts"]) -> "Quantized":
-        """Returns those of stacked matrices."""
-        return Quantized(self.codes[experts], self.scales[experts], self.width)
+    def of(self, rows: Any) -> "Quantized":
+        """Returns some of stacked matrices, or of the rows of one: any index but into the width."""
+        return Quantized(self.codes[rows], self.scales[rows], self.width)
 
 
 def quantize(weight: Float[Tensor, "*rows width"], kind: Codes) -> Quantized:

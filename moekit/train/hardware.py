@@ -1,5 +1,7 @@
 """What the machine can do: the device, the precision, the speed of its matrix products."""
 
+import math
+import os
 import re
 import statistics
 import sys
@@ -83,6 +85,14 @@ def peak_memory(device: torch.device) -> int:
     except ImportError:
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory() -> float:
+    """Returns the machine's memory in bytes, infinite where unknown (on Windows)."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError):
+        return math.inf
 
 
 def synchronize(device: torch.device) -> None:

@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from moekit import files, receipts
 from moekit.config import ModelConfig
 from moekit.errors import CheckpointError
-from moekit.formats import checkpoint
-from moekit.formats.checkpoint import INDEX, load, load_config, save
+from moekit.formats import weights
+from moekit.formats.checkpoint import load, load_config, save
 from moekit.formats.directory import MANIFEST, check_directory
 from moekit.formats.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from moekit.formats.weights import INDEX
 from moekit.nn.model import Model
 from moekit.nn.quantized import quantize_
 from moekit.ops.quantize import Codes
@@ -142,7 +143,7 @@ def test_shards_and_their_index_hold_the_same_model(
 ) -> None:
     model = built(tiny_config())
     save(model, tmp_path / "one")
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(weights, "SHARD_BYTES", shard_bytes)
     save(model, tmp_path / "many")
     shards = sorted((tmp_path / "many").glob("*.safetensors"))
     assert [file.name for file in shards] == [
@@ -324,7 +325,7 @@ def test_a_config_of_another_size_is_never_another_model(moe: Path) -> None:
 def test_a_byte_changed_anywhere_in_any_file_is_an_error(
     tiny_config: Configs, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(weights, "SHARD_BYTES", 20_000)
     folder = tmp_path / "m"
     save(built(tiny_config()), folder, tokenizer=tokenizer)
     names = sorted(entry.name for entry in folder.iterdir())

@@ -1,0 +1,226 @@
+"""A model's tensors on disk: safetensors, one key an expert, in shards, written and read one tensor at a time."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moekit import files
+from moekit.config import ModelConfig
+from moekit.errors import CheckpointError, nearest
+from moekit.formats.directory import PlainName
+from moekit.formats.names import pieces
+from moekit.nn.experts import Experts
+from moekit.nn.model import Model
+from moekit.nn.quantized import matrices
+from moekit.nn.weights import MappedWeight, operand
+from moekit.ops.mapped import Mapped, Weights
+from moekit.ops.quantize import Quantized
+
+SHARD_BYTES = 5_000_000_000
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+Stored = Tensor | Quantized
+"""What one key stands for; codes and their scales are two tensors on disk."""
+
+
+class Index(BaseModel):
+    """What is read of model.safetensors.index.json."""
+
+    weight_map: dict[str, PlainName]
+
+
+def held(model: Model) -> dict[str, Weights]:
+    """Returns what the model holds by its name in the state dict, a matrix in codes or in mapped files as one."""
+    matrix = {name: operand(getattr(module, attribute)) for name, module, attribute in matrices(model)}
+    rest = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not tied(model.config, name) and name.removesuffix(".codes").removesuffix(".scales") not in matrix
+    }
+    return rest | matrix
+
+
+def split(name: str, weight: Weights) -> Iterator[tuple[str, Stored]]:
+    """Yields the key on disk and the matrix of each piece of what `held` returns."""
+    if isinstance(weight, Mapped):
+        parts = (matrix for expert in weight.parts for matrix in expert)
+        yield from ((piece.key, part) for piece, part in zip(pieces(name, weight.shape), parts, strict=True))
+        return
+    for key, index in pieces(name, tuple(weight.shape)):
+        yield key, weight.of(index) if isinstance(weight, Quantized) else weight[index]
+
+
+def tied(config: ModelConfig, name: str) -> bool:
+    """Returns whether a tensor of the state dict is another one's again, and so not on disk."""
+    return config.tie_word_embeddings and name == "lm_head.weight"
+
+
+def write(folder: Path, wanted: Sequence[tuple[str, Stored]], tensors: Iterable[Stored]) -> None:
+    """Writes tensors as they come, holding one at a time, in shards of at most SHARD_BYTES.
+
+    `wanted` says ahead what is to come, in that order: keys, shapes and dtypes; its tensors may have no memory.
+    """
+    shards: list[list[tuple[str, Tensor]]] = [[]]
+    size = 0
+    for key, stored in wanted:
+        parts = _tensors(key, stored)
+        more = sum(tensor.nbytes for _, tensor in parts)
+        if shards[-1] and size + more > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1] += parts
+        size += more
+    coming = (tensor for stored in tensors for _, tensor in _tensors("", stored))
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        with (folder / name).open("wb") as file:
+            header, begins = _header(shard)
+            file.write(header)
+            for (key, like), tensor in zip(shard, coming, strict=False):
+                assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype), key
+                file.seek(len(header) + begins[key])
+                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        weight_map |= dict.fromkeys((key for key, _ in shard), name)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for shard in shards for _, tensor in shard)
+        files.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def weight_bytes(folder: Path) -> int:
+    """Returns the size of a model directory's weights on disk."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _tensors(key: str, stored: Stored) -> list[tuple[str, Tensor]]:
+    if isinstance(stored, Quantized):
+        return [(key, stored.codes), (f"{key}_scale", stored.scales)]
+    return [(key, stored)]
+
+
+def _header(shard: Sequence[tuple[str, Tensor]]) -> tuple[bytes, dict[str, int]]:
+    """Returns a safetensors header and where each tensor begins behind it, the widest dtypes first: all are aligned."""
+    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begins: dict[str, int] = {}
+    end = 0
+    for key, tensor in sorted(shard, key=lambda entry: -entry[1].itemsize):
+        begins[key], end = end, end + tensor.nbytes
+        content[key] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begins[key], end]}
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, begins
+
+
+class Reader:
+    """The tensors of a folder; each is taken once, and `finish` finds those that were not."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = _open(folder)
+        self.left = set(self.files)
+
+    def take(self, key: str, like: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Returns a tensor, mapped and not copied, after checking its shape and dtype; dtype None: any of numbers."""
+        if key not in self.files:
+            raise CheckpointError(f"{self.folder} has no tensor {key}{nearest(key, self.left)}")
+        tensor: Tensor = self.files[key].get_tensor(key)
+        if tensor.shape != like.shape:
+            shapes = f"{tuple(tensor.shape)} but the config asks for {tuple(like.shape)}"
+            raise CheckpointError(f"{key} in {self.folder} has shape {shapes}")
+        if tensor.dtype != dtype if dtype else not tensor.is_floating_point():
+            of = f"dtype {tensor.dtype} but the model holds {dtype or like.dtype} there"
+            raise CheckpointError(f"{key} in {self.folder} has {of}")
+        self.left.discard(key)
+        return tensor
+
+    def finish(self) -> None:
+        """Raises CheckpointError if a tensor was not taken."""
+        if self.left:
+            raise CheckpointError(
+                f"{self.folder} holds {len(self.left)} tensors that the config has no place for, "
+                f"the first {min(self.left)}"
+            )
+
+
+def map_experts_(model: Model, reader: Reader) -> None:
+    """Gives a model without memory its experts as they lie in the files."""
+    for path, module in list(model.named_modules()):
+        if not isinstance(module, Experts):
+            continue
+        for name in ("gate_up_proj", "down_proj"):
+            parts: list[Stored] = []
+            stacked = operand(getattr(module, name))
+            for key, like in split(f"{path}.{name}", stacked):
+                dtype = _stored(parts[0]).dtype if parts else None  # all of one
+                if isinstance(like, Quantized):
+                    scales = reader.take(f"{key}_scale", like.scales, like.scales.dtype)
+                    parts.append(Quantized(reader.take(key, like.codes, like.codes.dtype), scales, like.width))
+                else:
+                    parts.append(reader.take(key, like, dtype))
+            each = len(parts) // stacked.shape[0]
+            weight = Mapped([parts[begin : begin + each] for begin in range(0, len(parts), each)])
+            delattr(module, name)
+            setattr(module, name, MappedWeight(weight))
+    model.mapped = True
+
+
+def read(model: Model, reader: Reader, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Returns the state dict of a model without memory, assembled tensor by tensor from its pieces on disk.
+
+    A whole tensor of a mapped model is itself a map of the file.
+    """
+    state: dict[str, Tensor] = {}
+    for name, meta in model.state_dict().items():
+        if tied(model.config, name):
+            continue
+        for key, index in pieces(name, tuple(meta.shape)):
+            of = state.get(name, meta)  # all pieces of a tensor have one dtype
+            exact = name in state or not of.is_floating_point() or name.endswith(".scales")
+            part = reader.take(key, meta[index], of.dtype if exact else None)
+            if model.mapped and part.shape == meta.shape:
+                state[name] = part
+                continue
+            if name not in state:
+                state[name] = torch.empty(meta.shape, dtype=part.dtype)  # a map of a file would not survive it
+            state[name][index] = part
+        keep = dtype is None or not meta.is_floating_point() or name.endswith(("expert_bias", ".scales"))
+        state[name] = state[name].to(device=device, dtype=None if keep else dtype)
+    return state
+
+
+def _stored(weight: Stored) -> Tensor:
+    return weight.codes if isinstance(weight, Quantized) else weight
+
+
+def _open(folder: Path) -> dict[str, Any]:
+    """Returns, for every tensor on disk, the open file that holds it."""
+    names = {SINGLE}
+    if (folder / INDEX).is_file():
+        names = set(files.read_json(folder / INDEX, Index, CheckpointError).weight_map.values())
+    opened: dict[str, Any] = {}
+    for name in sorted(names):
+        try:
+            file = safe_open(folder / name, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{folder / name} cannot be read as safetensors: {error}") from error
+        for key in file.keys():  # noqa: SIM118  not a dictionary
+            if key in opened:
+                raise CheckpointError(f"tensor {key} is in {name} and again in another file of {folder}")
+            opened[key] = file
+    return opened

@@ -1,0 +1,121 @@
+"""A model whose weights stay in their files is the same model, computes the same, and refuses what it cannot do."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from moekit.config import ModelConfig
+from moekit.errors import CheckpointError, UnsupportedError
+from moekit.formats.checkpoint import load, save
+from moekit.formats.convert import Precision, convert
+from moekit.nn.cache import KVCache
+from moekit.nn.decoder import decoder
+from moekit.nn.experts import Experts
+from moekit.nn.model import Model
+from moekit.nn.weights import MappedWeight
+from moekit.ops.experts import BACKENDS, choose
+from moekit.ops.mapped import Mapped
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+
+@pytest.fixture(params=PRECISIONS)
+def folder(request: pytest.FixtureRequest, tiny_config: Callable[..., ModelConfig], tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = tiny_config(hidden_size=64, attention=heads, ffn={"moe_intermediate_size": 32}, initializer_range=0.1)
+    save(Model(config), tmp_path / "plain")
+    convert(tmp_path / "plain", tmp_path / "model", request.param)
+    return tmp_path / "model"
+
+
+def logits(model: Model, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(ids).logits
+    return found
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
+def test_a_mapped_model_computes_what_the_loaded_one_does(folder: Path, backend: str) -> None:
+    loaded, mapped = load(folder), load(folder, mapped=True)
+    assert {type(e.gate_up_proj) for e in mapped.modules() if isinstance(e, Experts)} == {MappedWeight}
+    try:
+        for model in (loaded, mapped):
+            model.set_experts_backend(backend)
+            logits(model, torch.zeros(1, 1, dtype=torch.int64))
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    for shape in ((1, 1), (2, 17)):
+        ids = torch.randint(loaded.config.vocab_size, shape)
+        torch.testing.assert_close(logits(mapped, ids), logits(loaded, ids))  # torch rounds by alignment
+
+
+def test_a_decoding_step_gives_the_same_logits(folder: Path) -> None:
+    ids, found = torch.randint(61, (2, 6)), []
+    for mapped in (False, True):
+        model = load(folder, mapped=mapped)
+        cache = KVCache(model.config, 2, 8)
+        step = decoder(model, cache)
+        if step is None:
+            pytest.skip("no native step on this machine")
+        found.append([step.step(ids[:, n], torch.full((2,), n)) for n in range(6)])
+    torch.testing.assert_close(*found)
+
+
+def test_saving_it_writes_the_same_tensors(folder: Path, tmp_path: Path) -> None:
+    save(load(folder, mapped=True), tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_an_expert_is_read_where_the_file_has_it(folder: Path) -> None:
+    """A byte that changes in the file changes the mapped model: nothing was copied."""
+    before = load(folder, mapped=True)
+    weight = next(module for module in before.modules() if isinstance(module, MappedWeight)).weight
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    spans = [tuple(int(end, 16) for end in line.split()[0].split("-")) for line in maps]
+    assert all(any(a <= at < b for a, b in spans) for at in weight.addresses[..., 0].flatten())
+
+
+def test_what_a_mapped_model_cannot_do_is_an_error_that_says_why(folder: Path) -> None:
+    model = load(folder, mapped=True)
+    with pytest.raises(UnsupportedError, match="for inference"):
+        model.train()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    experts = next(module for module in model.modules() if isinstance(module, Experts))
+    x = torch.randn(3, model.config.hidden_size, requires_grad=True)
+    with pytest.raises(UnsupportedError, match="mapped weights are for inference and have no gradients"):
+        experts(x, torch.tensor([3] + [0] * (experts.gate_up_proj.weight.shape[0] - 1)))
+
+
+def test_to_another_dtype_leaves_the_experts_in_their_file(folder: Path) -> None:
+    model = load(folder, dtype=torch.bfloat16, mapped=True)
+    assert model.embed_tokens.weight.dtype == torch.bfloat16
+    weight = next(module for module in model.modules() if isinstance(module, MappedWeight)).weight
+    assert isinstance(weight, Mapped)
+    model.to(torch.bfloat16)
+    ids = torch.randint(61, (1, 9))
+    exact = logits(load(folder), ids).float()
+    assert float((logits(model, ids).float() - exact).norm() / exact.norm()) < 0.05
+
+
+def test_a_hole_or_another_shape_in_the_file_is_found_without_reading_it(
+    tiny_config: Callable[..., ModelConfig], tmp_path: Path
+) -> None:
+    save(Model(tiny_config()), tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"moe_intermediate_size": 10', '"moe_intermediate_size": 6'))
+    with pytest.raises(CheckpointError, match=r"experts.0.gate_proj.weight in .* has shape"):
+        load(tmp_path / "model", check_hashes=False, mapped=True)
+
+
+def test_auto_takes_the_native_kernels_for_mapped_experts(folder: Path) -> None:
+    model = load(folder, mapped=True)
+    experts = next(module for module in model.modules() if isinstance(module, Experts))
+    gate_up, down = experts.gate_up_proj.weight, experts.down_proj.weight
+    x = torch.zeros(1, model.config.hidden_size)
+    wanted = "torch" if BACKENDS["native"].unavailable(x, gate_up, down) else "native"
+    assert choose("auto", x, gate_up, down) == wanted
