@@ -12,6 +12,7 @@ from moekit.errors import ConfigError
 from moekit.generate.sampling import SamplingSettings, draw
 from moekit.nn.cache import KVCache
 from moekit.nn.decoder import decoder
+from moekit.nn.graphed import graphed
 from moekit.nn.model import Model
 
 FEW = 16
@@ -58,7 +59,7 @@ def tokens(
     generators = [torch.Generator(device).manual_seed(seed + number) for number in range(batch)]
     try:
         last = model(ids, cache=cache, padding_mask=mask, logits_to_keep=lengths - 1).logits[:, -1]
-        fast = decoder(model, cache) if batch <= FEW else None
+        fast = (decoder(model, cache) if batch <= FEW else None) or graphed(model, cache)
         for left in range(max_new_tokens, 0, -1):
             if vocabulary is not None:
                 last[:, vocabulary:] = -torch.inf

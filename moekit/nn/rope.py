@@ -1,5 +1,6 @@
 """Rotary position embedding (arXiv 2104.09864) with YaRN (arXiv 2309.00071, as DeepSeek-V2 uses it)."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -52,12 +53,18 @@ def softmax_scale(rope: RopeConfig, head_dim: int) -> float:
 
 def rotation(rope: RopeConfig, dim: int, positions: Int[Tensor, "batch length"]) -> Rotation:
     """Returns cos and sin in float32; with YaRN times magnitude(mscale) / magnitude(mscale_all_dim)."""
-    frequencies = torch.tensor(inverse_frequencies(rope, dim), device=positions.device)
-    angles = positions.unsqueeze(-1).float() * frequencies
+    angles = positions.unsqueeze(-1).float() * _frequencies(rope, dim, positions.device)
     factor = 1.0
     if rope.yarn is not None:
         factor = magnitude(rope.yarn.factor, rope.yarn.mscale) / magnitude(rope.yarn.factor, rope.yarn.mscale_all_dim)
     return Rotation(angles.cos() * factor, angles.sin() * factor)
+
+
+@functools.cache
+def _frequencies(rope: RopeConfig, dim: int, device: torch.device) -> Float[Tensor, " half_rope"]:
+    """Returns them as a tensor that stays on the device: copying them there would wait for it at every step."""
+    with torch.inference_mode(False):  # one made in that mode could not be used outside of it
+        return torch.tensor(inverse_frequencies(rope, dim), device=device)
 
 
 def rotate(

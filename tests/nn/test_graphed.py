@@ -1,0 +1,79 @@
+"""The step that a CUDA graph records equals the model's own, and waits for no answer of the device."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from moekit.config import ModelConfig
+from moekit.nn.cache import KVCache
+from moekit.nn.graphed import StaticStep, graphed
+from moekit.nn.model import Model
+
+KINDS: dict[str, dict[str, Any]] = {
+    "grouped queries": {},
+    "latent attention": {"attention": {"kind": "mla"}},
+    "dense": {"ffn": {"kind": "dense"}},
+    "YaRN": {"attention": {"rope": {"yarn": {"factor": 4.0, "original_max_position_embeddings": 16}}}},
+    "hash": {"ffn": {"topk_method": "hash"}},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_recorded_step_is_the_models_own(
+    tiny_config: Callable[..., ModelConfig], device: torch.device, kind: str
+) -> None:
+    model = Model(tiny_config(**KINDS[kind])).eval().to(device)
+    prompt, lengths = torch.randint(61, (3, 4), device=device), torch.tensor([1, 4, 2], device=device)
+    mask = torch.arange(4, device=device) < lengths.unsqueeze(1)
+    caches = [KVCache(model.config, 3, 12, device=device) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            model(prompt, cache=cache, padding_mask=mask)
+        step = graphed(model, caches[0]) or StaticStep(model, caches[0])
+        for _ in range(6):
+            ids = torch.randint(61, (3,), device=device)
+            found = step.step(ids, caches[0].lengths)
+            caches[0].advance(torch.ones_like(lengths), 1)
+            torch.testing.assert_close(found, model(ids.unsqueeze(1), cache=caches[1]).logits[:, 0])
+
+
+SCRIPT = """
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from moekit.config import ModelConfig
+from moekit.nn.cache import KVCache
+from moekit.nn.graphed import StaticStep, asks_nothing
+from moekit.nn.model import Model
+
+model = Model(ModelConfig.model_validate_json(r'''CONFIG''')).eval().to(torch.bfloat16)
+for backend, asks in (("grouped", False), ("torch", True)):
+    model.set_experts_backend(backend)
+    assert asks_nothing(model) is not asks
+    StaticStep(model, KVCache(model.config, 2, 8, dtype=torch.bfloat16)).run()
+    with FakeTensorMode(allow_non_fake_inputs=True):  # shapes without values: there is no answer to be had
+        try:
+            StaticStep(model, KVCache(model.config, 2, 8, dtype=torch.bfloat16)).run()
+            assert not asks
+        except DataDependentOutputException:
+            assert asks
+"""
+
+
+def test_it_waits_for_no_answer_with_grouped_products_and_does_with_a_loop(
+    tiny_config: Callable[..., ModelConfig],
+) -> None:
+    config = tiny_config(hidden_size=32, ffn={"moe_intermediate_size": 16})  # widths that grouped products take
+    script = SCRIPT.replace("CONFIG", config.model_dump_json())
+    environment = {**os.environ, "MOEKIT_NATIVE": "0"}  # its kernels take addresses, which such tensors have none of
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_on_a_cpu_there_is_no_graph(tiny_config: Callable[..., ModelConfig]) -> None:
+    model = Model(tiny_config()).eval()
+    assert graphed(model, KVCache(model.config, 1, 8)) is None
