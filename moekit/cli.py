@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -287,17 +287,11 @@ def run_plan(args: argparse.Namespace) -> int:
     return _emit(args, {"model": args.source, **document}, lambda: plan_tables(args.source, summary(config), document))
 
 
-def run_prepare(args: argparse.Namespace) -> int:
-    """turn text into a tokenizer and tokenised shards; run again, it goes on where it stopped
-
-    example:
-      moekit prepare books/ news.jsonl.gz --out data --vocab-size 4096
-    """
+@contextlib.contextmanager
+def _bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Yields what draws a bar on standard error for each phase, given bytes done and bytes in all."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from moekit.data.prepare import prepare
-    from moekit.tables import prepare_tables
 
     columns = (TextColumn("{task.description:>10}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     bars = Progress(*columns, console=Console(stderr=True))
@@ -311,13 +305,26 @@ def run_prepare(args: argparse.Namespace) -> int:
             tasks[phase] = bars.add_task(phase)
         bars.update(tasks[phase], completed=done, total=total)
 
-    same = ("valid_fraction", "vocab_size", "tokenizer", "text_field", "domain_field")
-    options = {name: getattr(args, name) for name in same}
     try:
-        manifest = prepare(args.files, args.out, valid_paths=args.valid, progress=progress, **options)
+        yield progress
     finally:
         if tasks:
             bars.stop()
+
+
+def run_prepare(args: argparse.Namespace) -> int:
+    """turn text into a tokenizer and tokenised shards; run again, it goes on where it stopped
+
+    example:
+      moekit prepare books/ news.jsonl.gz --out data --vocab-size 4096
+    """
+    from moekit.data.prepare import prepare
+    from moekit.tables import prepare_tables
+
+    same = ("valid_fraction", "vocab_size", "tokenizer", "text_field", "domain_field")
+    options = {name: getattr(args, name) for name in same}
+    with _bars() as progress:
+        manifest = prepare(args.files, args.out, valid_paths=args.valid, progress=progress, **options)
     return _emit(args, manifest, lambda: prepare_tables(manifest, str(args.out)))
 
 
@@ -426,7 +433,8 @@ def run_convert(args: argparse.Namespace) -> int:
     from moekit.tables import convert_tables
 
     text = None if args.text is None else _text(args.text)
-    receipt = convert(_model_folder(args.source), args.target, args.dtype, text=text)
+    with _bars() as progress:
+        receipt = convert(_model_folder(args.source), args.target, args.dtype, text=text, progress=progress)
     _emit(args, receipt, lambda: convert_tables(receipt, str(args.target)))
     return 0 if all(check["held"] for check in receipt["checks"]) else 1
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -48,13 +48,20 @@ models pass that were found, random weights of which every token's choice of exp
 
 
 @torch.no_grad()
-def convert(source: Path, target: Path, dtype: Precision, *, text: str | None = None) -> dict[str, Any]:
+def convert(
+    source: Path,
+    target: Path,
+    dtype: Precision,
+    *,
+    text: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
     """Writes the model of a directory in another precision, in one atomic step, and returns the receipt.
 
     float32 and bfloat16 are of all tensors, but for selection biases and hash tables; int8 and int4 are of the matrices
     that `nn.quantized` names, the rest stays as it is. From codes to anything else is by the numbers that they stand
     for. `text` is what the logits are compared on, its first tokens; None: random tokens. One matrix at a time is in
-    memory, whatever the size of the model. Raises CheckpointError for a tensor that is not finite; a check that does
+    memory, whatever the size of the model. `progress` gets "convert", bytes of the source done, bytes in all. Raises CheckpointError for a tensor that is not finite; a check that does
     not hold is only said in the receipt.
     """
     start = time.monotonic()
@@ -67,12 +74,16 @@ def convert(source: Path, target: Path, dtype: Precision, *, text: str | None = 
     tensors: dict[str, dict[str, Any]] = {"used": {}, "created": {}, "dropped": {}}
 
     def converted() -> Iterator[Stored]:
+        done, total = 0, sum(_bytes(piece) for _, piece, _ in work)
         for key, piece, wanted in work:
             if not isinstance(piece, Quantized) and not bool(torch.isfinite(piece).all()):
                 raise CheckpointError(f"{key} in {source} has a value that is not finite, which nothing can stand for")
             result, error = _converted(piece, wanted)
             _account(tensors, key, piece, result, error)
             yield result
+            done += _bytes(piece)
+            if progress is not None:
+                progress("convert", done, total)
 
     hashed: dict[str, Any] = {}
     with atomic_directory(target, hashed=hashed) as folder:
@@ -172,6 +183,10 @@ def _blocks(piece: Stored) -> Iterator[Stored]:
     for begin in range(0, max(1, piece.shape[0]), rows):
         taken = slice(begin, begin + rows)
         yield piece.of(taken) if isinstance(piece, Quantized) else piece[taken]
+
+
+def _bytes(piece: Stored) -> int:
+    return piece.codes.nbytes + piece.scales.nbytes if isinstance(piece, Quantized) else piece.nbytes
 
 
 def _kind(piece: Stored) -> str:
