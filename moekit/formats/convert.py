@@ -61,8 +61,9 @@ def convert(
     float32 and bfloat16 are of all tensors, but for selection biases and hash tables; int8 and int4 are of the matrices
     that `nn.quantized` names, the rest stays as it is. From codes to anything else is by the numbers that they stand
     for. `text` is what the logits are compared on, its first tokens; None: random tokens. One matrix at a time is in
-    memory, whatever the size of the model. `progress` gets "convert", bytes of the source done, bytes in all. Raises CheckpointError for a tensor that is not finite; a check that does
-    not hold is only said in the receipt.
+    memory, whatever the size of the model. `progress` gets "convert", bytes of the source done, bytes in all.
+
+    Raises CheckpointError for a tensor that is not finite; a check that does not hold is only said in the receipt.
     """
     start = time.monotonic()
     if target.exists():
