@@ -1,11 +1,16 @@
-"""Speed of decoding beside transformers' model of the same shape and weights, and llama.cpp's own bench.
+"""Speed of decoding beside transformers and llama.cpp with the same weights, and whether the tokens are right.
 
     python benchmarks/decode.py --out benchmarks/results/decode.md
-    python benchmarks/decode.py --dtype fp32 bf16 --batch 1 8 --impl grouped_mm batched_mm --gguf model-q8_0.gguf
+    python benchmarks/decode.py --models qwen2_moe --dtype int8 int4 --batch 1 --llama "--repack 0"
 
 Greedy tokens after a random prompt, another one each round; the prompt is read untimed. Ours is `moekit.generate`'s
-loop, transformers' the plain loop over its model and cache, which is faster than its `generate`. The contestants of a
-model and dtype take turns in one process; the speed-up is over the fastest of transformers, round by round.
+loop, transformers' the plain loop over its model and cache, which is faster than its `generate`, llama.cpp's what
+llama-bench times after as many tokens: steps without choosing a token, a cache in float16. The contestants of a model
+and dtype take turns, round by round; speed-ups are over the fastest of transformers and over llama.cpp.
+
+The last round's tokens are held against an exact model: the numbers that the weights stand for, in float64, experts by
+the slow loop, one pass over prompt and tokens. The last column counts the tokens that it would have chosen too, and
+says by how much the worst of the others fell short of its choice, as a logit and as a share of the logits' spread.
 """
 
 import argparse
@@ -13,6 +18,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 
 import binding
+import llama
 import measure
 import peers
 import torch
@@ -21,7 +27,7 @@ from torch import Tensor, nn
 from moekit.generate import decode
 from moekit.generate.sampling import SamplingSettings
 from moekit.nn.model import Model
-from moekit.nn.quantized import quantize_
+from moekit.nn.quantized import dequantize_
 
 Decoding = Callable[[Tensor, int], Iterator[Tensor]]
 """Prompts and a number of tokens -> the next token of every sequence, one step after the other."""
@@ -52,8 +58,8 @@ class Decoder:
         self.said: list[list[int]] = []
 
     def prepare(self, number: int) -> None:
-        ids = peers.random_ids(self.args, self.args.shape, self.batch, self.args.prompt, number)
-        self.steps = self.tokens(ids, self.args.tokens + 1)
+        self.prompt = peers.random_ids(self.args, self.args.shape, self.batch, self.args.prompt, number)
+        self.steps = self.tokens(self.prompt, self.args.tokens + 1)
         with peers.precision(self.args, self.dtype):
             self.said = [next(self.steps).tolist()]
 
@@ -61,13 +67,23 @@ class Decoder:
         with peers.precision(self.args, self.dtype):
             self.said += [step.tolist() for step in self.steps]
 
+    @torch.no_grad()
+    def checked(self, exact: Model) -> str:
+        """Returns how many tokens the exact model chooses too, and how far the worst of the others fell short."""
+        said = torch.tensor(self.said, device=self.prompt.device).T
+        read = torch.cat((self.prompt, said[:, :-1]), dim=1)
+        logits = exact(read).logits[:, self.args.prompt - 1 :]
+        short = (logits.amax(-1) - logits.gather(-1, said.unsqueeze(-1)).squeeze(-1)).flatten()
+        worst = f", {float(short.max()):.1e} ({float(short.max() / logits.std()):.1%})" if bool(short.any()) else ""
+        return f"{int((short == 0).sum())} of {len(short)}{worst}"
 
-def agreement(one: Decoder, other: Decoder) -> str:
-    """Returns how many tokens of the last round came out equal before the first that did not, the sequences' mean."""
-    equal = 0
-    for mine, theirs in zip(zip(*one.said, strict=True), zip(*other.said, strict=True), strict=True):
-        equal += next((place for place, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b), len(mine))
-    return f"{equal / len(one.said[0]):.0f} of {len(one.said)}"
+
+def exact(model: Model) -> Model:
+    """Returns a copy that computes slowly and plainly with the numbers that the weights stand for."""
+    made = copy.deepcopy(model)
+    dequantize_(made, torch.float64)
+    made.double().set_experts_backend("reference")
+    return made.eval()
 
 
 def compare(args: argparse.Namespace, kind: str, dtype: str) -> tuple[list[list[str]], list[str]]:
@@ -75,48 +91,35 @@ def compare(args: argparse.Namespace, kind: str, dtype: str) -> tuple[list[list[
     found = peers.lineup(args, args.shape, kind, dtype, args.prompt + args.tokens + 1)
     loops = {name: theirs(model) for name, model in found.theirs.items()}
     loops |= {name: ours(model) for name, model in found.ours.items()}
-    for codes in args.codes:
-        for name, model in found.ours.items():
-            coded = copy.deepcopy(model)
-            quantize_(coded, codes)
-            loops[f"{name} {codes}"] = ours(coded)
-    rows = []
-    for batch in args.batch:
-        decoders = {name: Decoder(args, loop, dtype, batch) for name, loop in loops.items()}
-        entrants = {name: measure.Contestant({"decode": one.decode}, one.prepare) for name, one in decoders.items()}
-        seconds = measure.in_turn(entrants, args.repeats, args.device)
-        best, first = measure.fastest(seconds, found.theirs), decoders[next(iter(found.ours))]
-        for name, stages in seconds.items():
-            took = measure.median(stages)
-            rows.append([
-                peers.KINDS[kind], dtype, str(batch), name, f"{batch * args.tokens / took:,.1f}",
-                f"{took / args.tokens * 1e3:.2f}", measure.speedup(stages, best), agreement(decoders[name], first),
-            ])  # fmt: skip
-            measure.progress(" ".join(rows[-1]))
+    oracle, rows = exact(next(iter(found.ours.values()))), []
+    with llama.bench(args, kind, dtype, found.missing) as bench:
+        for batch in args.batch:
+            decoders = {name: Decoder(args, loop, dtype, batch) for name, loop in loops.items()}
+            entrants = {name: measure.Contestant({"decode": one.decode}, one.prepare) for name, one in decoders.items()}
+            others = bench("-p", 0, "-n", args.tokens, "-d", args.prompt) if batch == 1 else {}
+            seconds = measure.in_turn(others | entrants, args.repeats, args.device)
+            best, llamas = (measure.fastest(seconds, names) for names in (found.theirs, others))
+            for name, stages in seconds.items():
+                took = measure.median(stages)
+                rows.append([
+                    peers.KINDS[kind], dtype, str(batch), name, f"{batch * args.tokens / took:,.1f}",
+                    f"{took / args.tokens * 1e3:.2f}", measure.speedup(stages, best), measure.speedup(stages, llamas),
+                    decoders[name].checked(oracle) if name in decoders else "",
+                ])  # fmt: skip
     return rows, found.missing
 
 
 def main(argv: Sequence[str]) -> None:
     parser = measure.parser(__file__, __doc__, repeats=5)
-    peers.options(parser, dtypes=("fp32", "bf16"))
-    peers.llama_options(parser)
+    peers.options(parser, dtypes=("fp32", "bf16", *peers.CODES), more=peers.CODES)
+    llama.options(parser)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="sequences at once, each in turn (1 8)")
-    parser.add_argument(
-        "--codes", nargs="*", choices=("int8", "int4"), default=["int8", "int4"], help="our matrices in these too"
-    )
     parser.add_argument("--prompt", type=int, default=128, help="tokens read before the clock starts (128)")
     parser.add_argument("--tokens", type=int, default=64, help="tokens timed, of each sequence (64)")
     args = measure.parse(parser, argv)
-    guard, rows, missing = measure.Guard(args.device), [], []
-    for kind in args.models:
-        for dtype in args.dtype:
-            more, absent = compare(args, kind, dtype)
-            rows, missing = rows + more, missing + absent
-    header = ["shape of", "dtype", "batch", "who", "tokens/s", "ms a step", "speed-up", "tokens as ours"]
-    llama, not_run = peers.llama_bench(args, ["-p", "0", "-n", str(args.tokens)])
-    missing += not_run
     what = f"{args.tokens} tokens after a prompt of {args.prompt}, greedy. {args.shape}."
-    measure.report(args, "Decoding", what, guard, [measure.table(header, rows), *llama], missing, peers.versions())
+    header = "shape of | dtype | batch | who | tokens/s | ms a step | x transformers | x llama.cpp | tokens as exact"
+    peers.report(args, "Decoding", what, header, compare, llama.versions())
 
 
 if __name__ == "__main__":

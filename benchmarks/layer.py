@@ -89,7 +89,7 @@ class Ours(nn.Module):
         return y
 
 
-def compare(args: argparse.Namespace, kind: str, dtype: str, dim: int, ff: int) -> tuple[list[list[str]], list[str]]:
+def one_size(args: argparse.Namespace, kind: str, dtype: str, dim: int, ff: int) -> tuple[list[list[str]], list[str]]:
     """Returns the rows of a size and dtype, and who is missing."""
     shape = args.shape._replace(hidden=dim, width=ff, layers=1, dense_layers=0, vocab=64)
     found = peers.lineup(args, shape, kind, dtype, 64)
@@ -110,9 +110,13 @@ def compare(args: argparse.Namespace, kind: str, dtype: str, dim: int, ff: int) 
             speed = [f"{took * 1e3:.1f}", f"{flops / took / 1e9:,.0f}", measure.speedup(stages, seconds["dense"])]
             cells[name] += speed
     rows = [[peers.KINDS[kind], f"{dim}, {ff}", dtype, name, *texts] for name, texts in cells.items()]
-    for row in rows:
-        measure.progress(" ".join(row))
     return rows, found.missing
+
+
+def compare(args: argparse.Namespace, kind: str, dtype: str) -> tuple[list[list[str]], list[str]]:
+    """Returns the rows of a dtype, and who is missing."""
+    sizes = [one_size(args, kind, dtype, dim, ff) for dim, ff in args.sizes]
+    return [row for rows, _ in sizes for row in rows], [line for _, missing in sizes for line in missing]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -124,16 +128,10 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--tokens", type=int, default=2048, help="of one call (2048)")
     args = measure.parse(parser, argv)
-    guard, rows, missing = measure.Guard(args.device), [], []
-    for dim, ff in args.sizes:
-        for kind in args.models:
-            for dtype in args.dtype:
-                more, absent = compare(args, kind, dtype, dim, ff)
-                rows, missing = rows + more, missing + absent
-    header = ["block of", "d, h", "dtype", "who", "forward ms", "GFLOP/s", "eff", "with backward ms", "GFLOP/s", "eff"]
+    header = "block of | d, h | dtype | who | forward ms | GFLOP/s | eff | with backward ms | GFLOP/s | eff"
     shape = args.shape
     what = f"{args.tokens} tokens, {shape.experts} experts, top-{shape.chosen}, {shape.shared} shared."
-    measure.report(args, "One MoE layer", what, guard, [measure.table(header, rows)], missing, peers.versions())
+    peers.report(args, "One MoE layer", what, header, compare)
 
 
 if __name__ == "__main__":

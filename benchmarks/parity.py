@@ -6,6 +6,7 @@ python benchmarks/parity.py --out docs/results/parity.md
 import argparse
 from pathlib import Path
 
+import measure
 import torch
 
 from moekit import receipts
@@ -72,7 +73,6 @@ def difference(settings: dict[str, object]) -> tuple[float, float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--commit", default="unknown")
     args = parser.parse_args()
     torch.manual_seed(0)
     rows = [(name, *difference(settings)) for name, settings in CASES.items()]
@@ -80,7 +80,7 @@ def main() -> None:
     lines = [
         "# Formula parity",
         "",
-        f"`python benchmarks/parity.py --out docs/results/parity.md`, commit {args.commit}, moekit "
+        f"`python benchmarks/parity.py --out docs/results/parity.md`, commit {measure.commit()}, moekit "
         f"{versions['moekit']}, torch {versions['torch']}, {versions['system']}.",
         "",
         f"The layer against `ops/reference.py` in float64, {TOKENS} tokens, width {DIM}, experts of {FF}; the "

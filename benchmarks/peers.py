@@ -1,17 +1,13 @@
-"""Our model beside others of the same shape: transformers' with the same weights, llama.cpp through its own bench."""
+"""Our model beside transformers' of the same shape and weights, and the file of what came out."""
 
 import argparse
 import gc
-import json
-import os
-import shutil
-import subprocess
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
-import binding
 import measure
 import torch
 from torch import Tensor, nn
@@ -19,6 +15,7 @@ from torch import Tensor, nn
 from moekit.config import ModelConfig
 from moekit.errors import MoekitError, UnsupportedError
 from moekit.nn.model import Model
+from moekit.nn.quantized import quantize_
 
 try:
     import transformers
@@ -28,6 +25,8 @@ except ImportError:
 KINDS = {"deepseek_v2": "DeepseekV2, MLA", "qwen2_moe": "Qwen2Moe, plain attention"}
 DTYPES = ("fp32", "bf16", "amp")
 """amp: float32 weights under bf16 autocast."""
+CODES = ("int8", "int4")
+"""The matrices in codes, the rest bf16; ours only."""
 ROUTER_STD = 0.05
 
 
@@ -72,13 +71,13 @@ def shape(text: str) -> Shape:
     return made
 
 
-def options(parser: argparse.ArgumentParser, dtypes: Sequence[str] = DTYPES) -> None:
-    """Adds what the benchmarks of models share."""
+def options(parser: argparse.ArgumentParser, dtypes: Sequence[str] = DTYPES, more: Sequence[str] = ()) -> None:
+    """Adds what the benchmarks of models share; `more` can be asked for beside the dtypes of all."""
     parser.add_argument(
         "--shape", type=shape, default=Shape(), metavar="NAME[,FIELD=N...]", help=f"{' or '.join(SHAPES)}, and changes"
     )
     parser.add_argument("--models", nargs="+", choices=KINDS, default=list(KINDS), help="whose shape; each in turn")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(dtypes), help="each in turn")
+    parser.add_argument("--dtype", nargs="+", choices=(*DTYPES, *more), default=list(dtypes), help="each in turn")
     parser.add_argument(
         "--impl", nargs="*", default=["grouped_mm"], metavar="NAME",
         help="transformers' experts: eager, grouped_mm, batched_mm; none: without transformers",
@@ -177,11 +176,14 @@ def lineup(args: argparse.Namespace, shape: Shape, kind: str, dtype: str, positi
     logits: dict[str, Tensor] = {}
     missing: list[str] = []
     ids = random_ids(args, shape, 1, min(32, positions), 0)
+    low = dtype == "bf16" or dtype in CODES
 
     def tried(name: str, make: Callable[[], nn.Module]) -> Iterator[tuple[str, Any]]:
         """Yields the model if it runs."""
         try:
-            model = make().to(args.device, torch.bfloat16 if dtype == "bf16" else torch.float32).eval()
+            model = make().to(args.device, torch.bfloat16 if low else torch.float32).eval()
+            if dtype == "int8" or dtype == "int4":
+                quantize_(model, dtype)
             with torch.no_grad(), precision(args, dtype):
                 logits[name] = model(ids).logits.float()
             yield name, model
@@ -192,14 +194,14 @@ def lineup(args: argparse.Namespace, shape: Shape, kind: str, dtype: str, positi
         mine.update(tried(f"moekit {backend}", partial(ours, shape, kind, positions, backend)))
     if not mine:
         raise UnsupportedError(f"there is nothing of ours to measure: {'; '.join(missing)}")
-    weights = ours(shape, kind, positions)
-    size = sum(parameter.numel() for parameter in weights.parameters()) * (2 if dtype == "bf16" else 4)
-    for implementation in [] if args.impl == ["none"] else args.impl:
+    weights = ours(shape, kind, positions)  # freed again at the end, so one copy less needs room
+    size = sum(parameter.numel() for parameter in weights.parameters()) * (2 if low else 4)
+    for implementation in [] if args.impl == ["none"] or dtype in CODES else args.impl:
         name = f"transformers {implementation}"
         room = measure.available_memory() if args.device.type == "cpu" else None
         if transformers is None:
             missing.append(f"{name}: transformers is not installed")
-        elif room is not None and size * (copies + (copies - 1) * (len(mine) + len(others))) > 0.8 * room:
+        elif room is not None and size * max(1, (copies - 1) * (1 + len(mine) + len(others))) > 0.8 * room:
             missing.append(f"{name}, {shape.experts} experts, {dtype}: no room in memory beside ours")
         else:
             others.update(tried(name, partial(theirs, shape, kind, positions, implementation, weights)))
@@ -246,29 +248,20 @@ def versions() -> list[str]:
     return [] if transformers is None else [f"transformers {transformers.__version__}"]
 
 
-def llama_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gguf", nargs="*", default=[], metavar="FILE", help="models of this shape for llama-bench")
-    parser.add_argument("--llama", default="", metavar="OPTIONS", help='more for llama-bench, such as "--repack 0"')
-
-
-def llama_bench(args: argparse.Namespace, words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns a table of llama-bench's own means, or none, and what it did not measure."""
-    program = shutil.which("llama-bench")
-    if program is None or not args.gguf:
-        return [], [f"llama.cpp: {'no --gguf file was given' if program else 'llama-bench is not on PATH'}"]
-    rows, missing = [], []
-    environment = {key: value for key, value in os.environ.items() if key not in binding.BOUND}
-    for file in args.gguf:
-        command = [program, "-m", file, "-t", str(torch.get_num_threads()), "-r", str(args.repeats), "-o", "json"]
-        done = subprocess.run(
-            [*command, *words, *args.llama.split()], capture_output=True, text=True, env=environment,
-            preexec_fn=binding.unbound,
-        )  # fmt: skip
-        if done.returncode:
-            missing.append(f"llama.cpp, {file}: llama-bench ended with status {done.returncode}")
-            continue
-        for found in json.loads(done.stdout):
-            test = f"tg{found['n_gen']}" if found["n_gen"] else f"pp{found['n_prompt']}"
-            rows.append([found["model_type"], test, f"{found['avg_ts']:,.0f}", f"{found['stddev_ts']:,.0f}"])
-    tables = [measure.table(["llama.cpp", "test", "tokens/s", "standard deviation"], rows)] if rows else []
-    return tables, missing
+def report(
+    args: argparse.Namespace,
+    title: str,
+    what: str,
+    header: str,
+    compare: Callable[[argparse.Namespace, str, str], tuple[list[list[str]], list[str]]],
+    packages: Sequence[str] = (),
+) -> None:
+    """Writes the result file: for each model and dtype the rows that `compare` returns, and who was missing."""
+    guard, rows, missing = measure.Guard(args.device), [], []
+    for kind, dtype in itertools.product(args.models, args.dtype):
+        more, absent = compare(args, kind, dtype)
+        rows, missing = rows + more, missing + absent
+        for row in more:
+            measure.progress(" ".join(row))
+    table = measure.table(header.split(" | "), rows)
+    measure.report(args, title, what, guard, [table], missing, [*versions(), *packages])

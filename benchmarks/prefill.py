@@ -1,26 +1,22 @@
-"""Speed of reading a prompt beside transformers' model of the same shape and weights, and llama.cpp's own bench.
+"""Speed of reading a prompt beside transformers and llama.cpp with the same weights.
 
     python benchmarks/prefill.py --out benchmarks/results/prefill.md
-    python benchmarks/prefill.py --dtype bf16 --prompts 1x512 8x256 --impl eager grouped_mm --gguf model-f32.gguf
+    python benchmarks/prefill.py --dtype bf16 int8 --prompts 1x512 8x256 --impl eager grouped_mm
 
-One forward pass without a cache, new random tokens each round, the last token's logits. The contestants of a model and
-dtype take turns in one process; the speed-up is over the fastest of transformers, round by round.
+One forward pass without a cache, new random tokens each round, the last token's logits; llama.cpp, which is given
+single prompts only, as llama-bench has it. The contestants of a model and dtype take turns, round by round; speed-ups
+are over the fastest of transformers and over llama.cpp.
 """
 
 import argparse
-import inspect
 from collections.abc import Sequence
 
 import binding
+import llama
 import measure
 import peers
 import torch
 from torch import nn
-
-from moekit.nn.model import Model
-
-LAST = {"logits_to_keep": 1}
-OURS = LAST if "logits_to_keep" in inspect.signature(Model.forward).parameters else {}
 
 
 def prompt(text: str) -> tuple[int, int]:
@@ -36,7 +32,7 @@ def reading(
     @torch.no_grad()
     def forward() -> None:
         with peers.precision(args, dtype):
-            model(state["ids"], **options)
+            model(state["ids"], logits_to_keep=1, **options)
 
     model.eval()
     return measure.Contestant(
@@ -46,45 +42,36 @@ def reading(
 
 def compare(args: argparse.Namespace, kind: str, dtype: str) -> tuple[list[list[str]], list[str]]:
     """Returns the rows of a model and dtype, and who is missing."""
-    found = peers.lineup(args, args.shape, kind, dtype, max(length for _, length in args.prompts))
-    rows = []
-    for size in args.prompts:
-        entrants = {
-            name: reading(args, model, {"use_cache": False, **LAST}, dtype, size)
-            for name, model in found.theirs.items()
-        }
-        entrants |= {name: reading(args, model, OURS, dtype, size) for name, model in found.ours.items()}
-        seconds = measure.in_turn(entrants, args.repeats, args.device)
-        best = measure.fastest(seconds, found.theirs)
-        for name, stages in seconds.items():
-            took = measure.median(stages)
-            rows.append([
-                peers.KINDS[kind], dtype, "{} x {}".format(*size), name, f"{size[0] * size[1] / took:,.0f}",
-                f"{took * 1e3:.1f}", measure.speedup(stages, best), found.difference[name],
-            ])  # fmt: skip
-            measure.progress(" ".join(rows[-1]))
+    found, rows = peers.lineup(args, args.shape, kind, dtype, max(length for _, length in args.prompts)), []
+    with llama.bench(args, kind, dtype, found.missing) as bench:
+        for batch, length in args.prompts:
+            size = batch, length
+            entrants = {
+                name: reading(args, model, {"use_cache": False}, dtype, size) for name, model in found.theirs.items()
+            }
+            entrants |= {name: reading(args, model, {}, dtype, size) for name, model in found.ours.items()}
+            others = bench("-p", length, "-n", 0) if batch == 1 else {}
+            seconds = measure.in_turn(others | entrants, args.repeats, args.device)
+            best, llamas = (measure.fastest(seconds, names) for names in (found.theirs, others))
+            for name, stages in seconds.items():
+                took = measure.median(stages)
+                rows.append([
+                    peers.KINDS[kind], dtype, f"{batch} x {length}", name, f"{batch * length / took:,.0f}",
+                    f"{took * 1e3:.1f}", measure.speedup(stages, best), measure.speedup(stages, llamas),
+                    found.difference.get(name, ""),
+                ])  # fmt: skip
     return rows, found.missing
 
 
 def main(argv: Sequence[str]) -> None:
     parser = measure.parser(__file__, __doc__, repeats=7)
-    peers.options(parser)
-    peers.llama_options(parser)
+    peers.options(parser, more=peers.CODES)
+    llama.options(parser)
     parser.add_argument("--prompts", nargs="+", type=prompt, default=[(1, 512), (8, 256)], metavar="BATCHxLENGTH")
     args = measure.parse(parser, argv)
-    guard, rows, missing = measure.Guard(args.device), [], []
-    if not OURS:
-        missing.append("moekit with the last token's logits only: the model forms those of every token and is timed so")
-    for kind in args.models:
-        for dtype in args.dtype:
-            more, absent = compare(args, kind, dtype)
-            rows, missing = rows + more, missing + absent
-    header = ["shape of", "dtype", "prompt", "who", "tokens/s", "ms", "speed-up", "logits off by"]
-    lengths = ",".join(str(length) for _, length in args.prompts)
-    llama, not_run = peers.llama_bench(args, ["-p", lengths, "-n", "0"])
+    header = "shape of | dtype | prompt | who | tokens/s | ms | x transformers | x llama.cpp | logits off by"
     what = f"Prompts without a cache, random tokens. {args.shape}."
-    tables = [measure.table(header, rows), *llama]
-    measure.report(args, "Prefill", what, guard, tables, missing + not_run, peers.versions())
+    peers.report(args, "Prefill", what, header, compare, llama.versions())
 
 
 if __name__ == "__main__":

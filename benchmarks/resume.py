@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import measure
 from safetensors.torch import load_file
 
 from moekit import receipts
@@ -50,7 +51,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs; removed first")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0, help="of the moments of killing")
-    parser.add_argument("--commit", default="unknown")
     args = parser.parse_args()
     shutil.rmtree(args.work, ignore_errors=True)
     data = args.work / "data"
@@ -93,8 +93,8 @@ def main() -> None:
     lines = [
         "# Resume",
         "",
-        f"`python benchmarks/resume.py --work /tmp/resume --out docs/results/resume.md`, commit {args.commit}, moekit "
-        f"{versions['moekit']}, torch {versions['torch']}, {versions['system']}, {versions['threads']} threads.",
+        f"`python benchmarks/resume.py --work /tmp/resume --out docs/results/resume.md`, commit {measure.commit()}, "
+        f"moekit {versions['moekit']}, torch {versions['torch']}, {versions['system']}, {versions['threads']} threads.",
         "",
         f"`moekit train {' '.join(RUN)}`, {STEPS} steps, once straight and once with SIGKILL at three random moments.",
         "",

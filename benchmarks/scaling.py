@@ -1,7 +1,7 @@
 """How a training step grows with experts, granularity, sequence and batch, beside transformers' model.
 
-    python benchmarks/scaling.py --out benchmarks/results/scaling.md
-    python benchmarks/scaling.py --sweep experts --values 16 256 --models qwen2_moe --dtype amp --impl none
+    python benchmarks/scaling.py --sweep experts --out benchmarks/results/scaling_experts.md
+    python benchmarks/scaling.py --sweep granularity --values 1 16 --dtype fp32 --models deepseek_v2 --impl none
 
 experts: more of them, as many chosen. granularity m: each expert 1/m as wide, m times as many, m times as many chosen
 (at 4 it is the reference shape), so that parameters and FLOPs stay. sequence: longer ones, --budget tokens a step.
@@ -47,15 +47,16 @@ def granular(shape: peers.Shape, m: int) -> peers.Shape:
     return shape._replace(experts=16 * m, width=coarse // m, chosen=chosen - shared, shared=shared)
 
 
-def point(args: argparse.Namespace, sweep: str, value: int) -> Point:
+def point(args: argparse.Namespace, value: int) -> Point:
+    """Returns the shape and the tokens of a step at a value of the sweep."""
     batch = max(1, args.budget // 256)
-    if sweep == "experts":
+    if args.sweep == "experts":
         return Point(args.shape._replace(experts=value), batch, 256)
-    if sweep == "granularity":
+    if args.sweep == "granularity":
         return Point(granular(args.shape, value), batch, 256)
-    return (
-        Point(args.shape, max(1, args.budget // value), value) if sweep == "sequence" else Point(args.shape, value, 256)
-    )
+    if args.sweep == "sequence":
+        return Point(args.shape, max(1, args.budget // value), value)
+    return Point(args.shape, value, 256)
 
 
 def visit(
@@ -73,9 +74,9 @@ def visit(
     return found.missing
 
 
-def compare(args: argparse.Namespace, sweep: str, kind: str, dtype: str) -> tuple[list[list[str]], list[str]]:
-    """Returns the rows of a sweep, and who is missing where."""
-    points = {value: point(args, sweep, value) for value in args.values or SWEEPS[sweep]}
+def compare(args: argparse.Namespace, kind: str, dtype: str) -> tuple[list[list[str]], list[str]]:
+    """Returns the rows of a model and dtype, and who is missing where."""
+    points = {value: point(args, value) for value in args.values or SWEEPS[args.sweep]}
     found: dict[int, dict[str, measure.Seconds]] = {value: {} for value in points}
     missing, rows = [], []
     for _ in range(args.repeats):
@@ -88,41 +89,24 @@ def compare(args: argparse.Namespace, sweep: str, kind: str, dtype: str) -> tupl
             each = measure.median(stages) / (here.batch * here.length)
             split = " / ".join(f"{statistics.median(stage):.3f}" for stage in stages.values())
             rows.append([
-                sweep, str(value), peers.KINDS[kind], dtype, name, f"{1 / each:,.0f}", split,
+                str(value), peers.KINDS[kind], dtype, name, f"{1 / each:,.0f}", split,
                 f"{each / first.setdefault(name, each):.2f}", measure.speedup(stages, best),
             ])  # fmt: skip
-            measure.progress(" ".join(rows[-1]))
     return rows, missing
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = measure.parser(__file__, __doc__, repeats=3)
-    peers.options(parser, dtypes=("fp32", "amp"))
+    parser = measure.parser(__file__, __doc__, repeats=2)
+    peers.options(parser, dtypes=["amp"])
     parser.set_defaults(models=["qwen2_moe"])
-    parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="each in turn")
-    parser.add_argument("--values", type=int, nargs="+", help="instead of the sweeps' own")
+    parser.add_argument("--sweep", choices=SWEEPS, required=True)
+    parser.add_argument("--values", type=int, nargs="+", help="instead of the sweep's own")
     parser.add_argument("--budget", type=int, default=2048, help="tokens of a step, the batch sweep aside (2048)")
-    parser.add_argument("--steps", type=int, default=3, help="steps that count at a point, after one more (3)")
+    parser.add_argument("--steps", type=int, default=2, help="steps that count at a point, after one more (2)")
     args = measure.parse(parser, argv)
-    guard, rows, missing = measure.Guard(args.device), [], []
-    for sweep in args.sweep:
-        for kind in args.models:
-            for dtype in args.dtype:
-                more, absent = compare(args, sweep, kind, dtype)
-                rows, missing = rows + more, missing + absent
-    header = [
-        "sweep",
-        "value",
-        "shape of",
-        "dtype",
-        "who",
-        "tokens/s",
-        "forward / backward / AdamW s",
-        "growth",
-        "speed-up",
-    ]
-    what = f"{args.budget} tokens a step, the batch sweep aside; AdamW, {args.steps} steps a round. {args.shape}."
-    measure.report(args, "Scaling", what, guard, [measure.table(header, rows)], missing, peers.versions())
+    header = f"{args.sweep} | shape of | dtype | who | tokens/s | forward / backward / AdamW s | growth | speed-up"
+    what = f"Training steps, AdamW, {args.steps} of them a round, of {args.budget} tokens, the batch sweep aside."
+    peers.report(args, f"Scaling: {args.sweep}", f"{what} {args.shape}.", header, compare)
 
 
 if __name__ == "__main__":

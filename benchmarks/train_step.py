@@ -32,7 +32,6 @@ def compare(args: argparse.Namespace, kind: str, dtype: str) -> tuple[list[list[
             peers.KINDS[kind], dtype, name, f"{args.batch * args.length / took:,.0f}", f"{took:.3f}", split,
             measure.speedup(stages, best), found.difference[name],
         ])  # fmt: skip
-        measure.progress(" ".join(rows[-1]))
     return rows, found.missing
 
 
@@ -42,23 +41,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--batch", type=int, default=8, help="sequences (8)")
     parser.add_argument("--length", type=int, default=256, help="tokens of each (256)")
     args = measure.parse(parser, argv)
-    guard, rows, missing = measure.Guard(args.device), [], []
-    for kind in args.models:
-        for dtype in args.dtype:
-            more, absent = compare(args, kind, dtype)
-            rows, missing = rows + more, missing + absent
-    header = [
-        "shape of",
-        "dtype",
-        "who",
-        "tokens/s",
-        "step s",
-        "forward / backward / AdamW s",
-        "speed-up",
-        "logits off by",
-    ]
+    header = "shape of | dtype | who | tokens/s | step s | forward / backward / AdamW s | speed-up | logits off by"
     what = f"Batch {args.batch} x {args.length}, AdamW, random tokens. {args.shape}."
-    measure.report(args, "Training step", what, guard, [measure.table(header, rows)], missing, peers.versions())
+    peers.report(args, "Training step", what, header, compare)
 
 
 if __name__ == "__main__":
