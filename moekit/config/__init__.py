@@ -12,6 +12,7 @@ from moekit.config.load import load_run_config as load_run_config
 from moekit.config.load import validate as validate
 from moekit.config.load import where as where
 from moekit.config.model import DenseConfig as DenseConfig
+from moekit.config.model import Llama3RopeConfig as Llama3RopeConfig
 from moekit.config.model import MHAConfig as MHAConfig
 from moekit.config.model import MLAConfig as MLAConfig
 from moekit.config.model import ModelConfig as ModelConfig

@@ -30,20 +30,22 @@ class Count(NamedTuple):
 def parameters(config: "ModelConfig") -> dict[str, Count]:
     """Returns the parameters by role: embedding, attention, router, routed, shared, dense, norm, head.
 
-    Every RMSNorm is `norm`, those on MLA's latents included. A tied head counts as embedding. Buffers are no
-    parameters: hash tables, and the selection bias, which no gradient trains (14,848 numbers at DeepSeek-V3).
+    Every RMSNorm is `norm`, those inside attention included; attention's biases and the shared experts' gate are of
+    those. A tied head counts as embedding. Buffers are no parameters: hash tables, and the selection bias, which no
+    gradient trains (14,848 numbers at DeepSeek-V3).
     """
     d, layers, ffn = config.hidden_size, config.num_hidden_layers, config.ffn
-    matrices, norms = _attention(config.attention, d)
+    matrices, biases, norms = _attention(config.attention, d)
     vocabulary, moe = config.vocab_size * d, len(config.moe_layers)
     router = routed = active = shared = 0
     if ffn.kind == "moe":
         router = 0 if ffn.topk_method == "hash" else ffn.n_routed_experts * d
-        experts = (ffn.n_routed_experts, ffn.num_experts_per_tok, ffn.n_shared_experts)
-        routed, active, shared = (n * 3 * d * ffn.moe_intermediate_size for n in experts)
+        experts = (ffn.n_routed_experts, ffn.num_experts_per_tok)
+        routed, active = (n * 3 * d * ffn.moe_intermediate_size for n in experts)
+        shared = 3 * d * ffn.shared_width + (d if ffn.shared_expert_gate else 0)
     totals = {
         "embedding": vocabulary,
-        "attention": layers * matrices,
+        "attention": layers * (matrices + biases),
         "router": moe * router,
         "routed": moe * routed,
         "shared": moe * shared,
@@ -68,8 +70,9 @@ def flops(config: "ModelConfig", sequence_length: int, rule: Rule = "exact") -> 
         return round(s * (6 * weights + 12 * layers * d * s))
     active = {role: count.active for role, count in parameters(config).items()}
     lookups = 0 if config.tie_word_embeddings else active["embedding"]
+    vectors = active["norm"] + layers * _attention(config.attention, d).biases
     widths = sum(_head_widths(config.attention))
-    return s * (6 * (sum(active.values()) - lookups - active["norm"]) + 6 * layers * widths * s)
+    return s * (6 * (sum(active.values()) - lookups - vectors) + 6 * layers * widths * s)
 
 
 def kv_cache_bytes_per_token(config: "ModelConfig", dtype_bytes: int = 2) -> int:
@@ -105,8 +108,9 @@ def memory(
     Training keeps float32 weights, gradients and optimiser states (AdamW two moments, Muon one momentum for the routed
     experts), with bfloat16 a half-size copy of the matrices, and what the backward pass needs. In float32 that is:
     - each norm: its input, also normalised; bfloat16 leaves this residual stream in float32;
-    - attention, fused (no matrix of scores): input, queries, keys, values and output; MLA: the latents too;
-    - dense and shared FFN: input, gate, up, silu(gate) and their product;
+    - attention, fused (no matrix of scores): input, queries, keys, values and output; MLA: the latents too; norms of
+      queries and keys: their inputs too;
+    - dense and shared FFN: input, gate, up, silu(gate) and their product; where a gate weighs it, its output;
     - router: logits and scores, always float32;
     - routed experts, per choice: input row, gate, up, output row, and 28 bytes of ids, order and weight (the
       `native` and `triton` back ends keep neither row, only each token once);
@@ -168,16 +172,28 @@ def plan(
     }
 
 
-def _attention(attention: "AttentionConfig", d: int) -> tuple[int, int]:
-    """Returns the weights of one attention's matrices and of its norms."""
+class _Attention(NamedTuple):
+    """Parameters of one attention."""
+
+    matrices: int
+    biases: int
+    norms: int
+
+
+def _attention(attention: "AttentionConfig", d: int) -> _Attention:
     heads = attention.num_attention_heads
     if attention.kind == "mha":
-        return 2 * d * attention.head_dim * (heads + attention.num_key_value_heads), 0
+        queries, keys = heads * attention.head_dim, attention.num_key_value_heads * attention.head_dim
+        biases = {"none": 0, "qkv": queries + 2 * keys, "all": queries + 2 * keys + d}[attention.attention_bias]
+        norms = {"none": 0, "head": 2 * attention.head_dim, "full": queries + keys}[attention.qk_norm]
+        return _Attention(2 * d * (queries + keys), biases, norms)
     nope, rope, value = attention.qk_nope_head_dim, attention.qk_rope_head_dim, attention.v_head_dim
     latent, rank = attention.kv_lora_rank, attention.q_lora_rank
     queries = d * heads * (nope + rope) if rank is None else rank * (d + heads * (nope + rope))
     keys_values = d * (latent + rope) + latent * heads * (nope + value)
-    return queries + keys_values + heads * value * d, latent + (rank or 0)
+    norms = latent + (rank or 0)
+    biases = norms + rope + d if attention.attention_bias else 0
+    return _Attention(queries + keys_values + heads * value * d, biases, norms)
 
 
 def _head_widths(attention: "AttentionConfig") -> tuple[int, int]:
@@ -193,6 +209,8 @@ def _active_standard_ffns(config: "ModelConfig") -> float:
     ffn, standard = config.ffn, 8 / 3 * config.hidden_size  # a SwiGLU of 8 hidden_size^2 parameters
     if ffn.kind == "dense":
         return ffn.nominal_size or ffn.intermediate_size / standard
+    if ffn.shared_expert_intermediate_size and not ffn.nominal_size:
+        return (ffn.shared_width + ffn.num_experts_per_tok * ffn.moe_intermediate_size) / standard
     return (ffn.nominal_size or ffn.moe_intermediate_size / standard) * (ffn.n_shared_experts + ffn.num_experts_per_tok)
 
 
@@ -204,6 +222,8 @@ def _block_bytes(config: "ModelConfig", layer: int, size: int) -> int:
     if attention.kind == "mha":
         keys_values = 2 * attention.num_key_value_heads * attention.head_dim
         kept = (3 if half else 1) * d
+        if attention.qk_norm != "none":
+            kept += queries + keys_values // 2  # the norms' inputs; what they give, turned, is kept as it is without
     else:
         ranks = attention.kv_lora_rank + (attention.q_lora_rank or 0)
         norms += 2 * 4 * ranks
@@ -214,6 +234,6 @@ def _block_bytes(config: "ModelConfig", layer: int, size: int) -> int:
     if ffn.kind == "dense" or not config.is_moe(layer):
         return norms + size * (kept + (2 if half else 1) * d + 4 * (ffn.intermediate_size or 0))
     width, k = ffn.moe_intermediate_size, ffn.num_experts_per_tok
-    kept += d + 4 * ffn.n_shared_experts * width + k * (2 * d + 2 * width)
+    kept += d + 4 * ffn.shared_width + k * (2 * d + 2 * width) + (d if ffn.shared_expert_gate else 0)
     router = 0 if ffn.topk_method == "hash" else 8 * ffn.n_routed_experts + (4 * d if half else 0)
     return norms + size * kept + 28 * k + router

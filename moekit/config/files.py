@@ -25,13 +25,17 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the strings that `_Loader` would read as numbers, and keeps every string on one line."""
+    """Quotes the strings that `_Loader` would read as numbers, and keeps every string and list on one line."""
 
     def represent_str(self, text: str) -> yaml.ScalarNode:
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
 
+    def represent_tuple(self, items: tuple[Any, ...]) -> yaml.SequenceNode:
+        return self.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
+
 
 _Dumper.add_representer(str, _Dumper.represent_str)
+_Dumper.add_representer(tuple, _Dumper.represent_tuple)
 for _yaml_class in (_Loader, _Dumper):
     _float = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
     _yaml_class.add_implicit_resolver("tag:yaml.org,2002:float", _float, list("-+.0123456789"))

@@ -114,6 +114,8 @@ def describe_keys(schema: type[Strict] = RunConfig, prefix: str = "") -> list[Ke
 def _type(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return " | ".join(get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return "list"
     names = {type(None): "null"}
     options = get_args(annotation) or (annotation,)
     return " | ".join(names.get(o, "mapping" if issubclass(o, Strict) else o.__name__) for o in options)

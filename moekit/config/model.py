@@ -36,11 +36,34 @@ class YarnConfig(Strict):
     mscale_all_dim: float = Field(0.0, ge=0, description="attention magnitude applied to the softmax scale")
 
 
+class Llama3RopeConfig(Strict):
+    """Llama 3.1's context extension (arXiv 2407.21783, section 3.4.2): slow frequencies divided, a ramp in between."""
+
+    factor: float = Field(gt=1.0, description="what slow frequencies are divided by")
+    original_max_position_embeddings: int = Field(gt=0, description="tokens of context before the extension")
+    low_freq_factor: float = Field(1.0, gt=0, description="turns in the original context below which all is divided")
+    high_freq_factor: float = Field(4.0, gt=0, description="turns above which a frequency stays")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Llama3RopeConfig":
+        if self.low_freq_factor >= self.high_freq_factor:
+            found = f"low_freq_factor is {self.low_freq_factor} but high_freq_factor is {self.high_freq_factor}"
+            raise ValueError(f"{found}; the low one is the smaller")
+        return self
+
+
 class RopeConfig(Strict):
     """Rotary position embedding."""
 
     theta: float = Field(10000.0, gt=0, description="base of the rotation frequencies")
     yarn: YarnConfig | None = Field(None, description="YaRN context extension, or null")
+    llama3: Llama3RopeConfig | None = Field(None, description="Llama 3.1's context extension, or null")
+
+    @model_validator(mode="after")
+    def _check(self) -> "RopeConfig":
+        if self.yarn is not None and self.llama3 is not None:
+            raise ValueError("llama3 is given and so is yarn; a model has one context extension")
+        return self
 
 
 class MHAConfig(Strict):
@@ -50,6 +73,12 @@ class MHAConfig(Strict):
     num_attention_heads: int = Field(gt=0, description="query heads")
     num_key_value_heads: int = Field(gt=0, description="key-value heads; divides num_attention_heads")
     head_dim: int = Field(gt=0, multiple_of=2, description="width of one head, even")
+    attention_bias: Literal["none", "qkv", "all"] = Field(
+        "none", description="biases of queries, keys and values (qkv: Qwen2), and of the output (all)"
+    )
+    qk_norm: Literal["none", "head", "full"] = Field(
+        "none", description="RMSNorm of queries and keys: of each head (Qwen3), or of all heads as one (OLMoE)"
+    )
     rope: RopeConfig = Field(RopeConfig(), description="rotary position embedding, half-split pairing")
 
     @model_validator(mode="after")
@@ -70,6 +99,8 @@ class MLAConfig(Strict):
     qk_nope_head_dim: int = Field(gt=0, description="width of a query and key head without rotation")
     qk_rope_head_dim: int = Field(gt=0, multiple_of=2, description="width of the rotated part, even")
     v_head_dim: int = Field(gt=0, description="width of a value head")
+    attention_bias: bool = Field(False, description="biases of the down-projections to latents and of the output")
+    latent_norm_eps: float | None = Field(None, gt=0, description="epsilon of the latents' RMSNorm; null: rms_norm_eps")
     rope: RopeConfig = Field(RopeConfig(), description="rotary position embedding, interleaved pairing")
 
 
@@ -95,7 +126,12 @@ class MoEConfig(Strict):
     intermediate_size: int | None = Field(None, gt=0, description="width of the dense layers; needed if there are any")
     first_k_dense_replace: int = Field(0, ge=0, description="leading layers with a dense FFN")
     moe_layer_freq: int = Field(1, gt=0, description="among the rest, every n-th layer is MoE")
+    mlp_only_layers: tuple[int, ...] = Field((), strict=False, description="more layers with a dense FFN, by index")
     nominal_size: float | None = Field(None, gt=0, description=f"one expert {_NOMINAL}")
+    shared_expert_intermediate_size: int | None = Field(
+        None, gt=0, description="width of one shared expert; null: moe_intermediate_size"
+    )
+    shared_expert_gate: bool = Field(False, description="the shared experts' output times sigmoid(x w) (Qwen2-MoE)")
 
     scoring_func: Literal["softmax", "sigmoid"] = Field("softmax", description="affinity of a token to the experts")
     topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc", "hash"] = Field(
@@ -128,7 +164,8 @@ class MoEConfig(Strict):
     @model_validator(mode="after")
     def _check(self) -> "MoEConfig":
         method, experts, k, groups = self.topk_method, self.n_routed_experts, self.num_experts_per_tok, self.n_group
-        used, dense_layers = self.topk_group, self.first_k_dense_replace > 0 or self.moe_layer_freq > 1
+        used = self.topk_group
+        dense_layers = self.first_k_dense_replace > 0 or self.moe_layer_freq > 1 or bool(self.mlp_only_layers)
         if k > experts:
             raise ValueError(f"num_experts_per_tok is {k} but n_routed_experts is {experts}; choose at most {experts}")
         if experts % groups:
@@ -142,7 +179,9 @@ class MoEConfig(Strict):
         if method == "noaux_tc" and 1 < groups == experts:
             raise ValueError(f"n_group is {groups} but noaux_tc needs groups of two: choose at most {experts // 2}")
         if dense_layers and self.intermediate_size is None:
-            raise ValueError("intermediate_size is missing: first_k_dense_replace or moe_layer_freq has dense layers")
+            raise ValueError(
+                "intermediate_size is missing: first_k_dense_replace, moe_layer_freq or mlp_only_layers asks"
+            )
 
         of_router = ("aux_loss_alpha", "z_loss_alpha", "scoring_func", "norm_topk_prob", "n_group")
         alphas = (self.aux_loss_alpha, self.device_aux_loss_alpha, self.comm_aux_loss_alpha)
@@ -156,13 +195,20 @@ class MoEConfig(Strict):
             ("global_aux", self.aux_loss_alpha and not self.seq_aux, "seq_aux false and aux_loss_alpha above 0"),
             ("seq_aux", any(alphas), "aux_loss_alpha, device_aux_loss_alpha or comm_aux_loss_alpha above 0"),
             ("drop_policy", self.capacity_factor is not None, "a capacity_factor, else nothing is dropped"),
-            ("intermediate_size", dense_layers, "dense layers: first_k_dense_replace or moe_layer_freq"),
+            ("intermediate_size", dense_layers, "dense layers: first_k_dense_replace, moe_layer_freq, mlp_only_layers"),
+            ("shared_expert_intermediate_size", self.n_shared_experts, "n_shared_experts above 0"),
+            ("shared_expert_gate", self.n_shared_experts, "n_shared_experts above 0"),
         ]
         for name, effective, needed in effects:
             value = getattr(self, name)
             if not effective and value != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is {str(value).lower()} but takes effect only with {needed}")
         return self
+
+    @property
+    def shared_width(self) -> int:
+        """Intermediate width of all shared experts together."""
+        return self.n_shared_experts * (self.shared_expert_intermediate_size or self.moe_intermediate_size)
 
 
 AttentionConfig = Annotated[MHAConfig | MLAConfig, Field(discriminator="kind")]
@@ -186,17 +232,27 @@ class ModelConfig(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
-        if isinstance(self.ffn, MoEConfig) and not any(map(self.is_moe, range(self.num_hidden_layers))):
+        ffn, layers = self.ffn, self.num_hidden_layers
+        if not isinstance(ffn, MoEConfig):
+            return self
+        for layer in ffn.mlp_only_layers:
+            otherwise = ffn.first_k_dense_replace <= layer < layers and layer % ffn.moe_layer_freq == 0
+            if not otherwise or ffn.mlp_only_layers.count(layer) > 1:
+                raise ValueError(f"ffn.mlp_only_layers has {layer} but takes effect only on a layer that else is MoE")
+        if not self.moe_layers:
             raise ValueError(
-                f"ffn.first_k_dense_replace is {self.ffn.first_k_dense_replace} but num_hidden_layers is "
-                f"{self.num_hidden_layers}, so no layer is MoE; use ffn.kind dense"
+                f"ffn.first_k_dense_replace is {ffn.first_k_dense_replace} and ffn.mlp_only_layers has "
+                f"{len(ffn.mlp_only_layers)} more but num_hidden_layers is {layers}, "
+                "so no layer is MoE; use ffn.kind dense"
             )
         return self
 
     def is_moe(self, layer: int) -> bool:
-        """Whether the block at index `layer` holds an MoE layer (the rule of the released DeepSeek code)."""
+        """Whether the block at index `layer` holds an MoE layer (the rules of the released DeepSeek and Qwen code)."""
         ffn = self.ffn
-        return isinstance(ffn, MoEConfig) and layer >= ffn.first_k_dense_replace and layer % ffn.moe_layer_freq == 0
+        if not isinstance(ffn, MoEConfig) or layer in ffn.mlp_only_layers:
+            return False
+        return layer >= ffn.first_k_dense_replace and layer % ffn.moe_layer_freq == 0
 
     @property
     def moe_layers(self) -> list[int]:

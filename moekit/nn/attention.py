@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moekit.config import MHAConfig
 from moekit.nn.cache import KVCache
 from moekit.nn.linear import Linear
+from moekit.nn.norm import RMSNorm
 from moekit.nn.rope import Rotation, rotate, softmax_scale
 from moekit.ops.attention import Seen, attend
 from moekit.ops.autocast import cast_once
@@ -24,24 +25,37 @@ class Context(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head attention without biases, half-split rotary embedding; grouped-query with fewer kv heads."""
+    """Multi-head attention, half-split rotary embedding; grouped-query with fewer kv heads.
 
-    def __init__(self, config: MHAConfig, dim: int, layer: int) -> None:
+    Queries and keys may be normalised before they turn: each head (Qwen3, arXiv 2505.09388), or all heads as one vector
+    (OLMoE, arXiv 2409.02060).
+    """
+
+    def __init__(self, config: MHAConfig, dim: int, layer: int, eps: float) -> None:
         super().__init__()
         self.config, self.layer = config, layer
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = Linear(dim, heads * head_dim)
-        self.k_proj = Linear(dim, kv_heads * head_dim)
-        self.v_proj = Linear(dim, kv_heads * head_dim)
-        self.o_proj = Linear(heads * head_dim, dim)
+        biased = config.attention_bias != "none"
+        self.q_proj = Linear(dim, heads * head_dim, biased)
+        self.k_proj = Linear(dim, kv_heads * head_dim, biased)
+        self.v_proj = Linear(dim, kv_heads * head_dim, biased)
+        self.o_proj = Linear(heads * head_dim, dim, config.attention_bias == "all")
+        if config.qk_norm != "none":
+            each = config.qk_norm == "head"
+            self.q_norm = RMSNorm(head_dim if each else heads * head_dim, eps)
+            self.k_norm = RMSNorm(head_dim if each else kv_heads * head_dim, eps)
         self.scale = softmax_scale(config.rope, head_dim)
 
     def forward(self, x: Float[Tensor, "batch length dim"], context: Context) -> Float[Tensor, "batch length dim"]:
-        x = cast_once(x)
+        x, norm = cast_once(x), self.config.qk_norm
         split = (-1, self.config.head_dim)
-        q = rotate(self.q_proj(x).unflatten(-1, split), context.rotation, interleaved=False)
-        k = rotate(self.k_proj(x).unflatten(-1, split), context.rotation, interleaved=False)
-        v = self.v_proj(x).unflatten(-1, split)
+        q, k = self.q_proj(x), self.k_proj(x)
+        if norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.unflatten(-1, split) for part in (q, k, self.v_proj(x)))
+        if norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (rotate(part, context.rotation, interleaved=False) for part in (q, k))
         if context.cache is not None:
             new = torch.cat((k, v), dim=2).flatten(2)
             kept = context.cache.extend(self.layer, new, context.positions).to(q.dtype).unflatten(-1, split)

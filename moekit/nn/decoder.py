@@ -18,12 +18,17 @@ from moekit.ops.decode import Decoder, Layer, Routed, unavailable
 def decoder(model: Model, cache: KVCache) -> Decoder | None:
     """Returns the native step over this model and cache, or None: then the model itself takes the step.
 
-    Known are multi-head and grouped-query attention with dense, shared and routed SwiGLU experts, chosen by any router
-    but a hash, on a CPU, weights of any precision. Its sums are float32 whatever the weights are, so in bfloat16 it is
-    closer to the exact model than the model's own forward. Weights and cache must stay where they are.
+    Known are multi-head and grouped-query attention, without biases or norms of queries and keys, with dense, shared
+    and routed SwiGLU experts, chosen by any router but a hash, the shared ones without a gate, on a CPU, weights of any
+    precision. Its sums are float32 whatever the weights are, so in bfloat16 it is closer to the exact model than the
+    model's own forward. Weights and cache must stay where they are.
     """
     attention = model.config.attention
     if not isinstance(attention, MHAConfig) or model.experts_backend not in ("auto", "native"):
+        return None
+    if attention.attention_bias != "none" or attention.qk_norm != "none":
+        return None
+    if any(layer.shared_expert_gate is not None for layer in model.moe_layers):
         return None
     if any(isinstance(layer.mlp, MoE) and not isinstance(layer.mlp.router, Router) for layer in model.layers):
         return None

@@ -10,13 +10,14 @@ from moekit.ops.quantize import Quantized, dequantize
 
 
 class Linear(nn.Linear):
-    """torch's linear map without a bias; its weight may be a QuantizedWeight, and a few rows take a faster way."""
+    """torch's linear map; its weight may be a QuantizedWeight, and a few rows take a faster way."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias)
 
     def forward(self, input: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch out"]:
-        return linear(input, self.matrix)
+        y = linear(input, self.matrix)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @property
     def matrix(self) -> Tensor | Quantized:

@@ -24,17 +24,18 @@ class MLA(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         heads, qk_dim = config.num_attention_heads, config.qk_nope_head_dim + config.qk_rope_head_dim
+        biased, eps = config.attention_bias, config.latent_norm_eps or eps
         if config.q_lora_rank is None:
             self.q_proj = Linear(dim, heads * qk_dim)
         else:
-            self.q_a_proj = Linear(dim, config.q_lora_rank)
+            self.q_a_proj = Linear(dim, config.q_lora_rank, biased)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps)
             self.q_b_proj = Linear(config.q_lora_rank, heads * qk_dim)
-        self.kv_a_proj_with_mqa = Linear(dim, config.kv_lora_rank + config.qk_rope_head_dim)
+        self.kv_a_proj_with_mqa = Linear(dim, config.kv_lora_rank + config.qk_rope_head_dim, biased)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps)
         up = heads * (config.qk_nope_head_dim + config.v_head_dim)
         self.kv_b_proj = Linear(config.kv_lora_rank, up)
-        self.o_proj = Linear(heads * config.v_head_dim, dim)
+        self.o_proj = Linear(heads * config.v_head_dim, dim, biased)
         self.scale = softmax_scale(config.rope, qk_dim)
 
     def forward(self, x: Float[Tensor, "batch length dim"], context: Context) -> Float[Tensor, "batch length dim"]:

@@ -49,7 +49,7 @@ class Block(nn.Module):
         dim, eps, ffn = config.hidden_size, config.rms_norm_eps, config.ffn
         self.input_layernorm = RMSNorm(dim, eps)
         if isinstance(config.attention, MHAConfig):
-            self.self_attn: nn.Module = Attention(config.attention, dim, layer)
+            self.self_attn: nn.Module = Attention(config.attention, dim, layer, eps)
         else:
             self.self_attn = MLA(config.attention, dim, layer, eps)
         self.post_attention_layernorm = RMSNorm(dim, eps)
@@ -94,17 +94,17 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws every matrix from a normal of std `initializer_range` (DeepSeekMoE, section 4.1.3); norms are 1."""
+        """Draws matrices from a normal of std `initializer_range` (DeepSeekMoE, section 4.1.3); norms 1, biases 0."""
         for module in self.modules():
             if isinstance(module, HashRouter):
                 module.reset()
             elif isinstance(module, Router) and module.expert_bias is not None:
                 module.expert_bias.zero_()
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, self.config.initializer_range)
             else:
-                parameter.fill_(1)
+                parameter.fill_(0 if name.endswith(".bias") else 1)
 
     def forward(
         self,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moekit.config import MoEConfig
 from moekit.nn.experts import Experts
 from moekit.nn.ffn import SwiGLU
+from moekit.nn.linear import Linear
 from moekit.nn.router import HashRouter, Router, RouterContext
 from moekit.ops import balance, dispatch
 from moekit.ops.autocast import cast_once
@@ -21,7 +22,7 @@ class MoEOutput(NamedTuple):
 
 
 class MoE(nn.Module):
-    """Shared experts see every token with weight 1; each token's routed experts are weighed by their gate values.
+    """Shared experts see every token, with weight 1 or with that of their own gate; routed ones have their gate values.
 
     The residual connection is the block's. Dropless unless `capacity_factor` is set, and always at evaluation.
     """
@@ -31,9 +32,8 @@ class MoE(nn.Module):
         self.config = config
         self.router = HashRouter(config, vocab_size, layer) if config.topk_method == "hash" else Router(config, dim)
         self.experts = Experts(config.n_routed_experts, dim, config.moe_intermediate_size)
-        self.shared_experts = (
-            SwiGLU(dim, config.n_shared_experts * config.moe_intermediate_size) if config.n_shared_experts else None
-        )
+        self.shared_experts = SwiGLU(dim, config.shared_width) if config.n_shared_experts else None
+        self.shared_expert_gate = Linear(dim, 1) if config.shared_expert_gate else None
 
     def forward(self, x: Float[Tensor, "batch length dim"], context: RouterContext) -> MoEOutput:
         tokens = x.flatten(0, 1)
@@ -47,7 +47,8 @@ class MoE(nn.Module):
         plan = dispatch.plan(routing.expert_ids, self.config.n_routed_experts)
         y = self.experts.mix(tokens, routing.weights, plan)
         if self.shared_experts is not None:
-            y = y + self.shared_experts(tokens)
+            shared = self.shared_experts(tokens)
+            y = y + (shared if self.shared_expert_gate is None else self.shared_expert_gate(tokens).sigmoid() * shared)
         return MoEOutput(y.view(x.shape), routing)
 
     def balance_losses(self, routing: Routing, prior: LoadSums | None) -> dict[str, Float[Tensor, ""]]:

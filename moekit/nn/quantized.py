@@ -1,8 +1,8 @@
 """A model's matrices into codes and back, in place.
 
 In codes: the routed and shared experts, dense feed-forward, attention projections and the head. As they are: routers,
-norms and the embedding, with a head that is tied to it, and MLA's `kv_b_proj`, which decoding absorbs into query and
-output and so needs as numbers at every step.
+the shared experts' gate, norms, biases and the embedding, with a head that is tied to it, and MLA's `kv_b_proj`, which
+decoding absorbs into query and output and so needs as numbers at every step.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def matrices(model: Model) -> Iterator[tuple[str, nn.Module, str]]:
             yield from ((f"{path}.{name}", module, name) for name in ("gate_up_proj", "down_proj"))
         elif isinstance(module, Linear):
             tied = module is model.lm_head and model.config.tie_word_embeddings
-            if not tied and not path.endswith(".kv_b_proj"):
+            if not tied and not path.endswith((".kv_b_proj", ".shared_expert_gate")):
                 yield f"{path}.weight", module, "weight"
 
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864) with YaRN (arXiv 2309.00071, as DeepSeek-V2 uses it)."""
+"""Rotary position embedding (arXiv 2104.09864) with YaRN (arXiv 2309.00071, as DeepSeek-V2 uses it) or Llama 3.1's."""
 
 import functools
 import math
@@ -20,9 +20,14 @@ class Rotation(NamedTuple):
 
 
 def inverse_frequencies(rope: RopeConfig, dim: int) -> list[float]:
-    """Returns theta^(-2i/dim) for i < dim/2, blended with its interpolation where YaRN is on."""
+    """Returns theta^(-2i/dim) for i < dim/2, blended with its interpolation where the context is extended."""
     extrapolated = [rope.theta ** (-2 * i / dim) for i in range(dim // 2)]
-    yarn = rope.yarn
+    yarn, llama3 = rope.yarn, rope.llama3
+    if llama3 is not None:
+        low, span = llama3.low_freq_factor, llama3.high_freq_factor - llama3.low_freq_factor
+        turns = [llama3.original_max_position_embeddings * f / (2 * math.pi) for f in extrapolated]
+        kept = [min(max((t - low) / span, 0), 1) for t in turns]
+        return [f * keep + f / llama3.factor * (1 - keep) for f, keep in zip(extrapolated, kept, strict=True)]
     if yarn is None:
         return extrapolated
 

@@ -1,11 +1,23 @@
 """Counts against the paper's printed figures, against built models, and against what autograd keeps."""
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from moekit.config import ModelConfig, MoEConfig, buffer_bytes, memory, parameters, plan, preset, preset_names
+from moekit.config import (
+    ModelConfig,
+    MoEConfig,
+    buffer_bytes,
+    load_model_config,
+    memory,
+    parameters,
+    plan,
+    preset,
+    preset_names,
+)
 from moekit.errors import ConfigError
 from moekit.nn.model import Model
 from moekit.ops.experts import BACKENDS
@@ -17,7 +29,7 @@ ROLES = {
     "attention": r"self_attn",
     "router": r"mlp\.router",
     "routed": r"mlp\.experts",
-    "shared": r"mlp\.shared_experts",
+    "shared": r"mlp\.shared_expert",
     "dense": r"mlp\.",
 }
 
@@ -120,9 +132,25 @@ def test_cache_bytes_match_multi_head_and_latent_attention() -> None:
     assert preset("deepseek-67b").kv_cache_bytes_per_token(1) == 95 * 2 * 8 * 128
 
 
-@pytest.mark.parametrize("name", [name for name in preset_names() if not name.startswith("mini-")])
-def test_counts_by_role_equal_those_of_the_built_model(name: str) -> None:
-    config = preset(name)
+OTHERS: dict[str, dict[str, Any]] = {
+    "biases and a norm of each head": {"attention": {"attention_bias": "qkv", "qk_norm": "head"}},
+    "all biases and a norm of all heads": {"attention": {"attention_bias": "all", "qk_norm": "full"}},
+    "biases around latents": {"attention": {"kind": "mla", "attention_bias": True, "q_lora_rank": 7}},
+    "biases around latents, full queries": {"attention": {"kind": "mla", "attention_bias": True}},
+    "a gated shared expert of its own width, a dense layer last": {
+        "ffn": {
+            "shared_expert_gate": True,
+            "shared_expert_intermediate_size": 26,
+            "mlp_only_layers": [1],
+            "intermediate_size": 22,
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("name", [*(name for name in preset_names() if not name.startswith("mini-")), *OTHERS])
+def test_counts_by_role_equal_those_of_the_built_model(name: str, tiny_config: Callable[..., ModelConfig]) -> None:
+    config = tiny_config(**OTHERS[name]) if name in OTHERS else preset(name)
     with torch.device("meta"):
         model = Model(config)
     built = dict.fromkeys(parameters(config), 0)
@@ -130,6 +158,18 @@ def test_counts_by_role_equal_those_of_the_built_model(name: str) -> None:
         built[next(role for role, pattern in ROLES.items() if re.search(pattern, key))] += parameter.numel()
     assert built == {role: count.total for role, count in parameters(config).items()}
     assert buffer_bytes(config) == sum(buffer.nbytes for buffer in model.buffers())
+
+
+@pytest.mark.parametrize("parts", OTHERS.values(), ids=OTHERS.keys())
+def test_exact_flops_are_of_matrices_and_not_of_vectors(
+    parts: dict[str, Any], tiny_config: Callable[..., ModelConfig]
+) -> None:
+    all_active = {"ffn": {"num_experts_per_tok": 7, **parts.get("ffn", {})}}
+    config = tiny_config(**{**parts, **all_active})
+    with torch.device("meta"):
+        model = Model(config)
+    weights = sum(p.numel() for p in model.parameters() if p.dim() > 1) - config.vocab_size * config.hidden_size
+    assert config.flops(2) - 2 * config.flops(1) == 2 * (config.flops(1) - 6 * weights)
 
 
 def _kept_bytes(config: ModelConfig, batch: int, length: int, backend: str = "torch") -> int:
@@ -150,9 +190,19 @@ def _kept_bytes(config: ModelConfig, batch: int, length: int, backend: str = "to
     return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
 
 
-@pytest.mark.parametrize("name", ["tiny-dense", "tiny-switch", "tiny-deepseekmoe"])
-def test_activation_bytes_are_within_a_tenth_of_what_autograd_keeps(name: str) -> None:
-    config = preset(name)
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("tiny-dense", {}),
+        ("tiny-switch", {}),
+        ("tiny-deepseekmoe", {}),
+        ("tiny-dense", {"attention.qk_norm": "head", "attention.attention_bias": "all"}),
+        ("tiny-dense", {"attention.qk_norm": "full"}),
+        ("tiny-deepseekmoe", {"ffn.shared_expert_gate": "true", "ffn.shared_expert_intermediate_size": "256"}),
+    ],
+)
+def test_activation_bytes_are_within_a_tenth_of_what_autograd_keeps(name: str, overrides: dict[str, str]) -> None:
+    config = load_model_config(name, {f"model.{key}": value for key, value in overrides.items()})
     # the chunk of logits lives during the forward pass only
     counted = memory(config, 2, 128, "float32")["activations"] - 4 * config.vocab_size * 2 * 128
     assert counted == pytest.approx(_kept_bytes(config, 2, 128), rel=0.1)

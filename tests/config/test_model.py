@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from moekit.config import MHAConfig, MLAConfig, ModelConfig, MoEConfig, load_model_config, preset
+from moekit.config import MHAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig, dump, load_model_config, preset
 from moekit.errors import ConfigError
 
 
@@ -52,6 +53,17 @@ def _refused(**changes: Any) -> str:
         ({"intermediate_size": 256}, "intermediate_size is 256 but takes effect only with dense layers"),
         ({"first_k_dense_replace": 1}, "intermediate_size is missing"),
         ({"first_k_dense_replace": 4, "intermediate_size": 256}, "so no layer is MoE"),
+        ({"mlp_only_layers": "[1]"}, "intermediate_size is missing"),
+        ({"mlp_only_layers": "[9]", "intermediate_size": 9}, "mlp_only_layers has 9 but takes effect only on a layer"),
+        ({"mlp_only_layers": "[-1]", "intermediate_size": 9}, "mlp_only_layers has -1 but"),
+        ({"mlp_only_layers": "[1, 1]", "intermediate_size": 9}, "mlp_only_layers has 1 but"),
+        ({"mlp_only_layers": "[1]", "moe_layer_freq": 2, "intermediate_size": 9}, "mlp_only_layers has 1 but"),
+        ({"mlp_only_layers": "[0, 1, 2, 3]", "intermediate_size": 9}, "so no layer is MoE"),
+        ({"n_shared_experts": 0, "shared_expert_gate": "true"}, "shared_expert_gate is true but takes effect only"),
+        (
+            {"n_shared_experts": 0, "shared_expert_intermediate_size": 9},
+            "shared_expert_intermediate_size is 9 but takes effect only with n_shared_experts above 0",
+        ),
         ({"capacity_factor": -1}, "capacity_factor is -1 but must be greater than 0"),
         ({"aux_loss_alpha": ".inf"}, "must be a finite number"),
     ],
@@ -93,6 +105,23 @@ def test_moe_layers_follow_the_rule_of_the_released_code() -> None:
     assert isinstance(config.ffn, MoEConfig)
     ffn = config.ffn.model_copy(update={"first_k_dense_replace": 3, "moe_layer_freq": 2})
     assert config.model_copy(update={"ffn": ffn, "num_hidden_layers": 9}).moe_layers == [4, 6, 8]
+
+
+def test_mlp_only_layers_are_dense_as_well(tmp_path: Path) -> None:
+    given = {"model.ffn.mlp_only_layers": "[2]", "model.ffn.intermediate_size": "9", "model.ffn.moe_layer_freq": "2"}
+    config = load_model_config("tiny-deepseekmoe", {**given, "model.num_hidden_layers": "7"})
+    assert config.moe_layers == [0, 4, 6]
+    (tmp_path / "m.yaml").write_text(dump(config, comments=True))
+    assert load_model_config(tmp_path / "m.yaml") == config
+    assert len({config, config.model_copy()}) == 1  # hashable like any other
+
+
+def test_one_context_extension_at_most_and_in_order() -> None:
+    scale = {"factor": 4.0, "original_max_position_embeddings": 64}
+    with pytest.raises(ValidationError, match="llama3 is given and so is yarn"):
+        RopeConfig.model_validate({"yarn": scale, "llama3": scale})
+    with pytest.raises(ValidationError, match=r"low_freq_factor is 4\.0 but high_freq_factor is 4\.0"):
+        RopeConfig.model_validate({"llama3": {**scale, "low_freq_factor": 4.0}})
 
 
 def test_the_configuration_imports_no_torch() -> None:

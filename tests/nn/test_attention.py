@@ -1,5 +1,7 @@
 """Attention against the query-by-query reference, output and every gradient."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,11 +13,17 @@ from moekit.ops import reference
 from moekit.ops.attention import Seen, attention_mask
 
 TIGHT = {"rtol": 0, "atol": 1e-11}
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "biases of Qwen2": {"attention_bias": "qkv"},
+    "norms of Qwen3 and all biases": {"attention_bias": "all", "qk_norm": "head"},
+    "norms of OLMoE": {"qk_norm": "full"},
+}
 DOCUMENTS = [[0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 1]]
 
 
 def build(config: MHAConfig, device: torch.device) -> Attention:
-    attention = Attention(config, 10, layer=0).to(device, torch.float64)
+    attention = Attention(config, 10, layer=0, eps=1e-6).to(device, torch.float64)
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     return attention
@@ -26,26 +34,36 @@ def slow(attention: Attention, x: Tensor, allowed: list[Tensor | None]) -> Tenso
     frequencies = inverse_frequencies(config.rope, config.head_dim)
     for sequence, mask in zip(x, allowed, strict=True):
 
-        def heads(weight: Tensor, turned: bool, sequence: Tensor = sequence) -> Tensor:
-            rows = (sequence @ weight.T).unflatten(-1, (-1, config.head_dim))
-            if not turned:
+        def normed(x: Tensor, weight: Tensor) -> Tensor:
+            return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+        def heads(name: str, sequence: Tensor = sequence) -> Tensor:
+            project, norm = getattr(attention, f"{name}_proj"), getattr(attention, f"{name}_norm", None)
+            rows = sequence @ project.weight.T + (0 if project.bias is None else project.bias)
+            if config.qk_norm == "full" and norm is not None:
+                rows = normed(rows, norm.weight)
+            rows = rows.unflatten(-1, (-1, config.head_dim))
+            if config.qk_norm == "head" and norm is not None:
+                rows = normed(rows, norm.weight)
+            if name == "v":
                 return rows
             return torch.stack(
                 [torch.stack([reference.rotate(h, t, frequencies, False) for h in row]) for t, row in enumerate(rows)]
             )
 
-        q, k = heads(attention.q_proj.weight, True), heads(attention.k_proj.weight, True)
-        y = reference.attention(q, k, heads(attention.v_proj.weight, False), config.head_dim**-0.5, mask)
-        outputs.append(y.flatten(1) @ attention.o_proj.weight.T)
+        y = reference.attention(heads("q"), heads("k"), heads("v"), config.head_dim**-0.5, mask).flatten(1)
+        project = attention.o_proj
+        outputs.append(y @ project.weight.T + (0 if project.bias is None else project.bias))
     return torch.stack(outputs)
 
 
+@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("documents", [False, True])
 def test_attention_equals_the_reference_with_every_gradient(
-    device: torch.device, kv_heads: int, documents: bool
+    device: torch.device, kv_heads: int, documents: bool, settings: dict[str, Any]
 ) -> None:
-    config = MHAConfig(num_attention_heads=4, num_key_value_heads=kv_heads, head_dim=6)
+    config = MHAConfig(num_attention_heads=4, num_key_value_heads=kv_heads, head_dim=6, **settings)
     attention = build(config, device)
     x = torch.randn(2, 7, 10, dtype=torch.float64, device=device, requires_grad=True)
     positions = torch.arange(7, device=device).expand(2, 7)

@@ -16,14 +16,20 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.0, "m
 ATTENTION: dict[str, dict[str, Any]] = {
     "gqa": {"kind": "mha"},
     "mha with yarn": {"kind": "mha", "num_key_value_heads": 4, "rope": {"yarn": YARN}},
+    "mha with biases and norms": {"kind": "mha", "attention_bias": "all", "qk_norm": "full"},
     "mla": {"kind": "mla"},
+    "mla with biases": {"kind": "mla", "attention_bias": True, "latent_norm_eps": 0.01},
     "mla with compressed queries and yarn": {"kind": "mla", "q_lora_rank": 7, "rope": {"yarn": YARN}},
 }
 every_attention = pytest.mark.parametrize("attention", ATTENTION.values(), ids=ATTENTION.keys())
 
 
 def build(tiny_config: Callable[..., ModelConfig], attention: dict[str, Any], device: torch.device) -> Model:
-    return Model(tiny_config(attention=attention)).to(device, torch.float64).eval()
+    model = Model(tiny_config(attention=attention)).to(device, torch.float64).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(parameter)
+    return model
 
 
 def close(ours: Tensor | None, expected: Tensor | None) -> None:

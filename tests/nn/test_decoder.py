@@ -33,7 +33,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "one group of two": {"ffn": {"n_routed_experts": 8, "topk_method": "group_limited_greedy", "n_group": 2}},
     "V3's router": {"ffn": {**V3, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}},
     "YaRN": {"attention": {"rope": {"yarn": YARN}}},
+    "Llama 3's rope": {"attention": {"rope": {"llama3": {"factor": 4, "original_max_position_embeddings": 16}}}},
     "every expert": {"ffn": {"num_experts_per_tok": 7}},
+    "a wide shared expert, a dense layer last": {
+        "ffn": {"shared_expert_intermediate_size": 26, "mlp_only_layers": [1], "intermediate_size": 22}
+    },
 }
 
 
@@ -112,7 +116,14 @@ def test_generation_gives_the_same_text_with_and_without(
 
 
 @pytest.mark.parametrize(
-    "kind", [{"attention": {"kind": "mla"}}, {"ffn": {"topk_method": "hash", "hash_method": "random"}}]
+    "kind",
+    [
+        {"attention": {"kind": "mla"}},
+        {"attention": {"attention_bias": "qkv"}},
+        {"attention": {"qk_norm": "head"}},
+        {"ffn": {"shared_expert_gate": True}},
+        {"ffn": {"topk_method": "hash", "hash_method": "random"}},
+    ],
 )
 def test_other_models_take_the_step_themselves(tiny_config: Callable[..., ModelConfig], kind: dict[str, Any]) -> None:
     model = Model(tiny_config(**kind)).eval()

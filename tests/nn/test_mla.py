@@ -9,6 +9,7 @@ from torch import Tensor
 from moekit.config import MLAConfig, ModelConfig, RopeConfig, YarnConfig
 from moekit.nn.attention import Context
 from moekit.nn.cache import KVCache
+from moekit.nn.linear import Linear
 from moekit.nn.mla import MLA
 from moekit.nn.rope import Rotation, inverse_frequencies, magnitude
 from moekit.ops import reference
@@ -20,6 +21,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full queries": {},
     "compressed queries": {"q_lora_rank": 7},
     "compressed queries and yarn": {"q_lora_rank": 7, "rope": RopeConfig(yarn=YARN)},
+    "biases": {"attention_bias": True},
+    "biases, compressed queries, another epsilon": {"attention_bias": True, "q_lora_rank": 7, "latent_norm_eps": 0.1},
 }
 
 
@@ -40,21 +43,24 @@ def context(mla: MLA, length: int, device: torch.device) -> Context:
     return Context(Rotation(angles.cos(), angles.sin()), positions, Seen(), None)
 
 
-def norm(x: Tensor, weight: Tensor) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
-
-
 def slow(mla: MLA, x: Tensor) -> Tensor:
     """Returns Eq. 9-19 of DeepSeek-V2, token by token and head by head."""
     c, rope = mla.config, mla.config.rope
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + (c.latent_norm_eps or 1e-6)).sqrt() * weight
+
+    def project(linear: Linear, x: Tensor) -> Tensor:
+        return x @ linear.weight.T + (0 if linear.bias is None else linear.bias)
+
     frequencies = inverse_frequencies(rope, c.qk_rope_head_dim)
     queries, keys, values = [], [], []
     for t, h in enumerate(x):
         if c.q_lora_rank is None:
-            q = mla.q_proj.weight @ h
+            q = project(mla.q_proj, h)
         else:
-            q = mla.q_b_proj.weight @ norm(mla.q_a_proj.weight @ h, mla.q_a_layernorm.weight)
-        down = mla.kv_a_proj_with_mqa.weight @ h
+            q = mla.q_b_proj.weight @ norm(project(mla.q_a_proj, h), mla.q_a_layernorm.weight)
+        down = project(mla.kv_a_proj_with_mqa, h)
         latent, k_rope = norm(down[: c.kv_lora_rank], mla.kv_a_layernorm.weight), down[c.kv_lora_rank :]
         up = (mla.kv_b_proj.weight @ latent).unflatten(0, (c.num_attention_heads, -1))
         turned = reference.rotate(k_rope, t, frequencies, True)
@@ -70,7 +76,7 @@ def slow(mla: MLA, x: Tensor) -> Tensor:
     if rope.yarn is not None:
         scale *= magnitude(rope.yarn.factor, rope.yarn.mscale_all_dim) ** 2
     y = reference.attention(torch.stack(queries), torch.stack(keys), torch.stack(values), scale)
-    return y.flatten(1) @ mla.o_proj.weight.T
+    return project(mla.o_proj, y.flatten(1))
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
@@ -114,3 +120,9 @@ def test_absorbed_attention_on_the_latent_equals_expanded(
     torch.testing.assert_close(torch.cat(parts, 1), expected, **TIGHT)
     # d_c + d_h^R numbers a token and layer, nothing else
     assert [layer.shape for layer in cache._layers] == [(1, 6, 8 + 4)]
+
+
+def test_only_the_down_projections_and_the_output_have_biases(device: torch.device) -> None:
+    mla = build({"attention_bias": True, "q_lora_rank": 7}, device)
+    biased = {name.removesuffix(".bias") for name, _ in mla.named_parameters() if name.endswith(".bias")}
+    assert biased == {"q_a_proj", "kv_a_proj_with_mqa", "o_proj"}

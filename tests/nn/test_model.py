@@ -277,15 +277,21 @@ def test_every_parameter_gets_a_gradient(device: torch.device, tiny_config: Make
 def _initialised(model: Model, std: float) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            assert (parameter == 1).all(), name
+            assert (parameter == (0 if name.endswith(".bias") else 1)).all(), name
         else:
             assert abs(float(parameter.detach().std()) / std - 1) < 5 / (2 * parameter.numel()) ** 0.5, name
             assert abs(float(parameter.detach().mean())) < 5 * std / parameter.numel() ** 0.5, name
 
 
-def test_every_matrix_starts_with_the_configured_deviation_and_norms_with_one(tiny_config: Make) -> None:
-    # bounds are five standard errors; the smallest matrix has 126 entries
-    _initialised(Model(tiny_config(initializer_range=0.006, attention={"kind": "mla", "q_lora_rank": 7})), 0.006)
+def test_every_matrix_starts_with_the_configured_deviation_norms_with_one_and_biases_with_zero(
+    tiny_config: Make,
+) -> None:
+    # bounds are five standard errors; the smallest matrix has 126 entries, but for a gate's 18
+    latent = {"kind": "mla", "q_lora_rank": 7, "attention_bias": True}
+    _initialised(Model(tiny_config(initializer_range=0.006, attention=latent)), 0.006)
+    biased = {"attention_bias": "all", "qk_norm": "head"}
+    gated = {"shared_expert_gate": True}
+    _initialised(Model(tiny_config(initializer_range=0.006, attention=biased, ffn=gated)), 0.006)
 
 
 def test_a_model_built_without_storage_is_initialised_by_reset_parameters(tiny_config: Make) -> None:

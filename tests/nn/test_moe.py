@@ -246,6 +246,22 @@ def test_merged_shared_experts_equal_the_sum_of_single_ones(device: torch.device
     torch.testing.assert_close(run(moe, x).y, total, **TIGHT)
 
 
+@pytest.mark.parametrize("width", [None, 4])
+def test_a_shared_gate_weighs_the_shared_experts_by_its_sigmoid_and_nothing_else(
+    device: torch.device, width: int | None
+) -> None:
+    gated = build(device, shared_expert_gate=True, shared_expert_intermediate_size=width)
+    plain = build(device, shared_expert_intermediate_size=width)
+    state = gated.state_dict()
+    gate = state.pop("shared_expert_gate.weight")
+    plain.load_state_dict(state)
+    assert gated.shared_experts is not None
+    assert gated.shared_experts.up_proj.weight.shape[0] == 2 * (width or 3)
+    x = torch.randn(2, 7, DIM, dtype=torch.float64, device=device)
+    shared, y = plain.shared_experts(x), run(plain, x).y
+    torch.testing.assert_close(run(gated, x).y, y - shared + torch.sigmoid(x @ gate.T) * shared, **TIGHT)
+
+
 def test_permuting_experts_together_with_their_router_rows_changes_nothing(device: torch.device) -> None:
     moe, other = of_case("bias", device), of_case("bias", device)
     order = torch.randperm(9, device=device)

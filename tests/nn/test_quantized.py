@@ -21,6 +21,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mla": {"attention": {"kind": "mla", "q_lora_rank": 5}},
     "tied head, bias": {"tie_word_embeddings": True, "ffn": {"topk_method": "noaux_tc"}},
     "dense": {"ffn": {"kind": "dense"}},
+    "biases, norms and a shared gate": {
+        "attention": {"attention_bias": "all", "qk_norm": "head"},
+        "ffn": {"shared_expert_gate": True},
+    },
 }
 
 Pair = tuple[Model, Model]
@@ -52,12 +56,12 @@ def test_logits_loss_and_cached_logits_are_those_of_the_numbers(model: Model, ki
     assert torch.equal(generate(quantized, ids, 8), generate(numbers, ids, 8))
 
 
-def test_everything_but_router_norms_embedding_and_the_absorbed_projection_is_in_codes(model: Model) -> None:
+def test_everything_but_gates_vectors_embedding_and_the_absorbed_projection_is_in_codes(model: Model) -> None:
     names = [name for name, _, _ in matrices(model)]
     quantize_(model, "int8")
     kept = [name for name, _ in model.named_parameters()]
     assert {f"{name}.codes" for name in names} < model.state_dict().keys()
-    allowed = ("router.weight", "norm.weight", "embed_tokens.weight", "kv_b_proj.weight")
+    allowed = ("router.weight", "norm.weight", "embed_tokens.weight", "kv_b_proj.weight", "gate.weight", ".bias")
     allowed = (*allowed, "lm_head.weight") if model.config.tie_word_embeddings else allowed
     assert all(name.endswith(allowed) for name in kept), kept
     assert ("lm_head.weight" in names) is not model.config.tie_word_embeddings

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moekit.config import RopeConfig, YarnConfig
+from moekit.config import Llama3RopeConfig, RopeConfig, YarnConfig
 from moekit.nn.rope import Rotation, inverse_frequencies, magnitude, rotate, rotation, softmax_scale
 from moekit.ops import reference
 
@@ -109,3 +109,16 @@ def test_cos_and_sin_are_multiplied_by_the_ratio_of_magnitudes(device: torch.dev
     alone = RopeConfig(yarn=YarnConfig(factor=40.0, original_max_position_embeddings=4096))
     torch.testing.assert_close(rotation(alone, 8, start).cos, torch.full((1, 1, 4), 1.36889, device=device))
     assert softmax_scale(alone, 16) == 0.25
+
+
+def test_llama3_keeps_fast_frequencies_divides_slow_ones_and_goes_straight_between() -> None:
+    rope = RopeConfig(theta=500000.0, llama3=Llama3RopeConfig(factor=8.0, original_max_position_embeddings=8192))
+    plain, scaled = inverse_frequencies(RopeConfig(theta=500000.0), 128), inverse_frequencies(rope, 128)
+    turns = [8192 * f / (2 * math.pi) for f in plain]
+    fast, slow = sum(t >= 4 for t in turns), sum(t > 1 for t in turns)
+    assert (fast, slow) == (29, 35)
+    assert scaled[:fast] == plain[:fast]
+    assert scaled[slow:] == pytest.approx([f / 8 for f in plain[slow:]], rel=1e-14)
+    kept = (turns[30] - 1) / 3
+    assert scaled[30] == pytest.approx(plain[30] * (kept + (1 - kept) / 8), rel=1e-14)
+    assert softmax_scale(rope, 16) == 0.25
