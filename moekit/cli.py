@@ -200,7 +200,13 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     add = verb("convert", run_convert)
     add("source", type=Path, metavar="SRC", help="a model directory or a run")
     add("target", type=Path, metavar="DST", help="directory to write; it must not exist")
-    add("--dtype", required=True, choices=("float32", "bfloat16", "int8", "int4"), help="of the weights")
+    add("--dtype", choices=("float32", "bfloat16", "int8", "int4"), help="of the weights (as they are)")
+    add(
+        "--to",
+        default="moekit",
+        metavar="LAYOUT",
+        help="moekit, a model_type such as deepseek_v2, or hf: what fits (moekit)",
+    )
     add("--text", type=Path, metavar="FILE", help="text to compare the logits on (random tokens)")
 
     verbs: dict[str, _Parser] = dict(subparsers.choices)
@@ -433,8 +439,11 @@ def run_convert(args: argparse.Namespace) -> int:
     from moekit.tables import convert_tables
 
     text = None if args.text is None else _text(args.text)
+    if args.dtype is None and args.to == "moekit":
+        raise ConfigError("--dtype or --to is missing: what is to be different in the target")
     with _bars() as progress:
-        receipt = convert(_model_folder(args.source), args.target, args.dtype, text=text, progress=progress)
+        folder = _model_folder(args.source)
+        receipt = convert(folder, args.target, args.dtype, layout=args.to, text=text, progress=progress)
     _emit(args, receipt, lambda: convert_tables(receipt, str(args.target)))
     return 0 if all(check["held"] for check in receipt["checks"]) else 1
 

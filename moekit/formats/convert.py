@@ -11,10 +11,12 @@ from torch import Tensor
 
 from moekit import files, receipts
 from moekit.errors import CheckpointError, ConfigError, DataError
-from moekit.formats.checkpoint import describe, load, seal
+from moekit.formats.checkpoint import MODEL_TYPE, describe, load, read_config, seal
 from moekit.formats.directory import MANIFEST, Manifest, atomic_directory
+from moekit.formats.layouts import fitting
+from moekit.formats.layouts.tensors import Disk
 from moekit.formats.tokenizer import Tokenizer, load_tokenizer
-from moekit.formats.weights import Stored, held, split, write
+from moekit.formats.weights import Reader, Stored, held, split, write
 from moekit.nn.model import Model
 from moekit.nn.quantized import matrices
 from moekit.ops.quantize import Quantized, dequantize, quantize
@@ -51,65 +53,73 @@ models pass that were found, random weights of which every token's choice of exp
 def convert(
     source: Path,
     target: Path,
-    dtype: Precision,
+    dtype: Precision | None = None,
     *,
+    layout: str = MODEL_TYPE,
     text: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Writes the model of a directory in another precision, in one atomic step, and returns the receipt.
+    """Writes the model of a directory in another precision or layout, in one atomic step, and returns the receipt.
 
     float32 and bfloat16 are of all tensors, but for selection biases and hash tables; int8 and int4 are of the matrices
-    that `nn.quantized` names, the rest stays as it is. From codes to anything else is by the numbers that they stand
-    for. `text` is what the logits are compared on, its first tokens; None: random tokens. One matrix at a time is in
-    memory, whatever the size of the model. `progress` gets "convert", bytes of the source done, bytes in all.
+    that `nn.quantized` names, the rest stays as it is; None: all does. From codes to anything else is by the numbers
+    that they stand for. `layout` is a `model_type` of `formats.layouts`, or "hf": the first that can hold the model.
+    `text` is what the logits are compared on, its first tokens; None: random tokens. One matrix at a time is in memory,
+    whatever the size of the model. `progress` gets "convert", bytes of the source done, bytes in all.
 
-    Raises CheckpointError for a tensor that is not finite; a check that does not hold is only said in the receipt.
+    Raises CheckpointError for a tensor that is not finite, UnsupportedError where the layout cannot hold the model; a
+    check that does not hold is only said in the receipt.
     """
     start = time.monotonic()
     if target.exists():
         raise CheckpointError(f"{target} exists already; choose another directory or remove it")
-    model = load(source, mapped=True)
+    config, codes, names = read_config(source)
+    layout = fitting(config) if layout == "hf" else layout
+    model = load(source, mapped=names.block is None)
     tokenizer = load_tokenizer(source) if (source / "tokenizer.json").is_file() else None
     ids = _tokens(model, tokenizer, text)
-    came_in, logits, work = _precision(model), model(ids).logits, _work(model, dtype)
+    came_in, logits = _precision(model), model(ids).logits
+    if dtype is not None:
+        codes = dtype if dtype == "int8" or dtype == "int4" else None
+    number = getattr(torch, dtype) if dtype == "float32" or dtype == "bfloat16" else model.embed_tokens.weight.dtype
     tensors: dict[str, dict[str, Any]] = {"used": {}, "created": {}, "dropped": {}}
-
-    def converted() -> Iterator[Stored]:
-        done, total = 0, sum(_bytes(piece) for _, piece, _ in work)
-        for key, piece, wanted in work:
-            if not isinstance(piece, Quantized) and not bool(torch.isfinite(piece).all()):
-                raise CheckpointError(f"{key} in {source} has a value that is not finite, which nothing can stand for")
-            result, error = _converted(piece, wanted)
-            _account(tensors, key, piece, result, error)
-            yield result
-            done += _bytes(piece)
-            if progress is not None:
-                progress("convert", done, total)
-
     hashed: dict[str, Any] = {}
     with atomic_directory(target, hashed=hashed) as folder:
-        write(folder, [(key, _converted(_meta(piece), wanted)[0]) for key, piece, wanted in work], converted())
-        codes = dtype if dtype == "int8" or dtype == "int4" else None
-        number = model.embed_tokens.weight.dtype if codes else getattr(torch, dtype)
-        describe(folder, model.config, number, codes, tokenizer)
-        if "training.safetensors" in (listed := files.read_json(source / MANIFEST, Manifest, CheckpointError).files):
-            tensors["dropped"]["training.safetensors"] = "the state of a training, which this model does not go on with"
+        work = list(_work(model, dtype, names, describe(folder, config, number, codes, tokenizer, layout)))
+        total = sum(job.bytes for job in work)
+
+        def converted() -> Iterator[Stored]:
+            done = 0
+            for job in work:
+                if not isinstance(job.piece, Quantized) and not bool(torch.isfinite(job.piece).all()):
+                    found = f"{job.source} in {source} has a value that is not finite"
+                    raise CheckpointError(f"{found}, which nothing can stand for")
+                result, error = _converted(job.piece, job.wanted)
+                _account(tensors, job, result, error)
+                yield result
+                done += job.bytes
+                if progress is not None:
+                    progress("convert", done, total)
+
+        write(folder, [(job.target, _converted(_meta(job.piece), job.wanted)[0]) for job in work], converted())
+        listed = _sources(source, tensors, names)
         told = {
             "source": str(source),
             "from": came_in,
-            "dtype": dtype,
+            "dtype": dtype or came_in,
+            "layout": layout,
             "compared_on": "random tokens" if text is None else "text",
         }
-        if came_in in ("int8", "int4") and came_in != dtype:
+        if came_in in ("int8", "int4") and dtype not in (None, came_in):
             told["note"] = f"made of the numbers that {came_in} codes stand for: what they had lost is not brought back"
         after = load(folder, check_hashes=False, mapped=True)(ids).logits
         receipt = receipts.make(
             "convert",
-            model.config,
+            config,
             config=told,
-            inputs={name: entry.model_dump() for name, entry in listed.items()},
+            inputs=listed,
             tensors=tensors,
-            checks=_checks(BOUNDS[dtype], tensors["used"], logits, after),
+            checks=_checks(BOUNDS[told["dtype"]], tensors["used"], logits, after),
             seed=SEED,
             seconds=round(time.monotonic() - start, 3),
         )
@@ -137,15 +147,41 @@ def _precision(model: Model) -> str:
     return model.quantization or str(model.embed_tokens.weight.dtype).removeprefix("torch.")
 
 
-def _work(model: Model, dtype: Precision) -> list[tuple[str, Stored, Precision | None]]:
-    """Returns every key on disk, what it holds, and the precision that it is to have; None: it stays as it is."""
+class _Job(NamedTuple):
+    """One key of the source and of the target."""
+
+    source: str
+    target: str
+    piece: Stored
+    wanted: Precision | None
+    """None: it stays as it is."""
+
+    @property
+    def bytes(self) -> int:
+        codes = (self.piece.codes, self.piece.scales) if isinstance(self.piece, Quantized) else (self.piece,)
+        return sum(tensor.nbytes for tensor in codes)
+
+
+def _work(model: Model, dtype: Precision | None, source: Disk, target: Disk) -> Iterator[_Job]:
+    """Yields every key on disk with what is to become of it."""
     coded = {name for name, _, _ in matrices(model)}
     codes = dtype == "int8" or dtype == "int4"
-    work: list[tuple[str, Stored, Precision | None]] = []
     for name, weight in held(model).items():
         stays = name not in coded if codes else name.endswith(("expert_bias", ".table"))
-        work += [(key, piece, None if stays else dtype) for key, piece in split(name, weight)]
-    return work
+        pairs = zip(split(name, weight, source), split(name, weight, target), strict=True)
+        yield from (_Job(came, key, piece, None if stays else dtype) for (came, piece), (key, _) in pairs)
+
+
+def _sources(source: Path, tensors: dict[str, dict[str, Any]], names: Disk) -> dict[str, Any]:
+    """Returns the source's files by hash, after noting in `tensors` what is in them and was not used."""
+    left = {used.get("source", key) for key, used in tensors["used"].items()} | tensors["dropped"].keys()
+    tensors["dropped"] |= Reader(source, names).rest(left)
+    if not (source / MANIFEST).is_file():  # another library's
+        return files.hashes(source, [file.name for file in source.iterdir() if file.is_file()])
+    listed = files.read_json(source / MANIFEST, Manifest, CheckpointError).model_dump()["files"]
+    if "training.safetensors" in listed:
+        tensors["dropped"]["training.safetensors"] = "the state of a training, which this model does not go on with"
+    return dict(listed)
 
 
 def _meta(piece: Stored) -> Stored:
@@ -186,24 +222,22 @@ def _blocks(piece: Stored) -> Iterator[Stored]:
         yield piece.of(taken) if isinstance(piece, Quantized) else piece[taken]
 
 
-def _bytes(piece: Stored) -> int:
-    return piece.codes.nbytes + piece.scales.nbytes if isinstance(piece, Quantized) else piece.nbytes
-
-
 def _kind(piece: Stored) -> str:
     return piece.kind if isinstance(piece, Quantized) else str(piece.dtype).removeprefix("torch.")
 
 
-def _account(tensors: dict[str, dict[str, Any]], key: str, source: Stored, target: Stored, error: float) -> None:
+def _account(tensors: dict[str, dict[str, Any]], job: _Job, target: Stored, error: float) -> None:
     """Notes what became of the tensors on disk that one key stands for: used with its error, created, or dropped."""
-    used = {"from": _kind(source), "to": _kind(target), "relative_rms": error}
-    tensors["used"][key], scales = used, f"{key}_scale"
-    if isinstance(source, Quantized) and isinstance(target, Quantized):
+    used: dict[str, Any] = {"from": _kind(job.piece), "to": _kind(target), "relative_rms": error}
+    if job.source != job.target:
+        used["source"] = job.source
+    tensors["used"][job.target], scales = used, f"{job.target}_scale"
+    if isinstance(job.piece, Quantized) and isinstance(target, Quantized):
         tensors["used"][scales] = used
     elif isinstance(target, Quantized):
-        tensors["created"][scales] = f"the scales of {key}"
-    elif isinstance(source, Quantized):
-        tensors["dropped"][scales] = f"multiplied into {key}"
+        tensors["created"][scales] = f"the scales of {job.target}"
+    elif isinstance(job.piece, Quantized):
+        tensors["dropped"][f"{job.source}_scale"] = f"multiplied into {job.source}"
 
 
 def _checks(bounds: _Bounds, used: dict[str, Any], before: Tensor, after: Tensor) -> list[dict[str, Any]]:

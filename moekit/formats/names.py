@@ -1,5 +1,6 @@
 """Tensor names on disk: the DeepSeek checkpoints' own, one key an expert. One table, used both ways."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 Index = tuple[int | slice, ...]
@@ -22,8 +23,13 @@ class Piece(NamedTuple):
     index: Index  # type: ignore[assignment]  # hides tuple.index, which nobody asks a piece for
 
 
-def pieces(name: str, shape: tuple[int, ...]) -> list[Piece]:
-    """Returns the tensors on disk that together are the state-dict tensor `name`."""
+def pieces(name: str, shape: tuple[int, ...], renamed: Mapping[str, str] = {}) -> list[Piece]:
+    """Returns the tensors on disk that together are the state-dict tensor `name`.
+
+    `renamed` is another layout's: part of a name here -> what stands there instead, replaced in order.
+    """
+    if renamed:
+        return [Piece(_replaced(key, renamed), index) for key, index in pieces(name, shape)]
     for ours, theirs in CODED.items():
         if name.endswith(ours):
             return [Piece(key + theirs, index) for key, index in pieces(name.removesuffix(ours), shape)]
@@ -39,3 +45,9 @@ def pieces(name: str, shape: tuple[int, ...]) -> list[Piece]:
         stem = key.removesuffix("down_proj")
         return [Piece(f"{stem}{e}.down_proj.weight", (e,)) for e in range(shape[0])]
     return [Piece(key, ())]
+
+
+def _replaced(key: str, renamed: Mapping[str, str]) -> str:
+    for ours, theirs in renamed.items():
+        key = key.replace(ours, theirs)
+    return key

@@ -1,7 +1,7 @@
 """A model's tensors on disk: safetensors, one key an expert, in shards, written and read one tensor at a time."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from moekit import files
 from moekit.config import ModelConfig
-from moekit.errors import CheckpointError, nearest
+from moekit.errors import CheckpointError, UnsupportedError, nearest
 from moekit.formats.directory import PlainName
-from moekit.formats.names import pieces
+from moekit.formats.layouts.tensors import Disk
 from moekit.nn.experts import Experts
 from moekit.nn.model import Model
 from moekit.nn.quantized import matrices
@@ -56,13 +56,13 @@ def held(model: Model) -> dict[str, Weights]:
     return rest | matrix
 
 
-def split(name: str, weight: Weights) -> Iterator[tuple[str, Stored]]:
+def split(name: str, weight: Weights, disk: Disk) -> Iterator[tuple[str, Stored]]:
     """Yields the key on disk and the matrix of each piece of what `held` returns."""
     if isinstance(weight, Mapped):
         parts = (matrix for expert in weight.parts for matrix in expert)
-        yield from ((piece.key, part) for piece, part in zip(pieces(name, weight.shape), parts, strict=True))
+        yield from ((piece.key, part) for piece, part in zip(disk.pieces(name, weight.shape), parts, strict=True))
         return
-    for key, index in pieces(name, tuple(weight.shape)):
+    for key, index in disk.pieces(name, tuple(weight.shape)):
         yield key, weight.of(index) if isinstance(weight, Quantized) else weight[index]
 
 
@@ -130,16 +130,16 @@ def _header(shard: Sequence[tuple[str, Tensor]]) -> tuple[bytes, dict[str, int]]
 class Reader:
     """The tensors of a folder; each is taken once, and `finish` finds those that were not."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, disk: Disk, dtype: torch.dtype | None = None) -> None:
+        self.folder, self.disk, self.dtype = folder, disk, dtype
         self.files = _open(folder)
         self.left = set(self.files)
 
     def take(self, key: str, like: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """Returns a tensor, mapped and not copied, after checking its shape and dtype; dtype None: any of numbers."""
+        """Returns a tensor after checking its shape and dtype (None: any of numbers); mapped, but for 8-bit weights."""
         if key not in self.files:
             raise CheckpointError(f"{self.folder} has no tensor {key}{nearest(key, self.left)}")
-        tensor: Tensor = self.files[key].get_tensor(key)
+        tensor = self.disk.tensor(self.files, key, self.dtype)
         if tensor.shape != like.shape:
             shapes = f"{tuple(tensor.shape)} but the config asks for {tuple(like.shape)}"
             raise CheckpointError(f"{key} in {self.folder} has shape {shapes}")
@@ -149,24 +149,32 @@ class Reader:
         self.left.discard(key)
         return tensor
 
-    def finish(self) -> None:
-        """Raises CheckpointError if a tensor was not taken."""
-        if self.left:
+    def finish(self) -> dict[str, str]:
+        """Returns the tensors that the model has no place for, with reasons; CheckpointError for one without."""
+        return self.rest(set(self.files) - self.left)
+
+    def rest(self, taken: Set[str]) -> dict[str, str]:
+        """Returns what `finish` does, of other tensors than those that are named."""
+        others = set(self.files) - taken
+        dropped = self.disk.dropped(self.files, others)
+        if left := others - dropped.keys():
             raise CheckpointError(
-                f"{self.folder} holds {len(self.left)} tensors that the config has no place for, "
-                f"the first {min(self.left)}"
+                f"{self.folder} holds {len(left)} tensors that the config has no place for, the first {min(left)}"
             )
+        return dropped
 
 
 def map_experts_(model: Model, reader: Reader) -> None:
     """Gives a model without memory its experts as they lie in the files."""
+    if reader.disk.block is not None:
+        raise UnsupportedError(f"the 8-bit weights of {reader.folder} are scaled as they are read and cannot be mapped")
     for path, module in list(model.named_modules()):
         if not isinstance(module, Experts):
             continue
         for name in ("gate_up_proj", "down_proj"):
             parts: list[Stored] = []
             stacked = operand(getattr(module, name))
-            for key, like in split(f"{path}.{name}", stacked):
+            for key, like in split(f"{path}.{name}", stacked, reader.disk):
                 dtype = _stored(parts[0]).dtype if parts else None  # all of one
                 if isinstance(like, Quantized):
                     scales = reader.take(f"{key}_scale", like.scales, like.scales.dtype)
@@ -189,7 +197,7 @@ def read(model: Model, reader: Reader, device: torch.device, dtype: torch.dtype 
     for name, meta in model.state_dict().items():
         if tied(model.config, name):
             continue
-        for key, index in pieces(name, tuple(meta.shape)):
+        for key, index in reader.disk.pieces(name, tuple(meta.shape)):
             of = state.get(name, meta)  # all pieces of a tensor have one dtype
             exact = name in state or not of.is_floating_point() or name.endswith(".scales")
             part = reader.take(key, meta[index], of.dtype if exact else None)

@@ -301,7 +301,7 @@ def test_experts_of_two_precisions_are_refused_not_rounded(moe: Path) -> None:
 def test_a_config_that_is_not_ours_is_refused(moe: Path) -> None:
     good = json.loads((moe / "config.json").read_text())
     for change, message in (
-        ({"model_type": "llama"}, "says model_type 'llama' but only 'moekit' is read"),
+        ({"model_type": "llame"}, "says model_type 'llame' (did you mean llama?) but only moekit, deepseek"),
         ({"moekit": None}, "model is null but must be a mapping of settings"),
         ({"moekit": {**good["moekit"], "n_layers": 3}}, "n_layers"),
         ({"moekit": {**good["moekit"], "hidden_sise": 3}}, "did you mean hidden_size?"),

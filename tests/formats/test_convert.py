@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from moekit.config import ModelConfig
-from moekit.errors import CheckpointError, ConfigError, DataError
+from moekit.errors import CheckpointError, ConfigError, DataError, UnsupportedError
 from moekit.formats import convert as converting
 from moekit.formats.checkpoint import load, save
 from moekit.formats.convert import Precision, convert
@@ -70,7 +70,8 @@ def test_the_target_is_a_whole_directory_with_its_tokenizer_and_receipt(source: 
     receipt = convert(source, tmp_path / "target", "int4", text=TEXT)
     assert receipt["action"] == "convert"
     assert receipt["inputs"] == check_directory(source)
-    assert receipt["config"] == {"source": str(source), "from": "float32", "dtype": "int4", "compared_on": "text"}
+    told = {"source": str(source), "from": "float32", "dtype": "int4", "layout": "moekit", "compared_on": "text"}
+    assert receipt["config"] == told
     assert load_tokenizer(tmp_path / "target").fingerprint == load_tokenizer(source).fingerprint
     assert {"config.json", "model.safetensors", "receipt.json"} <= check_directory(tmp_path / "target").keys()
     assert load(tmp_path / "target").quantization == "int4"
@@ -86,6 +87,44 @@ def test_out_of_codes_come_their_numbers_and_a_note(source: Path, tmp_path: Path
     with torch.no_grad():
         difference = (back(ids).logits.float() - codes(ids).logits).norm() / codes(ids).logits.norm()
     assert float(difference) < {"float32": 1e-6, "bfloat16": 0.3, "int8": 0.3}[dtype]
+
+
+def test_another_layout_and_back_is_equal_to_the_bit_with_every_tensor_named(
+    tiny_config: Callable[..., ModelConfig], tmp_path: Path
+) -> None:
+    config = tiny_config(vocab_size=280, initializer_range=0.02, ffn={"norm_topk_prob": True, "n_shared_experts": 0})
+    save(Model(config), tmp_path / "ours", train_tokenizer([TEXT], 280))
+    receipt = convert(tmp_path / "ours", tmp_path / "theirs", layout="mixtral")
+    assert (receipt["config"]["layout"], receipt["config"]["dtype"]) == ("mixtral", "float32")
+    assert all(check["held"] for check in receipt["checks"])
+    used = receipt["tensors"]["used"]
+    assert used.keys() == keys(tmp_path / "theirs").keys()
+    expert = used["model.layers.0.block_sparse_moe.experts.3.w2.weight"]
+    assert expert["source"] == "model.layers.0.mlp.experts.3.down_proj.weight"
+    assert {entry.get("source", key) for key, entry in used.items()} == keys(tmp_path / "ours").keys()
+    (tmp_path / "theirs" / "manifest.json").unlink()  # as it comes from elsewhere
+    back = convert(tmp_path / "theirs", tmp_path / "back", layout="moekit")
+    assert {"config.json", "model.safetensors"} <= back["inputs"].keys()
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
+        tmp_path / "ours" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_hf_takes_the_layout_that_fits_or_says_why_none_does(
+    tiny_config: Callable[..., ModelConfig], tmp_path: Path
+) -> None:
+    for name, config in {
+        "deepseek": tiny_config(hidden_size=24),
+        "llama": tiny_config(hidden_size=24, ffn={"kind": "dense"}),
+    }.items():
+        save(Model(config), tmp_path / f"from-{name}")
+        assert convert(tmp_path / f"from-{name}", tmp_path / name, layout="hf")["config"]["layout"] == name
+    save(Model(tiny_config(ffn={"topk_method": "hash"})), tmp_path / "hash")
+    with pytest.raises(UnsupportedError, match=r"no other library's layout can hold this model.*topk_method 'hash'"):
+        convert(tmp_path / "hash", tmp_path / "none", layout="hf")
+    with pytest.raises(UnsupportedError, match="layout deepseek has no int8 codes; convert to bfloat16 first"):
+        convert(tmp_path / "from-deepseek", tmp_path / "none", "int8", layout="deepseek")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_difference_beyond_the_bound_is_told_and_not_hidden(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moekit.config import ModelConfig
+from moekit.formats.layouts import LAYOUTS
 from moekit.formats.names import pieces
 from moekit.nn.model import Model
 from moekit.nn.quantized import quantize_
@@ -81,3 +82,29 @@ def test_pieces_cover_every_tensor_once_and_share_no_key(
             keys[key] += 1
         assert (covered == 1).all(), name
     assert max(keys.values()) == 1
+
+
+def test_another_layouts_names_are_replaced_and_the_parts_stay() -> None:
+    renamed = LAYOUTS["mixtral"].renamed
+    assert pieces("layers.0.mlp.router.weight", (2, 4), renamed) == [
+        ("model.layers.0.block_sparse_moe.gate.weight", ())
+    ]
+    assert pieces("layers.0.mlp.experts.gate_up_proj", (1, 6, 4), renamed) == [
+        ("model.layers.0.block_sparse_moe.experts.0.w1.weight", (0, slice(0, 3))),
+        ("model.layers.0.block_sparse_moe.experts.0.w3.weight", (0, slice(3, 6))),
+    ]
+    down = pieces("layers.0.mlp.experts.down_proj", (1, 4, 3), renamed)
+    assert down == [("model.layers.0.block_sparse_moe.experts.0.w2.weight", (0,))]
+    assert pieces("layers.0.self_attn.q_proj.weight", (4, 4), renamed) == pieces(
+        "layers.0.self_attn.q_proj.weight", (4, 4)
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_layout_gives_two_tensors_one_name(layout: str) -> None:
+    names = [f"layers.{n}.mlp.{part}" for n in (0, 1) for part in ("experts.gate_up_proj", "experts.down_proj")]
+    names += [f"layers.0.mlp.{part}.weight" for part in ("gate_proj", "up_proj", "down_proj", "router")]
+    names += [f"layers.0.mlp.shared_experts.{part}.weight" for part in ("gate_proj", "up_proj", "down_proj")]
+    names += ["layers.0.mlp.shared_expert_gate.weight", "embed_tokens.weight", "lm_head.weight", "norm.weight"]
+    keys = [piece.key for name in names for piece in pieces(name, (3, 4, 5), LAYOUTS[layout].renamed)]
+    assert len(keys) == len(set(keys))

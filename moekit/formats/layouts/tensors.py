@@ -1,0 +1,92 @@
+"""What tensors on disk are called, how their numbers are kept, and which of them a model has no place for."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moekit.errors import CheckpointError, UnsupportedError
+from moekit.formats.layouts.layout import QUANTIZATION, Layout, Values
+from moekit.formats.names import Piece, pieces
+
+SCALE = "_scale_inv"
+"""Behind the name of a weight in 8 bits: the name of its blocks' scales."""
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+class Disk(NamedTuple):
+    """A directory's tensors. By default a moekit directory's own."""
+
+    renamed: Mapping[str, str] = {}
+    block: tuple[int, int] | None = None
+    """Rows and columns of a weight that share a scale, where weights are in 8 bits (DeepSeek-V3, section 3.3)."""
+    extra: range = range(0)
+    """Layers behind the last one, for multi-token prediction (DeepSeek-V3, section 2.2)."""
+    tied: bool = False
+    foreign: bool = False
+
+    def pieces(self, name: str, shape: tuple[int, ...]) -> list[Piece]:
+        """Returns the tensors on disk that together are the state-dict tensor `name`."""
+        return pieces(name, shape, self.renamed)
+
+    def tensor(self, opened: Mapping[str, Any], key: str, dtype: torch.dtype | None) -> Tensor:
+        """Returns a tensor as numbers that the model can hold: 8 bits as `dtype` or bfloat16, biases in float32."""
+        tensor: Tensor = opened[key].get_tensor(key)
+        if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+            scaled = self.block is not None and key + SCALE in opened
+            found = f"{tensor.dtype} {'with' if scaled else 'without'} {key}{SCALE} and {QUANTIZATION} in config.json"
+            if tensor.dtype != torch.float8_e4m3fn or self.block is None or not scaled:
+                raise CheckpointError(f"{key} is in 8 bits: read are float8_e4m3fn with scales, found {found}")
+            scales = opened[key + SCALE].get_tensor(key + SCALE)
+            return unscaled(key, tensor, scales, self.block).to(dtype or torch.bfloat16)
+        choice = self.foreign and key.endswith(".e_score_correction_bias") and tensor.is_floating_point()
+        return tensor.float() if choice else tensor  # the selection bias: bfloat16 would round its steps
+
+    def dropped(self, opened: Mapping[str, Any], left: set[str]) -> dict[str, str]:
+        """Returns, of the tensors that the model has no place for, those that may be there, each with the reason."""
+        reasons: dict[str, str] = {}
+        for key in sorted(left) if self.foreign else ():
+            layer = re.match(r"model\.layers\.(\d+)\.", key)
+            weight = key.removesuffix(SCALE)
+            if layer and int(layer[1]) in self.extra:
+                reasons[key] = "multi-token prediction, which moekit does not do"
+            elif 0 in opened[key].get_slice(key).get_shape():
+                reasons[key] = "it holds no number: transformers' shared experts where there are none"
+            elif key.endswith(".rotary_emb.inv_freq"):
+                reasons[key] = "a buffer that follows from the configuration"
+            elif key != weight and weight in opened and opened[weight].get_slice(weight).get_dtype() == "F8_E4M3":
+                reasons[key] = f"scales, multiplied into {weight}"
+            elif self.tied and key == HEAD and EMBEDDING in opened:
+                if not torch.equal(*(opened[name].get_tensor(name) for name in (HEAD, EMBEDDING))):
+                    raise CheckpointError(f"{HEAD} differs from {EMBEDDING} but tie_word_embeddings is true")
+                reasons[key] = f"tied: it is {EMBEDDING} again"
+        return reasons
+
+
+def disk(layout: Layout, content: Values) -> Disk:
+    """Returns how the tensors beside a config.json are kept; UnsupportedError for codes that are not read."""
+    values, codes, block = layout.values(content), content.get(QUANTIZATION), None
+    if codes is not None:
+        sizes = codes.get("weight_block_size") if isinstance(codes, dict) else None
+        if not isinstance(codes, dict) or codes.get("quant_method") != "fp8" or codes.get("fmt", "e4m3") != "e4m3":
+            raise UnsupportedError(f"{QUANTIZATION} is {codes!r:.200} but of codes only fp8, e4m3, is read")
+        if not (isinstance(sizes, list) and [type(n) for n in sizes] == [int, int] and min(sizes) > 0):
+            raise UnsupportedError(f"weight_block_size is {sizes!r} but fp8 is read with scales of blocks only")
+        block = (sizes[0], sizes[1])
+    layers, more = values["num_hidden_layers"], values[layout.extra_layers] if layout.extra_layers else 0
+    return Disk(layout.renamed, block, range(layers, layers + more), values["tie_word_embeddings"], foreign=True)
+
+
+def unscaled(key: str, codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Float[Tensor, "rows columns"]:
+    """Returns a weight in 8 bits as float32: each block times its scale (DeepSeek-V3, arXiv 2412.19437, Fig. 7)."""
+    if codes.dim() != 2 or not scales.is_floating_point():
+        raise CheckpointError(f"{key} in 8 bits has {codes.dim()} axes and scales of {scales.dtype}: no matrix")
+    rows, columns = (-(-n // size) for n, size in zip(codes.shape, block, strict=True))
+    if scales.shape != (rows, columns):
+        found = f"{tuple(scales.shape)} but its weight {tuple(codes.shape)} has {(rows, columns)} blocks of {block}"
+        raise CheckpointError(f"{key}{SCALE} has shape {found}")
+    each = scales.float().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return codes.float() * each[: codes.shape[0], : codes.shape[1]]
