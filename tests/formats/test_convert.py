@@ -119,7 +119,7 @@ def test_hf_takes_the_layout_that_fits_or_says_why_none_does(
     }.items():
         save(Model(config), tmp_path / f"from-{name}")
         assert convert(tmp_path / f"from-{name}", tmp_path / name, layout="hf")["config"]["layout"] == name
-    save(Model(tiny_config(ffn={"topk_method": "hash"})), tmp_path / "hash")
+    save(Model(tiny_config(hidden_size=24, ffn={"topk_method": "hash"})), tmp_path / "hash")
     with pytest.raises(UnsupportedError, match=r"no other library's layout can hold this model.*topk_method 'hash'"):
         convert(tmp_path / "hash", tmp_path / "none", layout="hf")
     with pytest.raises(UnsupportedError, match="layout deepseek has no int8 codes; convert to bfloat16 first"):
