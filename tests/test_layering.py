@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     {"receipts"},
     {"formats"},
     {"data"},
-    {"train", "generate"},
+    {"train", "generate", "hf"},
     {"doctor", "tables"},
     {"quickstart"},
     {"cli"},

@@ -1,6 +1,7 @@
 """The key-value cache: one contiguous buffer a layer, one row a sequence, each sequence with its own length."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -59,3 +60,20 @@ class KVCache:
     def layer(self, layer: int) -> Float[Tensor, "batch keys width"]:
         """Returns the buffer of a layer, to be written in place."""
         return self._layers[layer]
+
+    def resize(self, max_length: int) -> None:
+        """Makes room for `max_length` tokens per sequence, keeping what is held."""
+        self.max_length = max_length
+        self._layers = [
+            F.pad(buffer[:, :max_length], (0, 0, 0, max_length - buffer.shape[1])) for buffer in self._layers
+        ]
+
+    def select(self, rows: Int[Tensor, " rows"]) -> None:
+        """Keeps these sequences, in this order; one may be taken several times."""
+        self.lengths = self.lengths[rows]
+        self._layers = [buffer[rows] for buffer in self._layers]
+
+    def drop(self, count: int) -> None:
+        """Forgets the last `count` tokens of every sequence."""
+        self.lengths = (self.lengths - count).clamp(min=0)
+        self.longest -= count

@@ -42,15 +42,15 @@ class Experts(nn.Module):
         self.backend = cast(Backend, backend)
 
     def forward(
+        self, x: Float[Tensor, "tokens dim"], weights: Float[Tensor, "tokens k"], plan: Plan
+    ) -> Float[Tensor, "tokens dim"]:
+        """Returns gather, `rows` and combination in one, which some back ends do without copies."""
+        return mixed_experts(x, weights, plan, operand(self.gate_up_proj), operand(self.down_proj), self.backend)
+
+    def rows(
         self, rows: Float[Tensor, "rows dim"], tokens_per_expert: Int[Tensor, " experts"]
     ) -> Float[Tensor, "rows dim"]:
         """Returns each row through its expert; rows are sorted by expert, zero rows are fine."""
         return swiglu_experts(
             rows, operand(self.gate_up_proj), operand(self.down_proj), tokens_per_expert, self.backend
         )
-
-    def mix(
-        self, x: Float[Tensor, "tokens dim"], weights: Float[Tensor, "tokens k"], plan: Plan
-    ) -> Float[Tensor, "tokens dim"]:
-        """Returns gather, `forward` and combination in one, which some back ends do without copies."""
-        return mixed_experts(x, weights, plan, operand(self.gate_up_proj), operand(self.down_proj), self.backend)

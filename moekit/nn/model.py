@@ -39,6 +39,8 @@ class ModelOutput(NamedTuple):
     """One per MoE layer, if asked for."""
     token_loss: TokenLoss | None
     """The loss as a sum and a count, for exact means over micro-batches and ranks."""
+    hidden: Float[Tensor, "batch length dim"]
+    """What the head reads, of all positions."""
 
 
 class Block(nn.Module):
@@ -162,7 +164,7 @@ class Model(nn.Module):
             length = input_ids.shape[1]
             counts = torch.full_like(cache.lengths, length) if padding_mask is None else padding_mask.sum(1)
             cache.advance(counts, length)
-        x = self.norm(x)
+        hidden = x = self.norm(x)
         token_loss = loss_mean = logits = None
         if targets is not None:
             token_loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.numbers(x.dtype), targets.flatten())
@@ -173,7 +175,7 @@ class Model(nn.Module):
             elif logits_to_keep is not None:
                 x = x[torch.arange(len(x), device=x.device), logits_to_keep].unsqueeze(1)
             logits = self.lm_head(x)
-        return ModelOutput(logits, loss_mean, aux, routings if return_routing else None, token_loss)
+        return ModelOutput(logits, loss_mean, aux, routings if return_routing else None, token_loss, hidden)
 
     def _context(self, input_ids: Tensor, cache: KVCache | None, document_ids: Tensor | None) -> Context:
         batch, length = input_ids.shape

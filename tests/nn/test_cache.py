@@ -122,3 +122,20 @@ def test_buffers_take_the_bytes_that_the_configuration_counts(
     cache = KVCache(config, 3, 5, device, torch.bfloat16)
     held = sum(layer.numel() * layer.element_size() for layer in cache._layers)
     assert held == 3 * 5 * config.kv_cache_bytes_per_token()
+
+
+@every_attention
+@torch.no_grad()
+def test_a_cache_that_was_made_longer_shortened_and_reordered_goes_on_right(
+    device: torch.device, tiny_config: Callable[..., ModelConfig], attention: dict[str, Any]
+) -> None:
+    model = build(tiny_config, attention, device)
+    ids = torch.randint(0, 61, (2, 9), device=device)
+    cache = KVCache(model.config, 2, 6, device, torch.float64)
+    model(ids[:, :6], cache=cache)
+    cache.resize(12)
+    cache.drop(2)
+    rows = torch.tensor([1, 0, 1], device=device)
+    cache.select(rows)
+    close(model(ids[rows, 4:], cache=cache).logits, model(ids[rows]).logits[:, 4:])
+    assert cache.lengths.tolist() == [9, 9, 9]
