@@ -42,15 +42,19 @@ class Experts(nn.Module):
         self.backend = cast(Backend, backend)
 
     def forward(
-        self, x: Float[Tensor, "tokens dim"], weights: Float[Tensor, "tokens k"], plan: Plan
-    ) -> Float[Tensor, "tokens dim"]:
-        """Returns gather, `rows` and combination in one, which some back ends do without copies."""
-        return mixed_experts(x, weights, plan, operand(self.gate_up_proj), operand(self.down_proj), self.backend)
-
-    def rows(
-        self, rows: Float[Tensor, "rows dim"], tokens_per_expert: Int[Tensor, " experts"]
+        self,
+        x: Float[Tensor, "rows dim"],
+        tokens_per_expert: Int[Tensor, " experts"],
+        *,
+        plan: Plan | None = None,
+        weights: Float[Tensor, "tokens k"] | None = None,
     ) -> Float[Tensor, "rows dim"]:
-        """Returns each row through its expert; rows are sorted by expert, zero rows are fine."""
-        return swiglu_experts(
-            rows, operand(self.gate_up_proj), operand(self.down_proj), tokens_per_expert, self.backend
-        )
+        """Returns each row through its expert; rows are sorted by expert, zero rows are fine.
+
+        With a plan and routing weights x holds tokens, and gather and combination are done too, by some back ends
+        without copies. Always called as a module, so that what wraps it (PEFT's adapters) takes part.
+        """
+        gate_up, down = operand(self.gate_up_proj), operand(self.down_proj)
+        if plan is not None and weights is not None:
+            return mixed_experts(x, weights, plan, gate_up, down, self.backend)
+        return swiglu_experts(x, gate_up, down, tokens_per_expert, self.backend)

@@ -45,7 +45,7 @@ class MoE(nn.Module):
             routing = limit_capacity(routing, capacity, self.config.drop_policy)
         tokens = cast_once(tokens)  # the router has seen it in float32
         plan = dispatch.plan(routing.expert_ids, self.config.n_routed_experts)
-        y = self.experts(tokens, routing.weights, plan)
+        y = self.experts(tokens, plan.tokens_per_expert, plan=plan, weights=routing.weights)
         if self.shared_experts is not None:
             shared = self.shared_experts(tokens)
             y = y + (shared if self.shared_expert_gate is None else self.shared_expert_gate(tokens).sigmoid() * shared)
