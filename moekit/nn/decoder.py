@@ -1,32 +1,34 @@
 """A model's decoding step in one native call, where the model is of the kind that it knows."""
 
 import torch
+from torch import nn
 
-from moekit.config import MHAConfig
+from moekit.config import MHAConfig, MLAConfig
 from moekit.nn.attention import Attention
 from moekit.nn.cache import KVCache
 from moekit.nn.ffn import SwiGLU
+from moekit.nn.mla import MLA
 from moekit.nn.model import Block, Model
 from moekit.nn.moe import MoE
 from moekit.nn.quantized import matrices
 from moekit.nn.rope import rotation, softmax_scale
 from moekit.nn.router import Router
 from moekit.nn.weights import operand
-from moekit.ops.decode import Decoder, Layer, Routed, unavailable
+from moekit.ops.decode import Decoder, Heads, Layer, Projections, Routed, unavailable
 
 
 def decoder(model: Model, cache: KVCache) -> Decoder | None:
     """Returns the native step over this model and cache, or None: then the model itself takes the step.
 
-    Known are multi-head and grouped-query attention, without biases or norms of queries and keys, with dense, shared
-    and routed SwiGLU experts, chosen by any router but a hash, the shared ones without a gate, on a CPU, weights of any
-    precision. Its sums are float32 whatever the weights are, so in bfloat16 it is closer to the exact model than the
-    model's own forward. Weights and cache must stay where they are.
+    Known are multi-head, grouped-query and latent attention, without biases or norms of queries and keys, with dense,
+    shared and routed SwiGLU experts, chosen by any router but a hash, the shared ones without a gate, on a CPU, weights
+    of any precision. Its sums are float32 whatever the weights are, so in bfloat16 it is closer to the exact model than
+    the model's own forward. Weights and cache must stay where they are.
     """
-    attention = model.config.attention
-    if not isinstance(attention, MHAConfig) or model.experts_backend not in ("auto", "native"):
+    if model.experts_backend not in ("auto", "native"):
         return None
-    if attention.attention_bias != "none" or attention.qk_norm != "none":
+    attention = model.config.attention
+    if attention.attention_bias not in ("none", False) or (attention.kind == "mha" and attention.qk_norm != "none"):
         return None
     if any(layer.shared_expert_gate is not None for layer in model.moe_layers):
         return None
@@ -35,26 +37,50 @@ def decoder(model: Model, cache: KVCache) -> Decoder | None:
     weights = [operand(getattr(module, name)) for _, module, name in matrices(model)]
     if unavailable([model.embed_tokens.weight, *model.parameters(), cache.layer(0)], weights):
         return None
-    positions = torch.arange(cache.max_length).unsqueeze(0)
-    cos, sin = rotation(attention.rope, attention.head_dim, positions)
+    heads, positions = _heads(attention), torch.arange(cache.max_length).unsqueeze(0)
+    cos, sin = rotation(attention.rope, heads.rope, positions)
     return Decoder(
         [_layer(block, cache, number) for number, block in enumerate(model.layers) if isinstance(block, Block)],
         embedding=model.embed_tokens.weight,
         head=model.lm_head.matrix,
         norm=model.norm.weight,
         eps=model.config.rms_norm_eps,
-        heads=attention.num_attention_heads,
-        kv_heads=attention.num_key_value_heads,
-        head_dim=attention.head_dim,
-        softmax_scale=softmax_scale(attention.rope, attention.head_dim),
+        latent_eps=(attention.latent_norm_eps if attention.kind == "mla" else None) or model.config.rms_norm_eps,
+        heads=heads,
+        softmax_scale=softmax_scale(attention.rope, heads.head_dim),
         cos=cos[0],
         sin=sin[0],
     )
 
 
+def _heads(config: MHAConfig | MLAConfig) -> Heads:
+    heads = config.num_attention_heads
+    if isinstance(config, MHAConfig):
+        width = config.head_dim
+        return Heads(heads, config.num_key_value_heads, width, value_dim=width, rope=width, rank=0, q_rank=0)
+    rope, width = config.qk_rope_head_dim, config.qk_nope_head_dim + config.qk_rope_head_dim
+    return Heads(heads, 1, width, config.v_head_dim, rope, config.kv_lora_rank, config.q_lora_rank or 0)
+
+
+def _projections(attention: nn.Module) -> Projections:
+    if isinstance(attention, Attention):
+        q, k, v, o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+        return Projections(q.matrix, k.matrix, v.matrix, o.matrix)
+    assert isinstance(attention, MLA)
+    compressed = attention.config.q_lora_rank is not None
+    return Projections(
+        attention.q_b_proj.matrix if compressed else attention.q_proj.matrix,
+        attention.kv_a_proj_with_mqa.matrix,
+        attention.kv_b_proj.matrix,
+        attention.o_proj.matrix,
+        attention.q_a_proj.matrix if compressed else None,
+        attention.q_a_layernorm.weight if compressed else None,
+        attention.kv_a_layernorm.weight,
+    )
+
+
 def _layer(block: Block, cache: KVCache, number: int) -> Layer:
-    attention, mlp, routed = block.self_attn, block.mlp, None
-    assert isinstance(attention, Attention)
+    mlp, routed = block.mlp, None
     ffn: SwiGLU | None
     if isinstance(mlp, MoE):
         config, router, ffn = mlp.config, mlp.router, mlp.shared_experts
@@ -77,12 +103,7 @@ def _layer(block: Block, cache: KVCache, number: int) -> Layer:
         ffn = mlp
     return Layer(
         (block.input_layernorm.weight, block.post_attention_layernorm.weight),
-        (
-            attention.q_proj.matrix,
-            attention.k_proj.matrix,
-            attention.v_proj.matrix,
-            attention.o_proj.matrix,
-        ),
+        _projections(block.self_attn),
         None if ffn is None else (ffn.gate_proj.matrix, ffn.up_proj.matrix, ffn.down_proj.matrix),
         routed,
         cache.layer(number),

@@ -1,5 +1,5 @@
 """A decoding step of a whole model as one function of its weights: the seam to the native kernel that does it."""
 
-from moekit.ops.kernels.decode import Decoder, Layer, Routed, unavailable
+from moekit.ops.kernels.decode import Decoder, Heads, Layer, Projections, Routed, unavailable
 
-__all__ = ["Decoder", "Layer", "Routed", "unavailable"]
+__all__ = ["Decoder", "Heads", "Layer", "Projections", "Routed", "unavailable"]

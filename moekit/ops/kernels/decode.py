@@ -35,12 +35,39 @@ class Routed(NamedTuple):
     scale: float
 
 
+class Heads(NamedTuple):
+    """How many heads attention has, and how wide they are."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    rope: int
+    """What rotation turns of `head_dim`: all of it, or its end in latent attention."""
+    rank: int
+    """Width of latent attention's latent; 0: multi-head attention."""
+    q_rank: int
+    """Width of its compressed queries; 0: they are not."""
+
+
+class Projections(NamedTuple):
+    """The matrices of a layer's attention. Latent attention's k is kv_a, its v is kv_b, in numbers."""
+
+    q: Matrix
+    """The queries' own, or the last of their two."""
+    k: Matrix
+    v: Matrix
+    o: Matrix
+    q_a: Matrix | None = None
+    q_norm: Float[Tensor, " q_rank"] | None = None
+    kv_norm: Float[Tensor, " rank"] | None = None
+
+
 class Layer(NamedTuple):
-    """One block: multi-head attention, a dense or shared FFN, routed experts."""
+    """One block: attention, a dense or shared FFN, routed experts."""
 
     norms: tuple[Tensor, Tensor]
-    attention: tuple[Matrix, Matrix, Matrix, Matrix]
-    """q, k, v, o."""
+    attention: Projections
     ffn: tuple[Matrix, Matrix, Matrix] | None
     """gate, up, down."""
     routed: Routed | None
@@ -58,9 +85,8 @@ class Decoder:
         head: Matrix,
         norm: Float[Tensor, " dim"],
         eps: float,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
+        latent_eps: float,
+        heads: Heads,
         softmax_scale: float,
         cos: Float[Tensor, "positions half"],
         sin: Float[Tensor, "positions half"],
@@ -70,8 +96,8 @@ class Decoder:
         cache = layers[0].cache
         described = (_Layer * len(layers))(*map(self._layer, layers))
         self._model = _Model(
-            *(len(layers), dim, self.vocab, heads, kv_heads, head_dim, cache.shape[1], KINDS[cache.dtype]),
-            *(eps, softmax_scale, ctypes.cast(described, _POINTER)),
+            *(len(layers), dim, self.vocab, *heads, cache.shape[1], KINDS[cache.dtype]),
+            *(eps, latent_eps, softmax_scale, ctypes.cast(described, _POINTER)),
             *(self._matrix(embedding), self._matrix(head)),
             *(self._floats(norm), self._floats(cos), self._floats(sin)),
         )
@@ -89,29 +115,34 @@ class Decoder:
 
     def _layer(self, layer: Layer) -> "_Layer":
         norms = [self._floats(norm) for norm in layer.norms]
-        attention = [self._matrix(matrix) for matrix in layer.attention]
-        ffn = [self._matrix(matrix) for matrix in layer.ffn] if layer.ffn else [_Matrix()] * 3
+        attention = [self._matrix(matrix) for matrix in layer.attention[:5]]
+        latent = [self._floats(norm) for norm in layer.attention[5:]]
+        ffn = [self._matrix(matrix) for matrix in layer.ffn or (None,) * 3]
         width = layer.ffn[0].shape[0] if layer.ffn else 0
         routed = layer.routed
-        described = _Layer(*norms, *attention, layer.cache.data_ptr(), *ffn, width)
+        described = _Layer(*norms, *attention, *latent, layer.cache.data_ptr(), *ffn, width)
         if routed is not None:
             weights = contiguous(routed.gate_up), contiguous(routed.down)
             self._kept += [weights, experts := table(*weights)]
             described.routed, described.mapped = experts.ctypes.data, isinstance(routed.gate_up, Mapped)
             described.router = self._floats(routed.router)
-            described.bias = None if routed.bias is None else self._floats(routed.bias)
+            described.bias = self._floats(routed.bias)
             described.experts, _, described.ff = routed.down.shape
             described.chosen, described.groups, described.chosen_groups = routed.k, routed.n_group, routed.topk_group
             described.group_best, described.sigmoid = routed.group_best, routed.sigmoid
             described.normalise, described.scale = routed.normalise, routed.scale
         return described
 
-    def _matrix(self, matrix: Matrix) -> "_Matrix":
+    def _matrix(self, matrix: Matrix | None) -> "_Matrix":
+        if matrix is None:
+            return _Matrix()
         self._kept.append(matrix := contiguous(matrix))
         codes, scales = (matrix.codes, matrix.scales) if isinstance(matrix, Quantized) else (matrix, None)
         return _Matrix(codes.data_ptr(), at(scales), KINDS[codes.dtype])
 
-    def _floats(self, values: Tensor) -> int:
+    def _floats(self, values: Tensor | None) -> int | None:
+        if values is None:
+            return None
         self._kept.append(values := values.detach().float().contiguous())
         return values.data_ptr()
 
@@ -123,8 +154,8 @@ class _Matrix(ctypes.Structure):
 class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("attention_norm", "ffn_norm")),
-        *((name, _Matrix) for name in ("q", "k", "v", "o")),
-        ("cache", _POINTER),
+        *((name, _Matrix) for name in ("q", "k", "v", "o", "q_a")),
+        *((name, _POINTER) for name in ("q_norm", "kv_norm", "cache")),
         *((name, _Matrix) for name in ("gate", "up", "down")),
         ("dense_ff", _LONG),
         *((name, _POINTER) for name in ("routed", "router", "bias")),
@@ -136,9 +167,9 @@ class _Layer(ctypes.Structure):
 
 class _Model(ctypes.Structure):
     _fields_ = (
-        *((name, _LONG) for name in ("layers", "dim", "vocab", "heads", "kv_heads", "head_dim")),
+        *((name, _LONG) for name in ("layers", "dim", "vocab", *Heads._fields)),
         *((name, _LONG) for name in ("cache_length", "cache_bf16")),
-        *((name, _FLOAT) for name in ("eps", "softmax_scale")),
+        *((name, _FLOAT) for name in ("eps", "latent_eps", "softmax_scale")),
         ("layer", _POINTER),
         *((name, _Matrix) for name in ("embedding", "head")),
         *((name, _POINTER) for name in ("norm", "cos", "sin")),

@@ -32,10 +32,6 @@ struct Attention : Sizes {
     int threads;
 };
 
-inline vec decayed(vec x) {  // exp of what is not above 0, with a true zero at its end
-    const vec e = exponential(x), none = {};
-    return x > -87.0f ? e : none;
-}
 inline ivec counting(int64_t from) {
     ivec x;
     for (int i = 0; i < LANES; i++) x[i] = i;

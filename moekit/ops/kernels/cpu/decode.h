@@ -1,64 +1,12 @@
 // One decoding step of a whole model: a token per sequence in, its logits out. Every weight that is needed is read once,
-// by the thread that owns its rows; the sums are float32. Threads meet six times a layer.
+// by the thread that owns its rows; the sums are float32. Threads meet eight times a layer, ten with routed experts.
 
 #pragma once
 
-#include "few.h"
+#include "decode_attention.h"
 #include "fetch.h"
 
-extern "C" {
-struct DecodeLayer {
-    const float *attention_norm, *ffn_norm;
-    Matrix q, k, v, o;
-    void* cache;  // (batch, cache_length, 2 kv_heads head_dim): keys, then values
-    Expert dense;  // a dense layer's FFN, or the shared experts as one
-    int64_t dense_ff;  // 0: there is none
-    const Expert* routed;
-    const float *router, *bias;  // (experts, dim), (experts) or null
-    int64_t mapped, experts, ff, chosen, groups, chosen_groups, group_best, sigmoid, normalise;
-    float scale;
-};
-struct DecodeModel {
-    int64_t layers, dim, vocab, heads, kv_heads, head_dim, cache_length, cache_bf16;
-    float eps, softmax_scale;
-    const DecodeLayer* layer;
-    Matrix embedding, head;
-    const float *norm, *cos, *sin;  // cos and sin: (positions, head_dim / 2)
-};
-}
-
 namespace {
-
-template <class W>
-void rows_with(const W& w, int64_t first, int64_t last, const float* x, int64_t ldx, int64_t count, float* out, int64_t ldo) {
-    for (int64_t m = 0; m < count; m += FEW)
-        dots(std::min<int64_t>(FEW, count - m), w.rows(first), last - first, x + m * ldx, ldx, out + m * ldo, ldo);
-}
-
-// out[m * ldo + n] = row n of a matrix times x's row m, for rows `first` to `last`, any m.
-void rows_of(const Matrix& w, int64_t first, int64_t last, int64_t k, const float* x, int64_t ldx, int64_t count, float* out,
-             int64_t ldo) {
-    if (w.kind == 0) rows_with(Plain<float>(w.data, w.scales, k), first, last, x, ldx, count, out + first, ldo);
-    if (w.kind == 1) rows_with(Plain<bf16>(w.data, w.scales, k), first, last, x, ldx, count, out + first, ldo);
-    if (w.kind == 2) rows_with(Groups<8>(w.data, w.scales, k), first, last, x, ldx, count, out + first, ldo);
-    if (w.kind == 3) rows_with(Groups<4>(w.data, w.scales, k), first, last, x, ldx, count, out + first, ldo);
-}
-
-inline float dot(const float* a, const float* b, int64_t n) {
-    vec sum = {};
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) sum += load(a + i) * load(b + i);
-    float rest = total(sum);
-    for (; i < n; i++) rest += a[i] * b[i];
-    return rest;
-}
-
-void normed(const float* x, const float* weight, float eps, int64_t dim, int64_t batch, float* y) {
-    for (int64_t b = 0; b < batch; b++) {
-        const float scale = 1 / std::sqrt(dot(x + b * dim, x + b * dim, dim) / dim + eps);
-        for (int64_t i = 0; i < dim; i++) y[b * dim + i] = x[b * dim + i] * scale * weight[i];
-    }
-}
 
 struct Choice {
     int64_t expert, token;
@@ -119,35 +67,9 @@ void fetch_likely(const DecodeLayer& next, const float* x, float eps, int64_t di
     for (const Choice& choice : likely) fetch(next.routed[choice.expert], dim, next.ff, false);
 }
 
-// Softmax attention of one head's query over `length` cached keys.
-template <class C>
-void attend(const C* keys, const C* values, int64_t stride, int64_t length, int64_t width, const float* q, float scale,
-            float* scores, float* y) {
-    float high = -INFINITY;
-    for (int64_t j = 0; j < length; j++) {
-        vec sum = {};
-        int64_t i = 0;
-        for (; i + LANES <= width; i += LANES) sum += load(q + i) * load(keys + j * stride + i);
-        float rest = total(sum);
-        for (; i < width; i++) rest += q[i] * to_float(keys[j * stride + i]);
-        scores[j] = rest * scale;
-        high = std::max(high, scores[j]);
-    }
-    float sum = 0;
-    for (int64_t j = 0; j < length; j++) sum += scores[j] = std::exp(scores[j] - high);
-    std::fill(y, y + width, 0.0f);
-    for (int64_t j = 0; j < length; j++) {
-        const float p = scores[j] / sum;
-        int64_t i = 0;
-        for (; i + LANES <= width; i += LANES) store(y + i, load(y + i) + p * load(values + j * stride + i));
-        for (; i < width; i++) y[i] += p * to_float(values[j * stride + i]);
-    }
-}
-
 template <class C>
 void decode_step(const DecodeModel& model, int64_t batch, const int64_t* ids, const int64_t* lengths, float* logits, int threads) {
-    const int64_t d = model.dim, hd = model.head_dim, half = hd / 2;
-    const int64_t wide = model.heads * hd, narrow = model.kv_heads * hd, entry = 2 * narrow, row = wide + entry;
+    const int64_t d = model.dim, wide = model.heads * model.value_dim;
     int64_t longest = 0, widest = d, most = 0;
     for (int64_t b = 0; b < batch; b++) longest = std::max(longest, lengths[b] + 1);
     for (int64_t i = 0; i < model.layers; i++) {
@@ -155,8 +77,8 @@ void decode_step(const DecodeModel& model, int64_t batch, const int64_t* ids, co
         widest = std::max(widest, std::max(2 * l.dense_ff * batch, 2 * l.ff * l.chosen * batch));
         most = std::max(most, l.experts);
     }
-    std::vector<float> x(batch * d), n(batch * d), qkv(batch * row), y(batch * wide), hidden(widest), routed(widest);
-    std::vector<float> affinity(batch * (most + 1)), scores(threads * longest);
+    std::vector<float> x(batch * d), n(batch * d), made(batch * model.row()), y(batch * wide), hidden(widest), routed(widest);
+    std::vector<float> affinity(batch * (most + 1)), scores(threads * FEW * longest);
     std::vector<Choice> choices;
     std::vector<int64_t> starts;  // where each visited expert's choices begin
     std::vector<float> inputs, weights;
@@ -167,7 +89,8 @@ void decode_step(const DecodeModel& model, int64_t batch, const int64_t* ids, co
 #else
         const int64_t me = 0, all = 1;
 #endif
-        auto part = [&](int64_t rows, int64_t who) { return std::min(rows, (rows * who / all + 3) / 4 * 4); };
+        auto part = [&](int64_t rows, int64_t who) { return part_of(rows, who, all); };
+        const Step step{batch, lengths, longest, me, all, n.data(), made.data(), y.data(), scores.data() + me * FEW * longest};
         std::vector<float> out(batch * d);
 #pragma omp single
         for (int64_t b = 0; b < batch; b++)
@@ -178,44 +101,21 @@ void decode_step(const DecodeModel& model, int64_t batch, const int64_t* ids, co
             const DecodeLayer& l = model.layer[at];
 #pragma omp single
             normed(x.data(), l.attention_norm, model.eps, d, batch, n.data());
-            rows_of(l.q, part(wide, me), part(wide, me + 1), d, n.data(), d, batch, qkv.data(), row);
-            rows_of(l.k, part(narrow, me), part(narrow, me + 1), d, n.data(), d, batch, qkv.data() + wide, row);
-            rows_of(l.v, part(narrow, me), part(narrow, me + 1), d, n.data(), d, batch, qkv.data() + wide + narrow, row);
-#pragma omp barrier
-#pragma omp for schedule(static)
-            for (int64_t job = 0; job < batch * (model.heads + model.kv_heads); job++) {  // rotate, and keep
-                const int64_t b = job / (model.heads + model.kv_heads), h = job % (model.heads + model.kv_heads);
-                float* head = qkv.data() + b * row + h * hd;
-                const float *cos = model.cos + lengths[b] * half, *sin = model.sin + lengths[b] * half;
-                for (int64_t i = 0; i < half; i++) {
-                    const float p = head[i], q = head[i + half];
-                    head[i] = p * cos[i] - q * sin[i];
-                    head[i + half] = q * cos[i] + p * sin[i];
-                }
-                if (h < model.heads) continue;
-                C* kept = (C*)l.cache + (b * model.cache_length + lengths[b]) * entry + (h - model.heads) * hd;
-                for (int64_t i = 0; i < hd; i++) {
-                    assign(kept[i], head[i]);
-                    assign(kept[narrow + i], head[narrow + i]);
-                }
-            }
-#pragma omp for schedule(static)
-            for (int64_t job = 0; job < batch * model.heads; job++) {
-                const int64_t b = job / model.heads, h = job % model.heads;
-                const C* keys = (const C*)l.cache + b * model.cache_length * entry + h * model.kv_heads / model.heads * hd;
-                attend(keys, keys + narrow, entry, lengths[b] + 1, hd, qkv.data() + b * row + h * hd, model.softmax_scale,
-                       scores.data() + me * longest, y.data() + b * wide + h * hd);
-            }
+            if (!model.rank)
+                head_attention<C>(model, l, step);
+            else if (l.v.kind)
+                latent_attention<C, bf16>(model, l, step);
+            else
+                latent_attention<C, float>(model, l, step);
             const int64_t first = part(d, me), last = part(d, me + 1);
-            rows_of(l.o, first, last, wide, y.data(), wide, batch, out.data(), d);
+            step.product(l.o, d, wide, y.data(), wide, out.data(), d);
             for (int64_t b = 0; b < batch; b++)
                 for (int64_t i = first; i < last; i++) x[b * d + i] += out[b * d + i];
 #pragma omp barrier
 #pragma omp single
             normed(x.data(), l.ffn_norm, model.eps, d, batch, n.data());
             if (l.experts) {
-                const Matrix router{l.router, nullptr, 0};
-                rows_of(router, part(l.experts, me), part(l.experts, me + 1), d, n.data(), d, batch, affinity.data(), l.experts);
+                step.product({l.router, nullptr, 0}, l.experts, d, n.data(), d, affinity.data(), l.experts);
 #pragma omp barrier
 #pragma omp single
                 {
@@ -246,13 +146,13 @@ void decode_step(const DecodeModel& model, int64_t batch, const int64_t* ids, co
             }
             const int64_t f = l.dense_ff, begin = part(f, me), end = part(f, me + 1);
             if (f) {
-                rows_of(l.dense.gate, begin, end, d, n.data(), d, batch, hidden.data(), 2 * f);
-                rows_of(l.dense.up, begin, end, d, n.data(), d, batch, hidden.data() + f, 2 * f);
+                step.product(l.dense.gate, f, d, n.data(), d, hidden.data(), 2 * f);
+                step.product(l.dense.up, f, d, n.data(), d, hidden.data() + f, 2 * f);
                 for (int64_t b = 0; b < batch; b++) swiglu(hidden.data() + b * 2 * f + begin, f, end - begin, hidden.data() + b * 2 * f + begin);
             }
 #pragma omp barrier
             if (f) {
-                rows_of(l.dense.down, first, last, f, hidden.data(), 2 * f, batch, out.data(), d);
+                step.product(l.dense.down, d, f, hidden.data(), 2 * f, out.data(), d);
                 for (int64_t b = 0; b < batch; b++)
                     for (int64_t i = first; i < last; i++) x[b * d + i] += out[b * d + i];
             }
@@ -267,7 +167,7 @@ void decode_step(const DecodeModel& model, int64_t batch, const int64_t* ids, co
         }
 #pragma omp single
         normed(x.data(), model.norm, model.eps, d, batch, n.data());
-        rows_of(model.head, part(model.vocab, me), part(model.vocab, me + 1), d, n.data(), d, batch, logits, model.vocab);
+        step.product(model.head, model.vocab, d, n.data(), d, logits, model.vocab);
     }
 }
 

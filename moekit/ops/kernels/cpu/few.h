@@ -1,4 +1,4 @@
-// A few rows: dot products straight from the weights, which are read once; packing would cost more.
+// A few rows: dot products straight from the weights, which are read once; packing would cost more. SwiGLU and norm of them.
 
 #pragma once
 
@@ -84,6 +84,37 @@ template <class W> void dots(int64_t m, const W& w, int64_t rows, const float* x
     if (m == 2) dots_of<2>(w, rows, x, ldx, out, ldo);
     if (m == 3) dots_of<3>(w, rows, x, ldx, out, ldo);
     if (m == 4) dots_of<4>(w, rows, x, ldx, out, ldo);
+}
+
+template <class W>
+void rows_with(const W& w, int64_t first, int64_t last, const float* x, int64_t ldx, int64_t count, float* out, int64_t ldo) {
+    for (int64_t m = 0; m < count; m += FEW)
+        dots(std::min<int64_t>(FEW, count - m), w.rows(first), last - first, x + m * ldx, ldx, out + m * ldo, ldo);
+}
+
+// out[m * ldo + n] = row n of a matrix times x's row m, for rows `first` to `last`, any m.
+void rows_of(const Matrix& w, int64_t first, int64_t last, int64_t k, const float* x, int64_t ldx, int64_t count, float* out,
+             int64_t ldo) {
+    if (w.kind == 0) rows_with(Plain<float>(w.data, w.scales, k), first, last, x, ldx, count, out + first, ldo);
+    if (w.kind == 1) rows_with(Plain<bf16>(w.data, w.scales, k), first, last, x, ldx, count, out + first, ldo);
+    if (w.kind == 2) rows_with(Groups<8>(w.data, w.scales, k), first, last, x, ldx, count, out + first, ldo);
+    if (w.kind == 3) rows_with(Groups<4>(w.data, w.scales, k), first, last, x, ldx, count, out + first, ldo);
+}
+
+inline float dot(const float* a, const float* b, int64_t n) {
+    vec sum = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) sum += load(a + i) * load(b + i);
+    float rest = total(sum);
+    for (; i < n; i++) rest += a[i] * b[i];
+    return rest;
+}
+
+void normed(const float* x, const float* weight, float eps, int64_t dim, int64_t batch, float* y) {
+    for (int64_t b = 0; b < batch; b++) {
+        const float scale = 1 / std::sqrt(dot(x + b * dim, x + b * dim, dim) / dim + eps);
+        for (int64_t i = 0; i < dim; i++) y[b * dim + i] = x[b * dim + i] * scale * weight[i];
+    }
 }
 
 }  // namespace

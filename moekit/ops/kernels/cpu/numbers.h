@@ -102,6 +102,10 @@ inline vec exponential(vec x) {  // Cephes' polynomial, relative error 2e-7
     ivec bits = (__builtin_convertvector(n, ivec) + 127) << 23;
     return p * (vec)bits;
 }
+inline vec decayed(vec x) {  // exp of what is not above 0, with a true zero at its end
+    const vec e = exponential(x), none = {};
+    return x > -87.0f ? e : none;
+}
 inline vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
 
 inline float total(vec x) {
