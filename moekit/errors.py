@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from itertools import islice
 
 
 class MoekitError(Exception):
@@ -30,5 +31,5 @@ class TrainingError(MoekitError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns " (did you mean X?)" for the known name closest to `name`, or an empty string when none is close."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(name, islice(known, 10_000), n=1, cutoff=0.6)
     return f" (did you mean {matches[0]}?)" if matches else ""

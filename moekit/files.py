@@ -13,6 +13,9 @@ from moekit.errors import MoekitError, nearest
 
 _Content = TypeVar("_Content")
 
+LARGEST_JSON = 2**26
+"""Bytes; an index of 91,000 tensors has 8 MB."""
+
 
 def write(path: Path, content: str | bytes) -> None:
     """Writes a file, and its folder if need be, in one atomic step: a kill leaves the old content or the new one.
@@ -40,13 +43,39 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, kind: type[_Content], error: type[MoekitError], advice: str = "") -> _Content:
-    """Returns a file's JSON as a `kind` of content; raises `error` naming the file, the field and what was found."""
+    """Returns a file's JSON as a `kind` of content; raises `error` naming the file, the field and what was found.
+
+    A key that is there twice is an error: who reads the first and who reads the last would read two files.
+    """
+    text = read_bytes(path, error)
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
-    except OSError as problem:
-        raise error(f"{path} cannot be read: {problem.strerror}") from None
+        content = TypeAdapter(kind).validate_json(text)
+        json.loads(text, object_pairs_hook=unique)
+        return content
     except ValidationError as problem:
         raise error(f"{path}: {explain(problem)}{advice and '; '}{advice}") from None
+    except ValueError as problem:
+        raise error(f"{path}: {problem}{advice and '; '}{advice}") from None
+
+
+def read_bytes(path: Path, error: type[MoekitError]) -> bytes:
+    """Returns the content of a JSON file; raises `error` if it cannot be read or is no size for such a file."""
+    try:
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise error(f"{path} has {size} bytes, more than the {LARGEST_JSON} that are read of JSON")
+        return path.read_bytes()
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror}") from None
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns one JSON object of these keys and values; raises ValueError when a key is there twice."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key[:80]!r} is there twice")
+        found[key] = value
+    return found
 
 
 def explain(problem: ValidationError) -> str:

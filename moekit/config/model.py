@@ -222,7 +222,7 @@ class ModelConfig(Strict):
 
     vocab_size: int = Field(gt=0, description="rows of the embedding")
     hidden_size: int = Field(gt=0, description="width of the residual stream")
-    num_hidden_layers: int = Field(gt=0, description="blocks")
+    num_hidden_layers: int = Field(gt=0, le=65_536, description="blocks")
     max_position_embeddings: int = Field(2048, gt=0, description="longest context, tokens")
     attention: AttentionConfig = Field(description="attention, told apart by kind: mha or mla")
     ffn: FFNConfig = Field(description="feed-forward, told apart by kind: dense or moe")

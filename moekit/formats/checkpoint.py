@@ -12,6 +12,7 @@ from moekit import files, receipts
 from moekit.config import ModelConfig, Strict, validate
 from moekit.errors import CheckpointError, ConfigError, UnsupportedError, nearest
 from moekit.formats.directory import MANIFEST, atomic_directory, check_directory
+from moekit.formats.guard import check_folder
 from moekit.formats.layouts import LAYOUTS
 from moekit.formats.layouts.tensors import Disk, disk
 from moekit.formats.tokenizer import Tokenizer
@@ -116,6 +117,7 @@ def seal(folder: Path, hashed: dict[str, Any], receipt: dict[str, Any]) -> dict[
 
 def load_config(path: str | os.PathLike[str]) -> ModelConfig:
     """Returns the configuration of a model directory."""
+    check_folder(Path(path))
     return read_config(Path(path))[0]
 
 
@@ -162,17 +164,19 @@ def load(
     larger than memory. Its experts stay there whatever `device` and `dtype` say, and the files must stay as they are.
     """
     folder = Path(path)
+    check_folder(folder)
     if check_hashes and not _foreign(folder):
         listed = check_directory(folder)
         for name in ("config.json", INDEX, SINGLE):
             if name not in listed and (folder / name).exists():
                 raise CheckpointError(f"{folder / name} is not listed in {MANIFEST}; it was put there later, remove it")
     config, codes, tensors = read_config(folder)
+    reader = Reader(folder, tensors, dtype)
+    reader.check_size(config)
     with torch.device("meta"):
         model = Model(config)
     if codes is not None:
         quantize_(model, codes)
-    reader = Reader(folder, tensors, dtype)
     if mapped:
         map_experts_(model, reader)
     state = read(model, reader, torch.device(device), dtype)

@@ -13,11 +13,13 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from moekit.errors import CheckpointError, ConfigError, DataError
-from moekit.files import read_json, write
+from moekit.files import read_bytes, read_json, write
+from moekit.formats.guard import check_folder
 
 logger = logging.getLogger(__name__)
 
 END_OF_TEXT, MIN_VOCAB_SIZE = "<|endoftext|>", 257  # every byte and end-of-text
+GAPS = 10_000  # ids without a token that are borne with; a table of ids must not fill the memory
 # Tried in this order where tokenizer_config.json names no token.
 EOS_NAMES = (END_OF_TEXT, "</s>", "<｜end▁of▁sentence｜>", "<|end_of_text|>", "<eos>")  # noqa: RUF001
 BOS_NAMES = ("<s>", "<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<bos>")  # noqa: RUF001
@@ -47,7 +49,12 @@ class Tokenizer:
         self._plain.no_padding()
         self._plain.encode_special_tokens = True
         self.data, self.config = data, dict(config or {})
-        self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
+        ids = self._plain.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = max(ids, default=-1) + 1
+        if not 0 < self.vocab_size <= 2 * len(ids) + GAPS:
+            raise CheckpointError(
+                f"{name} has {len(ids)} tokens with ids up to {self.vocab_size - 1}, which no model has"
+            )
         self.bos_id = self._special("bos_token", BOS_NAMES, name)
         pad_id = self._special("pad_token", PAD_NAMES, name)
         eos_id = self._special("eos_token", EOS_NAMES, name)
@@ -135,12 +142,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises CheckpointError when there is none, when it cannot be read, or when its end-of-text token is unknown.
     """
     path = Path(path)
+    if path.is_dir():
+        check_folder(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist; give a tokenizer.json or a directory that holds one")
     beside = file.parent / "tokenizer_config.json"
     config = read_json(beside, dict[str, Any], CheckpointError) if beside.is_file() else None
-    return Tokenizer(file.read_bytes(), config, str(file))
+    return Tokenizer(read_bytes(file, CheckpointError), config, str(file))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

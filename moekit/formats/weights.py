@@ -1,18 +1,20 @@
 """A model's tensors on disk: safetensors, one key an expert, in shards, written and read one tensor at a time."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from moekit import files
 from moekit.config import ModelConfig
 from moekit.errors import CheckpointError, UnsupportedError, nearest
+from moekit.formats import guard
 from moekit.formats.directory import PlainName
 from moekit.formats.layouts.tensors import Disk
 from moekit.nn.experts import Experts
@@ -35,6 +37,7 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Stored = Tensor | Quantized
 """What one key stands for; codes and their scales are two tensors on disk."""
 
@@ -135,15 +138,34 @@ class Reader:
         self.files = _open(folder)
         self.left = set(self.files)
 
+    def check_size(self, config: ModelConfig) -> None:
+        """Raises CheckpointError if these files cannot hold a model of this config: it can claim any size, they cannot.
+
+        To be asked before such a model is built.
+        """
+        size, experts = weight_bytes(self.folder), config.ffn.n_routed_experts if config.ffn.kind == "moe" else 0
+        for what, claimed, found, unit in (
+            ("num_hidden_layers", config.num_hidden_layers, len(self.files), "tensors"),
+            ("n_routed_experts", experts, len(self.files), "tensors"),
+            ("parameters", config.num_parameters, 2 * size, "numbers of 4 bits"),  # none is smaller
+        ):
+            if claimed > found:
+                raise CheckpointError(
+                    f"{self.folder} has room for {found} {unit} but its config claims {claimed} {what}"
+                )
+
     def take(self, key: str, like: Tensor, dtype: torch.dtype | None) -> Tensor:
         """Returns a tensor after checking its shape and dtype (None: any of numbers); mapped, but for 8-bit weights."""
         if key not in self.files:
             raise CheckpointError(f"{self.folder} has no tensor {key}{nearest(key, self.left)}")
-        tensor = self.disk.tensor(self.files, key, self.dtype)
+        try:
+            tensor = self.disk.tensor(self.files, key, self.dtype)
+        except (SafetensorError, RuntimeError) as error:  # a dtype that torch does not have
+            raise CheckpointError(f"{key} in {self.folder} cannot be read: {error}") from error
         if tensor.shape != like.shape:
             shapes = f"{tuple(tensor.shape)} but the config asks for {tuple(like.shape)}"
             raise CheckpointError(f"{key} in {self.folder} has shape {shapes}")
-        if tensor.dtype != dtype if dtype else not tensor.is_floating_point():
+        if tensor.dtype != dtype if dtype else tensor.dtype not in NUMBERS:
             of = f"dtype {tensor.dtype} but the model holds {dtype or like.dtype} there"
             raise CheckpointError(f"{key} in {self.folder} has {of}")
         self.left.discard(key)
@@ -201,6 +223,8 @@ def read(model: Model, reader: Reader, device: torch.device, dtype: torch.dtype 
             of = state.get(name, meta)  # all pieces of a tensor have one dtype
             exact = name in state or not of.is_floating_point() or name.endswith(".scales")
             part = reader.take(key, meta[index], of.dtype if exact else None)
+            if not model.mapped and not finite(part):  # of what is mapped nothing is read yet
+                raise CheckpointError(f"{key} in {reader.folder} has a value that is not finite")
             if model.mapped and part.shape == meta.shape:
                 state[name] = part
                 continue
@@ -212,23 +236,37 @@ def read(model: Model, reader: Reader, device: torch.device, dtype: torch.dtype 
     return state
 
 
+def finite(tensor: Tensor) -> bool:
+    """Returns whether no value is infinite or not a number, in one pass that takes no memory."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    low, high = tensor.aminmax()  # either is NaN when any value is
+    return math.isfinite(low) and math.isfinite(high)
+
+
 def _stored(weight: Stored) -> Tensor:
     return weight.codes if isinstance(weight, Quantized) else weight
 
 
 def _open(folder: Path) -> dict[str, Any]:
     """Returns, for every tensor on disk, the open file that holds it."""
-    names = {SINGLE}
+    index = {}
     if (folder / INDEX).is_file():
-        names = set(files.read_json(folder / INDEX, Index, CheckpointError).weight_map.values())
+        index = files.read_json(folder / INDEX, Index, CheckpointError).weight_map
+    elif not (folder / SINGLE).is_file():
+        guard.refuse_pickles(folder)
+    names = set(index.values()) or {SINGLE}
+    if SINGLE not in names and (folder / SINGLE).exists():
+        raise CheckpointError(f"{folder} has {SINGLE} beside {INDEX}, which does not name it; remove one of the models")
     opened: dict[str, Any] = {}
+    where: dict[str, str] = {}
     for name in sorted(names):
-        try:
-            file = safe_open(folder / name, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{folder / name} cannot be read as safetensors: {error}") from error
+        file = guard.open_safetensors(folder / name)
         for key in file.keys():  # noqa: SIM118  not a dictionary
             if key in opened:
                 raise CheckpointError(f"tensor {key} is in {name} and again in another file of {folder}")
-            opened[key] = file
+            opened[key], where[key] = file, name
+    for key, name in index.items():
+        if where.get(key) != name:
+            raise CheckpointError(f"{folder / INDEX} says that {key[:80]!r} is in {name}, where it is not")
     return opened
