@@ -1,6 +1,5 @@
 """A model directory in another precision, with the account of what that cost: each tensor's error, and the logits'."""
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,43 +9,20 @@ import torch
 from torch import Tensor
 
 from moekit import files, receipts
-from moekit.errors import CheckpointError, ConfigError, DataError
+from moekit.errors import CheckpointError
 from moekit.formats.checkpoint import MODEL_TYPE, describe, load, read_config, seal
+from moekit.formats.compare import BOUNDS, SEED, Bounds, blocks, check, kind, logits_checks, precision, sample
 from moekit.formats.directory import MANIFEST, Manifest, atomic_directory
+from moekit.formats.guard import check_folder
 from moekit.formats.layouts import fitting
 from moekit.formats.layouts.tensors import Disk
-from moekit.formats.tokenizer import Tokenizer, load_tokenizer
+from moekit.formats.tokenizer import load_tokenizer
 from moekit.formats.weights import Reader, Stored, held, split, write
 from moekit.nn.model import Model
 from moekit.nn.quantized import matrices
 from moekit.ops.quantize import Quantized, dequantize, quantize
 
 Precision = Literal["float32", "bfloat16", "int8", "int4"]
-SEQUENCES, LENGTH, SEED = 4, 128, 0
-BLOCK = 2**24
-"""Numbers that are converted at a time."""
-
-
-class _Bounds(NamedTuple):
-    weights: float
-    """Relative RMS error of any one tensor."""
-    divergence: float
-    """Mean KL divergence of the next token's distribution, nats."""
-    agreement: float
-    """Share of positions whose likeliest token stays."""
-
-
-BOUNDS: dict[str, _Bounds] = {
-    "float32": _Bounds(0.0, 1e-6, 0.99),
-    "bfloat16": _Bounds(2**-8, 0.02, 0.85),
-    "int8": _Bounds(0.013, 0.02, 0.85),
-    "int4": _Bounds(0.21, 0.2, 0.4),
-}
-"""Weights: bfloat16's rounding; sqrt(32 / 12) / 127 and / 8, which is what rounding costs a group of one large weight
-and little else (a Gaussian: 0.0054 and 0.086). Logits: the quickstart's models, MoE and dense, on text and on random
-tokens, diverge by at most 3e-4, 7e-5 and 3e-3 and keep 0.97, 0.99 and 0.91 of the tokens. The bounds also let the worst
-models pass that were found, random weights of which every token's choice of experts is a near tie: 0.011, 0.013, 0.12.
-"""
 
 
 @torch.no_grad()
@@ -73,12 +49,13 @@ def convert(
     start = time.monotonic()
     if target.exists():
         raise CheckpointError(f"{target} exists already; choose another directory or remove it")
+    check_folder(source)
     config, codes, names = read_config(source)
     layout = fitting(config) if layout == "hf" else layout
     model = load(source, mapped=names.block is None)
     tokenizer = load_tokenizer(source) if (source / "tokenizer.json").is_file() else None
-    ids = _tokens(model, tokenizer, text)
-    came_in, logits = _precision(model), model(ids).logits
+    ids = sample(config, tokenizer, text)
+    came_in, logits = precision(model), model(ids).logits
     if dtype is not None:
         codes = dtype if dtype == "int8" or dtype == "int4" else None
     number = getattr(torch, dtype) if dtype == "float32" or dtype == "bfloat16" else model.embed_tokens.weight.dtype
@@ -112,6 +89,7 @@ def convert(
         }
         if came_in in ("int8", "int4") and dtype not in (None, came_in):
             told["note"] = f"made of the numbers that {came_in} codes stand for: what they had lost is not brought back"
+        bounds = BOUNDS[dtype or "float32"]  # what stays as it is computes the same
         after = load(folder, check_hashes=False, mapped=True)(ids).logits
         receipt = receipts.make(
             "convert",
@@ -119,32 +97,11 @@ def convert(
             config=told,
             inputs=listed,
             tensors=tensors,
-            checks=_checks(BOUNDS[told["dtype"]], tensors["used"], logits, after),
+            checks=[_largest(bounds, tensors["used"]), *logits_checks(bounds, logits, after)],
             seed=SEED,
             seconds=round(time.monotonic() - start, 3),
         )
         return seal(folder, hashed, receipt)
-
-
-def _tokens(model: Model, tokenizer: Tokenizer | None, text: str | None) -> Tensor:
-    """Returns at most SEQUENCES rows of LENGTH tokens."""
-    length = min(LENGTH, model.config.max_position_embeddings)
-    if text is None:
-        draw = torch.Generator().manual_seed(SEED)
-        return torch.randint(model.config.vocab_size, (SEQUENCES, length), generator=draw)
-    if tokenizer is None:
-        raise ConfigError(
-            "--text needs a tokenizer and the source has no tokenizer.json; leave it out for random tokens"
-        )
-    ids = tokenizer.encode(text)[: SEQUENCES * length]
-    if not ids:
-        raise DataError("the text to compare on is empty")
-    length = min(length, len(ids))
-    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
-
-
-def _precision(model: Model) -> str:
-    return model.quantization or str(model.embed_tokens.weight.dtype).removeprefix("torch.")
 
 
 class _Job(NamedTuple):
@@ -193,17 +150,17 @@ def _meta(piece: Stored) -> Stored:
 
 def _converted(piece: Stored, dtype: Precision | None) -> tuple[Stored, float]:
     """Returns one matrix in another precision, None: as it is, and its relative RMS error."""
-    if dtype is None or _kind(piece) == dtype:
+    if dtype is None or kind(piece) == dtype:
         return piece, 0.0
-    blocks, wrong, whole = [], 0.0, 0.0
-    for block in _blocks(piece):
+    results, wrong, whole = [], 0.0, 0.0
+    for block in blocks(piece):
         numbers = dequantize(block) if isinstance(block, Quantized) else block
         result = quantize(numbers, dtype) if dtype == "int8" or dtype == "int4" else numbers.to(getattr(torch, dtype))
-        blocks.append(result)
+        results.append(result)
         if not numbers.is_meta:
             exact, found = numbers.double(), dequantize(result) if isinstance(result, Quantized) else result
             wrong, whole = wrong + float((found - exact).square().sum()), whole + float(exact.square().sum())
-    return _joined(blocks), (wrong / whole) ** 0.5 if wrong else 0.0
+    return _joined(results), (wrong / whole) ** 0.5 if wrong else 0.0
 
 
 def _joined(blocks: list[Stored]) -> Stored:
@@ -214,21 +171,9 @@ def _joined(blocks: list[Stored]) -> Stored:
     return Quantized(codes, scales, coded[0].width)
 
 
-def _blocks(piece: Stored) -> Iterator[Stored]:
-    """Yields a matrix by rows, BLOCK numbers or so at a time."""
-    rows = max(1, BLOCK // max(1, math.prod(piece.shape[1:])))
-    for begin in range(0, max(1, piece.shape[0]), rows):
-        taken = slice(begin, begin + rows)
-        yield piece.of(taken) if isinstance(piece, Quantized) else piece[taken]
-
-
-def _kind(piece: Stored) -> str:
-    return piece.kind if isinstance(piece, Quantized) else str(piece.dtype).removeprefix("torch.")
-
-
 def _account(tensors: dict[str, dict[str, Any]], job: _Job, target: Stored, error: float) -> None:
     """Notes what became of the tensors on disk that one key stands for: used with its error, created, or dropped."""
-    used: dict[str, Any] = {"from": _kind(job.piece), "to": _kind(target), "relative_rms": error}
+    used: dict[str, Any] = {"from": kind(job.piece), "to": kind(target), "relative_rms": error}
     if job.source != job.target:
         used["source"] = job.source
     tensors["used"][job.target], scales = used, f"{job.target}_scale"
@@ -240,21 +185,8 @@ def _account(tensors: dict[str, dict[str, Any]], job: _Job, target: Stored, erro
         tensors["dropped"][f"{job.source}_scale"] = f"multiplied into {job.source}"
 
 
-def _checks(bounds: _Bounds, used: dict[str, Any], before: Tensor, after: Tensor) -> list[dict[str, Any]]:
-    p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
+def _largest(bounds: Bounds, used: dict[str, Any]) -> dict[str, Any]:
+    """Returns the check of the tensor that lost most."""
     worst = max(used, key=lambda key: used[key]["relative_rms"])
-    divergence = float((p.exp() * (p - q)).sum(-1).mean().clamp(min=0))
-    agreement = float((p.argmax(-1) == q.argmax(-1)).double().mean())
-    centred = before.double() - before.double().mean(-1, keepdim=True)
-    difference = after.double() - before.double()
-    relative = float((difference - difference.mean(-1, keepdim=True)).norm() / centred.norm())
-    return [
-        _check("largest relative RMS error of a tensor", used[worst]["relative_rms"], "<=", bounds.weights, of=worst),
-        _check("mean KL divergence of the next token, nats", divergence, "<=", bounds.divergence, logits_rms=relative),
-        _check("positions with the same likeliest token", agreement, ">=", bounds.agreement),
-    ]
-
-
-def _check(name: str, value: float, sign: Literal["<=", ">="], bound: float, **more: Any) -> dict[str, Any]:
-    held = value <= bound if sign == "<=" else value >= bound
-    return {"name": name, "value": value, "bound": f"{sign} {bound:g}", "held": held, **more}
+    value = used[worst]["relative_rms"]
+    return check("largest relative RMS error of a tensor", value, "<=", bounds.weights, of=worst)
