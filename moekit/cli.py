@@ -209,6 +209,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     add("--text", type=Path, metavar="FILE", help="text to compare the logits on (random tokens)")
 
+    add = verb("verify", run_verify)
+    add("model", type=Path, metavar="DIR", help="a model directory or a run")
+    add("--against", type=Path, metavar="OTHER", help="another one, to compare weights, logits and routing with")
+    add("--text", type=Path, metavar="FILE", help="text to compare on (random tokens)")
+
     verbs: dict[str, _Parser] = dict(subparsers.choices)
     verbs["plan"].set_defaults(settings="model")
     verbs["train"].set_defaults(settings="")
@@ -446,6 +451,23 @@ def run_convert(args: argparse.Namespace) -> int:
         receipt = convert(folder, args.target, args.dtype, layout=args.to, text=text, progress=progress)
     _emit(args, receipt, lambda: convert_tables(receipt, str(args.target)))
     return 0 if all(check["held"] for check in receipt["checks"]) else 1
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """is a model directory what it claims to be: files, receipt, tensors, values
+
+    example:
+      moekit verify small --against run
+    """
+    from moekit.formats.verify import verify
+    from moekit.tables import verify_tables
+
+    text = None if args.text is None else _text(args.text)
+    other = None if args.against is None else _model_folder(args.against)
+    with _bars() as progress:
+        document = verify(_model_folder(args.model), other, text=text, progress=progress)
+    _emit(args, document, lambda: verify_tables(document))
+    return 0 if document["held"] else 1
 
 
 def run_doctor(args: argparse.Namespace) -> int:

@@ -6,7 +6,14 @@ from itertools import islice
 
 
 class MoekitError(Exception):
-    """Base of the errors below; the command line prints its message without a traceback and exits with 2."""
+    """Base of the errors below; the command line prints its message without a traceback and exits with 2.
+
+    What a message quotes of a file may hold anything; line ends become spaces, other control characters their escapes.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        line = " ".join(message.splitlines())
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
 
 
 class ConfigError(MoekitError):

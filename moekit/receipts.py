@@ -1,6 +1,7 @@
 """What a step consumed, created and proved, in a form that a machine can check again."""
 
 import datetime
+import operator
 import platform
 from typing import Any
 
@@ -41,7 +42,9 @@ class Receipt(Strict):
     config: dict[str, Any] = Field(description="what the step was told")
     inputs: dict[str, Any] = Field({}, description="what it read, by hash")
     outputs: dict[str, Any] = Field({}, description="what it wrote, by hash")
-    tensors: dict[str, Any] = Field({}, description="every source tensor: used, created, dropped and why")
+    tensors: dict[str, dict[str, Any] | list[str]] = Field(
+        {}, description="every source tensor: used, created, dropped and why"
+    )
     parameters_by_role: dict[str, int]
     trained_by_role: dict[str, int]
     health: dict[str, Any] = Field({}, description="the state of the routing")
@@ -60,3 +63,26 @@ def make(action: str, model: ModelConfig, *, trains: bool = False, **account: An
     roles = {role: count.total for role, count in parameters(model).items()}
     trained = roles if trains else {}
     return Receipt(action=action, parameters_by_role=roles, trained_by_role=trained, **account).model_dump()
+
+
+def faults(receipt: Receipt) -> list[str]:
+    """Returns where a receipt contradicts itself."""
+    roles, trained = receipt.parameters_by_role, receipt.trained_by_role
+    found = [f"{role}: more is trained than there is" for role in trained if trained[role] > roles.get(role, 0)]
+    for check in receipt.checks:
+        name, value, held = (check.get(key) for key in ("name", "value", "held"))
+        sign, _, bound = str(check.get("bound")).partition(" ")
+        try:
+            holds = value is not None and {"<=": operator.le, ">=": operator.ge}[sign](value, float(bound))
+        except (KeyError, TypeError, ValueError):
+            found.append(f"the check {name!r} has no value or no bound")
+            continue
+        if holds is not held:
+            found.append(f"the check {name!r} says that {value} {sign} {bound} is {held}")
+    used = {*receipt.tensors.get("used", ())}
+    return found + [
+        f"{key} is {what} and used"
+        for what in ("created", "dropped")
+        for key in receipt.tensors.get(what, ())
+        if key in used
+    ]

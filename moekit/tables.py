@@ -107,13 +107,28 @@ def convert_tables(receipt: dict[str, Any], out: str) -> list[Table | str]:
         exact = not any(values)
         shown = ["0", "0"] if exact else [f"{sum(values) / len(values):.5f}", f"{max(values):.5f}"]
         errors.add_row(name, f"{len(values):,}", change, *shown, style="dim" if exact else "")
-    checks = table("check", ">value", ">bound", "held")
-    for check in receipt["checks"]:
-        checks.add_row(check["name"], f"{check['value']:.5f}", check["bound"], "yes" if check["held"] else "NO")
     size = sum(file["bytes"] for name, file in receipt["outputs"].items() if name.endswith(".safetensors"))
     note = [receipt["config"]["note"]] if "note" in receipt["config"] else []
     last = f"{out}: {size / 2**20:,.1f} MiB of weights; next: moekit generate {out} --prompt ..."
-    return [errors, checks, *note, last]
+    return [errors, _checks(receipt["checks"]), *note, last]
+
+
+def verify_tables(document: dict[str, Any]) -> list[Table | str]:
+    """Returns the checks, where those fell that did, and the verdict."""
+    fell = [check for check in document["checks"] if not check["held"]]
+    places = [f"{check['name']}: {escape(place)}" for check in fell for place in check.get("of", ())]
+    verdict = f"{len(fell)} of {len(document['checks'])} checks did not hold" if fell else "every check held"
+    return [_checks(document["checks"]), *places, *document["notes"], f"{escape(document['model'])}: {verdict}"]
+
+
+def _checks(checks: list[dict[str, Any]]) -> Table:
+    listed = table("check", ">value", ">bound", "held")
+    for check in checks:
+        value = check["value"]
+        shown = "none" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.5f}"
+        held = check["held"]
+        listed.add_row(check["name"], shown, check["bound"], "yes" if held else "NO", style="" if held else "bold")
+    return listed
 
 
 def quickstart_tables(result: dict[str, Any]) -> list[Table | str]:

@@ -23,6 +23,7 @@ from moekit.nn.quantized import matrices
 from moekit.nn.weights import MappedWeight, operand
 from moekit.ops.mapped import Mapped, Weights
 from moekit.ops.quantize import Quantized
+from moekit.ops.routing import DROPPED
 
 SHARD_BYTES = 5_000_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -137,6 +138,8 @@ class Reader:
         self.folder, self.disk, self.dtype = folder, disk, dtype
         self.files = _open(folder)
         self.left = set(self.files)
+        self.half: torch.dtype | None = None
+        """Which of the two halves of 16 bits its numbers are; the bits of one are other numbers in the other."""
 
     def check_size(self, config: ModelConfig) -> None:
         """Raises CheckpointError if these files cannot hold a model of this config: it can claim any size, they cannot.
@@ -160,7 +163,7 @@ class Reader:
             raise CheckpointError(f"{self.folder} has no tensor {key}{nearest(key, self.left)}")
         try:
             tensor = self.disk.tensor(self.files, key, self.dtype)
-        except (SafetensorError, RuntimeError) as error:  # a dtype that torch does not have
+        except SafetensorError as error:  # a dtype that torch does not have
             raise CheckpointError(f"{key} in {self.folder} cannot be read: {error}") from error
         if tensor.shape != like.shape:
             shapes = f"{tuple(tensor.shape)} but the config asks for {tuple(like.shape)}"
@@ -168,6 +171,10 @@ class Reader:
         if tensor.dtype != dtype if dtype else tensor.dtype not in NUMBERS:
             of = f"dtype {tensor.dtype} but the model holds {dtype or like.dtype} there"
             raise CheckpointError(f"{key} in {self.folder} has {of}")
+        if dtype is None and tensor.itemsize == 2:
+            self.half = self.half or tensor.dtype
+            if self.half != tensor.dtype:
+                raise CheckpointError(f"{key} in {self.folder} is {tensor.dtype} but others are {self.half}")
         self.left.discard(key)
         return tensor
 
@@ -231,9 +238,20 @@ def read(model: Model, reader: Reader, device: torch.device, dtype: torch.dtype 
             if name not in state:
                 state[name] = torch.empty(meta.shape, dtype=part.dtype)  # a map of a file would not survive it
             state[name][index] = part
+        if name.endswith(".table"):
+            _check_table(state[name], model.config, f"{key} in {reader.folder}")
         keep = dtype is None or not meta.is_floating_point() or name.endswith(("expert_bias", ".scales"))
         state[name] = state[name].to(device=device, dtype=None if keep else dtype)
     return state
+
+
+def _check_table(table: Tensor, config: ModelConfig, where: str) -> None:
+    """Raises CheckpointError if a hash table names an expert that does not exist; DROPPED is a place not yet filled."""
+    low, high = (int(end) for end in table.aminmax())
+    if config.ffn.kind == "moe" and not DROPPED <= low <= high < config.ffn.n_routed_experts:
+        raise CheckpointError(
+            f"{where} has entries from {low} to {high} but the experts are 0 to {config.ffn.n_routed_experts - 1}"
+        )
 
 
 def finite(tensor: Tensor) -> bool:
