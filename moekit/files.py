@@ -1,11 +1,12 @@
 """Files that are whole or not there: written in one atomic step, told apart by hash, JSON checked as it is read."""
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -17,24 +18,36 @@ LARGEST_JSON = 2**26
 """Bytes; an index of 91,000 tensors has 8 MB."""
 
 
-def write(path: Path, content: str | bytes) -> None:
-    """Writes a file, and its folder if need be, in one atomic step: a kill leaves the old content or the new one.
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """Yields a hidden sibling file that becomes `path` in one rename when the block ends without an error.
 
-    Raises OSError that names the file (the disk is full, say); then nothing half-written stays.
+    Whatever ends the block early, only an older `path` stays. Raises OSError that names the file (a full disk, say).
     """
     part = path.with_name(f".{path.name}.writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
         sync_folder(path.parent)
-    except OSError as error:
-        if part.exists():
+    except BaseException as error:
+        with contextlib.suppress(OSError):
             part.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Writes a file, and its folder if need be, in one atomic step: a kill leaves the old content or the new one.
+
+    Raises OSError that names the file (the disk is full, say); then nothing half-written stays.
+    """
+    with atomic(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:
