@@ -198,15 +198,12 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     add("--mapped", action=argparse.BooleanOptionalAction, help=mapped)
 
     add = verb("convert", run_convert)
-    add("source", type=Path, metavar="SRC", help="a model directory or a run")
-    add("target", type=Path, metavar="DST", help="directory to write; it must not exist")
-    add("--dtype", choices=("float32", "bfloat16", "int8", "int4"), help="of the weights (as they are)")
-    add(
-        "--to",
-        default="moekit",
-        metavar="LAYOUT",
-        help="moekit, a model_type such as deepseek_v2, or hf: what fits (moekit)",
-    )
+    add("source", type=Path, metavar="SRC", help="a model directory, a run or a GGUF file")
+    add("target", type=Path, metavar="DST", help="directory, or GGUF file, to write; it must not exist")
+    layouts = "moekit, gguf, a model_type such as deepseek_v2, or hf: the first that fits (moekit)"
+    add("--to", default="moekit", metavar="LAYOUT", help=layouts)
+    precisions = ("float32", "float16", "bfloat16", "int8", "int4", "q8_0", "q4_0")
+    add("--dtype", choices=precisions, help="of the weights (as they are)")
     add("--text", type=Path, metavar="FILE", help="text to compare the logits on (random tokens)")
 
     add = verb("verify", run_verify)
@@ -435,20 +432,17 @@ def _model_folder(given: Path) -> Path:
 
 
 def run_convert(args: argparse.Namespace) -> int:
-    """a model in another precision, with what that costs
+    """a model in another precision or format, with what that costs
 
-    example:
+    examples:
       moekit convert run small --dtype int8
+      moekit convert run small.gguf --to gguf --dtype q8_0
     """
-    from moekit.formats.convert import convert
     from moekit.tables import convert_tables
 
     text = None if args.text is None else _text(args.text)
-    if args.dtype is None and args.to == "moekit":
-        raise ConfigError("--dtype or --to is missing: what is to be different in the target")
     with _bars() as progress:
-        folder = _model_folder(args.source)
-        receipt = convert(folder, args.target, args.dtype, layout=args.to, text=text, progress=progress)
+        receipt = _converter(args, text)(args.source, args.target, args.dtype, progress=progress)
     _emit(args, receipt, lambda: convert_tables(receipt, str(args.target)))
     return 0 if all(check["held"] for check in receipt["checks"]) else 1
 
@@ -468,6 +462,32 @@ def run_verify(args: argparse.Namespace) -> int:
         document = verify(_model_folder(args.model), other, text=text, progress=progress)
     _emit(args, document, lambda: verify_tables(document))
     return 0 if document["held"] else 1
+
+
+def _converter(args: argparse.Namespace, text: str | None) -> Callable[..., dict[str, Any]]:
+    """Returns what converts the source's format into the one that is asked for, after checking the options."""
+    from moekit.formats.convert import convert
+    from moekit.formats.gguf.export import export_gguf
+    from moekit.formats.gguf.restore import import_gguf
+
+    source, target = "GGUF" if args.source.is_file() else "a model directory", args.to
+    if source == "GGUF" and target != "moekit":
+        raise ConfigError(f"{args.source} is a file; make a model directory of it first (--to moekit)")
+    dtypes: tuple[str | None, ...] = (None, "float32", "bfloat16")
+    if target == "gguf":
+        dtypes = (*dtypes, "float16", "q8_0", "q4_0")
+    elif source != "GGUF":
+        dtypes = (*dtypes, "int8", "int4")[target == "moekit" :]
+    if args.dtype not in dtypes:
+        allowed = f"{source} to {target} takes {', '.join(name or 'no --dtype' for name in dtypes)}"
+        raise ConfigError(f"--dtype is {args.dtype or 'missing'} but {allowed}")
+    if source != "GGUF" and target != "gguf":
+        return lambda source, *rest, **more: convert(_model_folder(source), *rest, layout=target, text=text, **more)
+    if text is not None:
+        raise ConfigError("--text compares logits, which takes two model directories; leave it out")
+    if target == "gguf":
+        return lambda source, *rest, **more: export_gguf(_model_folder(source), *rest, **more)
+    return import_gguf
 
 
 def run_doctor(args: argparse.Namespace) -> int:

@@ -107,10 +107,11 @@ def convert_tables(receipt: dict[str, Any], out: str) -> list[Table | str]:
         exact = not any(values)
         shown = ["0", "0"] if exact else [f"{sum(values) / len(values):.5f}", f"{max(values):.5f}"]
         errors.add_row(name, f"{len(values):,}", change, *shown, style="dim" if exact else "")
-    size = sum(file["bytes"] for name, file in receipt["outputs"].items() if name.endswith(".safetensors"))
+    size = sum(file["bytes"] for name, file in receipt["outputs"].items() if name.endswith((".safetensors", ".gguf")))
     note = [receipt["config"]["note"]] if "note" in receipt["config"] else []
-    last = f"{out}: {size / 2**20:,.1f} MiB of weights; next: moekit generate {out} --prompt ..."
-    return [errors, _checks(receipt["checks"]), *note, last]
+    to_gguf = receipt["config"].get("to") == "gguf"
+    then = f"its receipt: {out}.receipt.json" if to_gguf else f"next: moekit generate {out} --prompt ..."
+    return [errors, _checks(receipt["checks"]), *note, f"{out}: {size / 2**20:,.1f} MiB of weights; {then}"]
 
 
 def verify_tables(document: dict[str, Any]) -> list[Table | str]:

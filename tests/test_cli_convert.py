@@ -93,3 +93,48 @@ def test_a_check_that_does_not_hold_is_status_1_and_what_cannot_be_read_is_2(
     assert moekit.load(tmp_path / "new").quantization == "int4"
     assert main(["convert", str(tmp_path / "none"), str(tmp_path / "other"), "--dtype", "int4"]) == 2
     assert "none is not a directory" in capsys.readouterr().err
+
+
+def test_to_gguf_and_back_it_still_knows_the_sentence(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, back = tmp_path / "it.gguf", tmp_path / "back"
+    assert main(["convert", str(trained), str(file), "--to", "gguf", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "it.gguf.receipt.json").read_text())
+    assert main(["convert", str(file), str(back)]) == 0
+    assert "next: moekit generate" in capsys.readouterr().out
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (back / name).read_bytes() == (trained / name).read_bytes()
+    assert main(["convert", str(trained), str(tmp_path / "small.gguf"), "--to", "gguf", "--dtype", "q8_0"]) == 0
+    assert "small.gguf.receipt.json" in capsys.readouterr().out
+    assert said(back, capsys) == said(trained, capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (
+            ["{model}", "{out}"],
+            "--dtype is missing but a model directory to moekit takes float32, bfloat16, int8, int4",
+        ),
+        (
+            ["{model}", "{out}", "--to", "gguf", "--dtype", "int8"],
+            "--dtype is int8 but a model directory to gguf takes",
+        ),
+        (
+            ["{file}", "{out}", "--dtype", "q8_0"],
+            "--dtype is q8_0 but GGUF to moekit takes no --dtype, float32, bfloat16",
+        ),
+        (["{file}", "{out}", "--to", "gguf"], "is a file; make a model directory of it first (--to moekit)"),
+        (["{file}", "{out}", "--text", "{file}"], "--text compares logits, which takes two model directories"),
+        (["{file}", "{out}"], "cannot be read as GGUF"),
+    ],
+)
+def test_options_that_do_not_go_together_are_one_line(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], reason: str
+) -> None:
+    (tmp_path / "empty.gguf").touch()
+    names = {"model": trained, "file": tmp_path / "empty.gguf", "out": tmp_path / "out"}
+    assert main(["convert", *(word.format(**names) for word in words)]) == 2
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -32,8 +32,8 @@ KINDS: dict[str, Kind] = {
     "q8_0": blocks.Q8_0,
     "q4_0": blocks.Q4_0,
 }
-Progress = Callable[[int, int], None]
-"""Called with the bytes that are done and those in all."""
+Progress = Callable[[str, int, int], None]
+"""Called with "convert", the bytes that are done and those in all."""
 
 
 class _Part(NamedTuple):
@@ -113,7 +113,7 @@ def _write(
                 digest.update(chunk)
                 done += len(chunk)
                 if progress is not None:
-                    progress(done, total)
+                    progress("convert", done, total)
             out.flush()
             written = GGUF(Path(out.name))
             assert settings.read(written.keys, written.tensors, str(path)) == model.config

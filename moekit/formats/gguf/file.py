@@ -117,25 +117,27 @@ class GGUF:
             name = self._text(MOST_NAME)
             axes = self._unpack("<I")[0]
             if not 1 <= axes <= MOST_AXES:
-                raise CheckpointError(f"{self.path}: tensor {name} has {axes} axes but must have 1 to {MOST_AXES}")
+                raise CheckpointError(f"{self.path}: tensor {name!r} has {axes} axes but must have 1 to {MOST_AXES}")
             shape = tuple(reversed(self._unpack(f"<{axes}Q")))
             number, begin = self._unpack("<IQ")
             if name in table:
-                raise CheckpointError(f"{self.path} has the tensor {name} twice")
+                raise CheckpointError(f"{self.path} has the tensor {name!r} twice")
             if number not in TYPES:
                 known = ", ".join(f"{kind.name} ({kind.id})" for kind in TYPES.values())
-                raise CheckpointError(f"{self.path}: tensor {name} has type {number} but only these are read: {known}")
+                raise CheckpointError(
+                    f"{self.path}: tensor {name!r} has type {number} but only these are read: {known}"
+                )
             table[name] = info = Info(shape, TYPES[number], begin)
             if 0 in shape or shape[-1] % info.kind.block:
                 raise CheckpointError(
-                    f"{self.path}: tensor {name} has shape {shape}, which {info.kind.name} cannot have"
+                    f"{self.path}: tensor {name!r} has shape {shape}, which {info.kind.name} cannot have"
                 )
             if begin != padded(end, alignment):
-                raise CheckpointError(f"{self.path}: tensor {name} begins at {begin}, not behind the one before")
+                raise CheckpointError(f"{self.path}: tensor {name!r} begins at {begin}, not behind the one before")
             end = begin + info.bytes
             if end > len(self._map):
                 raise CheckpointError(
-                    f"{self.path}: tensor {name} ends at {end} but the file has {len(self._map)} bytes"
+                    f"{self.path}: tensor {name!r} ends at {end} but the file has {len(self._map)} bytes"
                 )
         self._data = padded(self._at, alignment)
         found = len(self._map) - self._data
@@ -152,21 +154,21 @@ class GGUF:
             value: Value = self._scalars(key, kind, 1)[0]
             return value
         if kind != _ARRAY:
-            raise CheckpointError(f"{self.path}: {key} has a value of type {kind}, which GGUF does not have")
+            raise CheckpointError(f"{self.path}: {key!r} has a value of type {kind}, which GGUF does not have")
         kind, count = self._unpack("<IQ")
         if kind == _STRING:
-            self._expect(count, 8, f"texts in {key}")
+            self._expect(count, 8, f"texts in {key!r}")
             return [self._text() for _ in range(count)]
         if kind not in _SCALARS:
-            raise CheckpointError(f"{self.path}: {key} is an array of type {kind}, which is not read")
+            raise CheckpointError(f"{self.path}: {key!r} is an array of type {kind}, which is not read")
         return self._scalars(key, kind, count)
 
     def _scalars(self, key: str, kind: int, count: int) -> list[Any]:
         code = _SCALARS[kind][1]
-        self._expect(count, struct.calcsize(f"<{code}"), f"values in {key}")
+        self._expect(count, struct.calcsize(f"<{code}"), f"values in {key!r}")
         content = self._take(count * struct.calcsize(f"<{code}"))
         if kind == _BOOL and content.strip(b"\0\1"):
-            raise CheckpointError(f"{self.path}: {key} is a boolean but neither 0 nor 1")
+            raise CheckpointError(f"{self.path}: {key!r} is a boolean but neither 0 nor 1")
         return list(struct.unpack(f"<{count}{code}", content))
 
     def _text(self, most: int | None = None) -> str:

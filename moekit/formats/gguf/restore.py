@@ -65,7 +65,7 @@ def import_gguf(
             yield loader.load(key, like.dtype)
             done += like.nbytes
             if progress is not None:
-                progress(done, total)
+                progress("convert", done, total)
 
     with atomic_directory(target) as folder:
         write(folder, wanted, loaded())
@@ -107,7 +107,9 @@ def _check_shapes(file: GGUF, model: Model) -> None:
     if missing := expected.keys() - file.tensors.keys():
         raise CheckpointError(f"{file.path} has no tensor {min(missing)}")
     if alien := file.tensors.keys() - expected.keys():
-        raise CheckpointError(f"{file.path} has {len(alien)} tensors without a place in the model, one is {min(alien)}")
+        raise CheckpointError(
+            f"{file.path} has {len(alien)} tensors without a place in the model, one is {min(alien)!r}"
+        )
     for name, shape in expected.items():
         if (found := file.tensors[name].shape) != shape:
             raise CheckpointError(f"{file.path}: tensor {name} has shape {found} but the settings ask for {shape}")

@@ -4,12 +4,12 @@ Whatever the configuration is taken from, `architecture.keys` must give the file
 over: neither a damaged one nor one that somebody else's model needs.
 """
 
-import json
 import math
 from collections.abc import Collection
 from typing import Any, TypeVar
 
 import numpy as np
+from pydantic_core import from_json
 
 from moekit.config import ModelConfig, validate
 from moekit.errors import CheckpointError, ConfigError, UnsupportedError
@@ -52,9 +52,9 @@ def read(found: dict[str, Value], tensors: Collection[str], where: str) -> Model
         if not key.startswith(f"{name}.") or (key not in again and key in without_use):
             continue
         if key not in again and _IDLE.get(key.removeprefix(f"{name}.")) != value:
-            raise CheckpointError(f"{where} says {key} is {value!r}, which would not be computed")
+            raise CheckpointError(f"{where} says {key!r} is {value!r}, which would not be computed")
         if key in again and not _same(value, again[key]):
-            raise CheckpointError(f"{where} says {key} is {value!r} where the rest of it means {again[key]!r}")
+            raise CheckpointError(f"{where} says {key!r} is {value!r} where the rest of it means {again[key]!r}")
     if again["general.architecture"] != name:
         raise CheckpointError(f"{where} has architecture {name!r} but describes a {again['general.architecture']!r}")
     if OWN in found and (missing := again.keys() - found.keys()):
@@ -63,7 +63,7 @@ def read(found: dict[str, Value], tensors: Collection[str], where: str) -> Model
 
 
 def _own(found: dict[str, Value], layers: int) -> ModelConfig:
-    content = json.loads(str(found[OWN]))
+    content = from_json(str(found[OWN]))
     if not isinstance(content, dict) or content.get("num_hidden_layers") != layers:  # before it is looped over
         raise ConfigError(f"{OWN} is not a model of {layers} layers")
     return validate(ModelConfig, content)

@@ -198,11 +198,11 @@ def _backend(pre: _Pre, tokens: list[str], types: list[int], merges: list[str], 
     added = {number for number, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED)}
     last = max((number for number, kind in enumerate(types) if kind == NORMAL), default=-1)
     vocab = {token: number for number, token in enumerate(tokens[: last + 1]) if types[number] != UNUSED}
+    pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
     try:
-        pairs = [cast(tuple[str, str], tuple(merge.split(" "))) for merge in merges]
         backend = tokenizers.Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre.ignore_merges))
     except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{where} has merges that do not fit its tokens: {error}") from None
+        raise CheckpointError(f"{where} has merges that do not fit its tokens: {str(error).splitlines()[0]}") from None
     splits: list[Any] = [pre_tokenizers.Split(Regex(step), "isolated") for step in pre.steps]
     if pre.steps[-1] == _DIGIT:
         splits[-1] = pre_tokenizers.Digits(individual_digits=True)
