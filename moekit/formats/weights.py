@@ -39,6 +39,7 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+OURS = Disk()
 Stored = Tensor | Quantized
 """What one key stands for; codes and their scales are two tensors on disk."""
 
@@ -60,7 +61,7 @@ def held(model: Model) -> dict[str, Weights]:
     return rest | matrix
 
 
-def split(name: str, weight: Weights, disk: Disk) -> Iterator[tuple[str, Stored]]:
+def split(name: str, weight: Weights, disk: Disk = OURS) -> Iterator[tuple[str, Stored]]:
     """Yields the key on disk and the matrix of each piece of what `held` returns."""
     if isinstance(weight, Mapped):
         parts = (matrix for expert in weight.parts for matrix in expert)
@@ -134,7 +135,7 @@ def _header(shard: Sequence[tuple[str, Tensor]]) -> tuple[bytes, dict[str, int]]
 class Reader:
     """The tensors of a folder; each is taken once, and `finish` finds those that were not."""
 
-    def __init__(self, folder: Path, disk: Disk, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, folder: Path, disk: Disk = OURS, dtype: torch.dtype | None = None) -> None:
         self.folder, self.disk, self.dtype = folder, disk, dtype
         self.files = _open(folder)
         self.left = set(self.files)
