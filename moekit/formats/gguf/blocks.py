@@ -77,6 +77,9 @@ def encode(weight: Stored, kind: Kind, name: str) -> Iterator[Encoded]:
         else:
             content = exact.to(kind.dtype).contiguous()
         content = content.view(torch.uint8).reshape(-1, weight.shape[-1] // kind.block * kind.bytes)
+        if kind.dtype is not None and torch.promote_types(exact.dtype, kind.dtype) == kind.dtype:
+            yield Encoded(content, 0.0, 0.0)
+            continue
         after = decode(content, kind)
         if not bool(torch.isfinite(after).all()):
             raise UnsupportedError(f"{name} has a value or a scale beyond float16's range, which {kind.name} has")

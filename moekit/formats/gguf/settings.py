@@ -26,6 +26,8 @@ _IDLE: dict[str, Value] = {
     "expert_weights_scale": 1.0,
     "rope.scaling.attn_factor": 1.0,
     "rope.scaling.factor": 1.0,
+    "rope.scaling.yarn_beta_fast": 32.0,
+    "rope.scaling.yarn_beta_slow": 1.0,
 }
 """What others write and we do not, where it says only what is so without it."""
 _T = TypeVar("_T", int, float, str, bool)

@@ -211,9 +211,9 @@ def _backend(pre: _Pre, tokens: list[str], types: list[int], merges: list[str], 
         pre_tokenizers.ByteLevel(False) if pre.name == "gpt-2" else pre_tokenizers.Sequence(bytes_only)
     )
     backend.decoder = decoders.ByteLevel()
-    backend.add_tokens(
-        [AddedToken(tokens[number], special=types[number] == CONTROL, normalized=False) for number in sorted(added)]
-    )
+    for number in sorted(added):
+        special = types[number] == CONTROL
+        backend.add_tokens([AddedToken(tokens[number], special=special, normalized=not special)])
     for number, token in enumerate(tokens):
         if types[number] != UNUSED and backend.token_to_id(token) != number:
             raise CheckpointError(f"{where}: token {number}, {token!r}, would become {backend.token_to_id(token)}")
