@@ -117,32 +117,14 @@ def _write(
             out.flush()
             written = GGUF(Path(out.name))
             assert settings.read(written.keys, written.tensors, str(path)) == model.config
-            outputs = {path.name: {"bytes": len(begin) + done, "sha256": digest.hexdigest()}}
-            worst = max(account.used, key=lambda key: account.used[key]["relative_rms"] / account.bounds[key])
-            biases = sum(math.prod(tensor.shape) for name, tensor in tensors.items() if name.endswith(".bias"))
-            parameters = sum(numbers.values()) - biases
             receipt = receipts.make(
                 "convert",
                 model.config,
                 config={"source": account.source, "to": "gguf", "dtype": dtype},
                 inputs=account.inputs,
-                outputs=outputs,
+                outputs={path.name: {"bytes": len(begin) + done, "sha256": digest.hexdigest()}},
                 tensors={"used": account.used, "created": {}, "dropped": account.dropped},
-                checks=[
-                    {
-                        "name": "largest relative RMS error of a tensor",
-                        "value": account.used[worst]["relative_rms"],
-                        "bound": f"<= {account.bounds[worst]:g}",
-                        "held": account.used[worst]["relative_rms"] <= account.bounds[worst],
-                        "of": worst,
-                    },
-                    {
-                        "name": "parameters in the file",
-                        "value": parameters,
-                        "bound": f"== {model.config.num_parameters}",
-                        "held": parameters == model.config.num_parameters,
-                    },
-                ],
+                checks=account.checks(tensors, model.config.num_parameters),
                 device=str(model.embed_tokens.weight.device),
                 seconds=round(time.monotonic() - start, 3),
             )
@@ -220,3 +202,12 @@ class _Account:
             self.bounds[scales] = self.bounds[key]
         else:
             self.dropped[scales] = f"multiplied into {key}"
+
+    def checks(self, tensors: dict[str, _Tensor], parameters: int) -> list[dict[str, Any]]:
+        """Returns whether the worst tensor is as near as its type can be, and whether every parameter is there."""
+        worst = max(self.used, key=lambda key: self.used[key]["relative_rms"] / self.bounds[key])
+        error, bound = self.used[worst]["relative_rms"], self.bounds[worst]
+        found = sum(math.prod(tensor.shape) for name, tensor in tensors.items() if not name.endswith(".bias"))
+        said = {"name": "largest relative RMS error of a tensor", "value": error, "bound": f"<= {bound:g}", "of": worst}
+        there = {"name": "parameters in the file", "value": found, "bound": f"== {parameters}"}
+        return [{**said, "held": error <= bound}, {**there, "held": found == parameters}]

@@ -39,10 +39,11 @@ def read(found: dict[str, Value], tensors: Collection[str], where: str) -> Model
     Raises UnsupportedError for an architecture that is not read, CheckpointError for keys that contradict each other or
     that mean something which we would not compute.
     """
-    name, layers = found.get("general.architecture"), None
+    name = found.get("general.architecture")
     if name not in ARCHITECTURES:
         raise UnsupportedError(f"{where} has architecture {name!r} but these are read: {', '.join(ARCHITECTURES)}")
-    if not isinstance(layers := found.get(f"{name}.block_count"), int) or not 0 < layers <= MOST_LAYERS:
+    layers = found.get(f"{name}.block_count")
+    if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
         raise CheckpointError(f"{where} says {name}.block_count is {layers!r} but 1 to {MOST_LAYERS} are allowed")
     try:
         config = _own(found, layers) if OWN in found else _Keys(str(name), found, where).config(tensors)

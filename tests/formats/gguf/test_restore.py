@@ -157,6 +157,7 @@ def test_keys_that_say_only_what_is_so_anyway_are_read(make: Make, tmp_path: Pat
         for key, value in (("expert_weights_norm", False), ("expert_gating_func", 1), ("expert_group_count", 1)):
             keys[f"deepseek.{key}"] = value
         keys["deepseek.feed_forward_length"] = 999  # no layer is dense
+        keys["deepseek.rope.scaling.yarn_beta_fast"] = 32.0
 
     model = make("deepseek tied, all layers MoE")
     save_gguf(model, tmp_path / "model.gguf")
