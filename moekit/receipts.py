@@ -1,6 +1,7 @@
 """What a step consumed, created and proved, in a form that a machine can check again."""
 
 import datetime
+import math
 import operator
 import platform
 from typing import Any
@@ -73,7 +74,8 @@ def faults(receipt: Receipt) -> list[str]:
         name, value, held = (check.get(key) for key in ("name", "value", "held"))
         sign, _, bound = str(check.get("bound")).partition(" ")
         try:
-            holds = value is not None and {"<=": operator.le, ">=": operator.ge}[sign](value, float(bound))
+            measured = math.nan if value is None else value  # null: it was not a number
+            holds = {"<=": operator.le, ">=": operator.ge}[sign](measured, float(bound))
         except (KeyError, TypeError, ValueError):
             found.append(f"the check {name!r} has no value or no bound")
             continue

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moekit.config import ModelConfig
-from moekit.errors import ConfigError, DataError
+from moekit.errors import CheckpointError, ConfigError, DataError
 from moekit.formats.tokenizer import Tokenizer
 from moekit.formats.weights import Stored
 from moekit.nn.model import Model
@@ -70,6 +70,8 @@ def sample(config: ModelConfig, tokenizer: Tokenizer | None, text: str | None) -
     ids = tokenizer.encode(text)[: SEQUENCES * length]
     if not ids:
         raise DataError("the text to compare on is empty")
+    if (highest := max(ids)) >= config.vocab_size:
+        raise CheckpointError(f"the tokenizer gives the id {highest} but the model's vocab_size is {config.vocab_size}")
     length = min(length, len(ids))
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 

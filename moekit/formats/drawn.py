@@ -17,7 +17,7 @@ from torch import Tensor
 
 ROWS = 1024
 """Of a matrix, its first rows: a part of a drawn matrix is drawn."""
-LEAST = 8
+LEAST = 16
 """Rows and columns below which nothing can be said."""
 STEPS, VECTORS, DRAWS = 6, 4, 32
 CLEAR = 1.3
@@ -30,9 +30,10 @@ def reach(matrix: Float[Tensor, "rows columns"]) -> float | None:
     """Returns the largest singular value over the edge, by subspace iteration; None where nothing can be said."""
     w = matrix[:ROWS].float()
     rows, columns = w.shape
-    size = float(torch.linalg.vector_norm(w)) / math.sqrt(max(1, w.numel()))
-    if min(rows, columns) < LEAST or not size > 0:
+    if min(rows, columns) < LEAST or not (largest := float(w.abs().max())) > 0:
         return None
+    w = w / largest  # squares of anything that float32 holds
+    size = float(torch.linalg.vector_norm(w)) / math.sqrt(w.numel())
     x = torch.randn(columns, VECTORS, generator=torch.Generator().manual_seed(0)).to(w.device)
     for _ in range(STEPS):
         x = torch.linalg.qr(w.T @ (w @ x))[0]
@@ -49,14 +50,15 @@ def highest(rows: int, columns: int) -> float:
     return float(found.mean() + 6 * found.std())
 
 
-def drawn(reaches: dict[str, float], limits: dict[str, float]) -> list[str]:
-    """Returns the names of the matrices that look drawn although the model has learnt; limits are `highest`.
+def drawn(reaches: dict[str, float], shapes: dict[str, tuple[int, int]]) -> list[str]:
+    """Returns the matrices that look drawn although the model has learnt, given the reach and the shape of each.
 
     Matrices are told apart by kind: equal names but for numbers. Nothing is said of a fresh model, nor of one in its
     first steps, where learning shows in some matrices of a kind more than in others: the learnt ones of a kind must
     all be clear of the edge (99 of 100), and so must those of three kinds in four. A kind of which (almost) none has
     learnt is judged by the other kinds, which must all be clear then.
     """
+    limits = {name: highest(*shape) for name, shape in shapes.items()}
     kinds: dict[str, list[str]] = defaultdict(list)
     for name in reaches:
         kinds[re.sub(r"\.\d+\.", ".*.", name)].append(name)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moekit.config import ModelConfig
 from moekit.formats.compare import blocks, numbers
-from moekit.formats.drawn import ROWS, drawn, highest, reach
+from moekit.formats.drawn import ROWS, drawn, reach
 from moekit.formats.weights import Stored, finite
 from moekit.ops.quantize import GROUP, Quantized
 
@@ -30,8 +30,9 @@ class Values:
             "matrices in codes whose scales do not fit": [],
         }
         self._alike: dict[tuple[str, bytes], list[tuple[str, Stored]]] = defaultdict(list)
-        self._reach: dict[str, float] = {}
-        self._limit: dict[str, float] = {}
+        self.reach: dict[str, float] = {}
+        """By matrix, with its shape: what `drawn` judges by."""
+        self.shape: dict[str, tuple[int, int]] = {}
 
     def look(self, key: str, piece: Stored, config: ModelConfig) -> None:
         """Takes in one tensor, by its key on disk."""
@@ -53,10 +54,12 @@ class Values:
             copies.append(f"{key} of {twin}")
         if key.endswith(".mlp.gate.weight"):
             rows += [f"{key}[{row}]" for row in (numbers(piece) == 0).all(-1).nonzero().flatten().tolist()]
+            return  # a router may stay where it began for long, and a layer learn all the same
         if isinstance(piece, Quantized) and not all(_fits(block) for block in blocks(piece)):
             scales.append(key)
-        if (found := reach(numbers(_rows(piece)))) is not None:
-            self._reach[key], self._limit[key] = found, highest(*_rows(piece).shape)
+        first = numbers(_rows(piece))
+        if (found := reach(first)) is not None:
+            self.reach[key], self.shape[key] = found, (first.shape[0], first.shape[1])
 
     def _twin(self, key: str, piece: Stored) -> str | None:
         """Returns the earlier matrix of the same layer and place that is equal to the bit."""
@@ -68,7 +71,7 @@ class Values:
 
     def faults(self) -> dict[str, list[str]]:
         """Returns, for each thing that must not be, the tensors in which it is."""
-        return {**self._faults, "matrices that look drawn, not learnt": drawn(self._reach, self._limit)}
+        return {**self._faults, "matrices that look drawn, not learnt": drawn(self.reach, self.shape)}
 
 
 def _rows(piece: Stored) -> Stored:

@@ -17,7 +17,7 @@ from moekit.errors import CheckpointError, ConfigError
 from moekit.formats.checkpoint import MODEL_TYPE, load, load_config
 from moekit.formats.compare import BOUNDS, check, difference, kind, logits_checks, precision, routing_check, sample
 from moekit.formats.directory import MANIFEST, Manifest
-from moekit.formats.tokenizer import load_tokenizer
+from moekit.formats.tokenizer import Tokenizer, load_tokenizer
 from moekit.formats.values import Values
 from moekit.formats.weights import Reader, Stored, held, split
 from moekit.nn.model import Model
@@ -60,6 +60,7 @@ def verify(
         raise ConfigError("--text is what the two models are compared on; it needs --against")
     config = load_config(folder)
     ours = files.read_json(folder / "config.json", dict[str, Any], CheckpointError).get("model_type") == MODEL_TYPE
+    other = None if against is None else load(against, check_hashes=False, mapped=True)
     report = progress or (lambda phase, done, total: None)
     checks, notes = _files(folder, ours, report)
     roles: dict[str, int] = {}
@@ -78,8 +79,8 @@ def verify(
             values.look(key, piece, config)
             report("weights", done := done + _bytes(piece), total)
         checks += [_none(name, found) for name, found in values.faults().items()]
-        if against is not None:
-            more, said = _compare(model, folder, against, text)
+        if other is not None:
+            more, said = _compare(model, other, _tokenizer(folder, against) if text is not None else None, text)
             checks, notes = checks + more, notes + said
     return {
         "model": str(folder),
@@ -181,9 +182,15 @@ def _differences(found: dict[str, int], said: dict[str, int]) -> list[str]:
     return [f"{role}: {one:,} here, {other:,} there" for role, (one, other) in pairs.items() if one != other]
 
 
-def _compare(model: Model, folder: Path, against: Path, text: str | None) -> tuple[list[Check], list[str]]:
-    """Returns the checks of two models against each other, and what could not be compared."""
-    other = load(against, check_hashes=False, mapped=True)
+def _tokenizer(*folders: Path | None) -> Tokenizer | None:
+    """Returns the tokenizer of the first directory that has one."""
+    return next((load_tokenizer(one) for one in folders if one and (one / "tokenizer.json").is_file()), None)
+
+
+def _compare(
+    model: Model, other: Model, tokenizer: Tokenizer | None, text: str | None
+) -> tuple[list[Check], list[str]]:
+    """Returns the checks of a model against another, and what could not be compared."""
     if model.config.vocab_size != other.config.vocab_size:
         sizes = f"{model.config.vocab_size} and {other.config.vocab_size}"
         return [_none("vocabularies of different size", [sizes])], []
@@ -198,8 +205,6 @@ def _compare(model: Model, folder: Path, against: Path, text: str | None) -> tup
         checks.append(check(name, apart[worst], "<=", bound, of=[worst] if apart[worst] else []))
     else:
         notes.append("the two models have other tensors, so only what they compute was compared")
-    holders = [one for one in (folder, against) if (one / "tokenizer.json").is_file()]
-    tokenizer = load_tokenizer(holders[0]) if text is not None and holders else None
     shorter = min((model.config, other.config), key=lambda config: config.max_position_embeddings)
     ids = sample(shorter, tokenizer, text)
     before, after = (one(ids, return_routing=True) for one in (other, model))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-INPUTS = int(os.environ.get("MOEKIT_FUZZ_INPUTS", "600"))
+INPUTS = int(os.environ.get("MOEKIT_FUZZ_INPUTS", "500"))
 
 
 def test_damaged_and_hostile_directories_are_refused_or_give_the_same_model(
