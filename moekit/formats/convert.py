@@ -8,11 +8,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from moekit import files, receipts
+from moekit import receipts
 from moekit.errors import CheckpointError
 from moekit.formats.checkpoint import MODEL_TYPE, describe, load, read_config, seal
 from moekit.formats.compare import BOUNDS, SEED, Bounds, blocks, check, kind, logits_checks, precision, sample
-from moekit.formats.directory import MANIFEST, Manifest, atomic_directory
+from moekit.formats.directory import atomic_directory, listing
 from moekit.formats.guard import check_folder
 from moekit.formats.layouts import fitting
 from moekit.formats.layouts.tensors import Disk
@@ -133,12 +133,10 @@ def _sources(source: Path, tensors: dict[str, dict[str, Any]], names: Disk) -> d
     """Returns the source's files by hash, after noting in `tensors` what is in them and was not used."""
     left = {used.get("source", key) for key, used in tensors["used"].items()} | tensors["dropped"].keys()
     tensors["dropped"] |= Reader(source, names).rest(left)
-    if not (source / MANIFEST).is_file():  # another library's
-        return files.hashes(source, [file.name for file in source.iterdir() if file.is_file()])
-    listed = files.read_json(source / MANIFEST, Manifest, CheckpointError).model_dump()["files"]
+    listed = listing(source)
     if "training.safetensors" in listed:
         tensors["dropped"]["training.safetensors"] = "the state of a training, which this model does not go on with"
-    return dict(listed)
+    return listed
 
 
 def _meta(piece: Stored) -> Stored:

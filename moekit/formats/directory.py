@@ -93,3 +93,13 @@ def check_directory(path: Path) -> dict[str, Any]:
             continue
         raise CheckpointError(f"{path / name} has changed since it was written: {found}")
     return dict(listed)
+
+
+def listing(path: Path) -> dict[str, Any]:
+    """Returns the files of a model directory by size and hash: as its manifest has them, or measured where it has none.
+
+    Another library's directory has none; nothing is checked here.
+    """
+    if (path / MANIFEST).is_file():
+        return dict(files.read_json(path / MANIFEST, Manifest, CheckpointError).model_dump()["files"])
+    return files.hashes(path, [file.name for file in path.iterdir() if file.is_file()])

@@ -14,7 +14,7 @@ from moekit import files, receipts
 from moekit.config import MHAConfig, MLAConfig
 from moekit.errors import CheckpointError
 from moekit.formats.checkpoint import load
-from moekit.formats.directory import MANIFEST, Manifest
+from moekit.formats.directory import listing
 from moekit.formats.gguf import architecture, blocks, settings, vocabulary
 from moekit.formats.gguf.blocks import Encoded, Kind, encode
 from moekit.formats.gguf.file import GGUF, header, padded
@@ -58,10 +58,10 @@ def export_gguf(
 
     For the rest see `save_gguf`.
     """
-    listed = files.read_json(source / MANIFEST, Manifest, CheckpointError).files
+    listed = listing(source)
     model = load(source, mapped=True)
     tokenizer = load_tokenizer(source) if (source / "tokenizer.json").is_file() else None
-    account = _Account(str(source), {name: entry.model_dump() for name, entry in listed.items()})
+    account = _Account(str(source), listed)
     if "training.safetensors" in listed:
         account.dropped["training.safetensors"] = "the state of a training, for which GGUF has no place"
     return _write(model, target, tokenizer, dtype, progress, account)

@@ -39,7 +39,7 @@ class Disk(NamedTuple):
             scaled = self.block is not None and key + SCALE in opened
             found = f"{tensor.dtype} {'with' if scaled else 'without'} {key}{SCALE} and {QUANTIZATION} in config.json"
             if tensor.dtype != torch.float8_e4m3fn or self.block is None or not scaled:
-                raise CheckpointError(f"{key} is in 8 bits: read are float8_e4m3fn with scales, found {found}")
+                raise CheckpointError(f"{key} is in 8 bits or fewer: read are float8_e4m3fn with scales, found {found}")
             scales = opened[key + SCALE].get_tensor(key + SCALE)
             return unscaled(key, tensor, scales, self.block).to(dtype or torch.bfloat16)
         choice = self.foreign and key.endswith(".e_score_correction_bias") and tensor.is_floating_point()

@@ -110,7 +110,7 @@ def test_the_name_matters(
     tokenizer = trained("dbrx")
     save_gguf(make("llama", vocab_size=1510), tmp_path / "model.gguf", tokenizer)
     content = (tmp_path / "model.gguf").read_bytes()
-    (tmp_path / "other.gguf").write_bytes(content.replace(b"\4\0\0\0\0\0\0\0dbrx", b"\5\0\0\0\0\0\0\0gpt-2", 1)[:-1])
+    (tmp_path / "other.gguf").write_bytes(content.replace(b"\4\0\0\0\0\0\0\0dbrx", b"\4\0\0\0\0\0\0\0olmo", 1))
     different = [text for text in texts if llama_ids(tmp_path / "other.gguf", text) != tokenizer.encode(text)]
     assert len(different) > 10
 
