@@ -92,6 +92,12 @@ def test_granularity_keeps_routed_parameters_and_active_width() -> None:
     assert cut[2] == peers.Shape()
 
 
+@pytest.mark.usefixtures("scripts")
+def test_a_fresh_model_is_not_blamed_for_what_it_has_not_learnt(tmp_path: Path) -> None:
+    _module("drawn").main(["--fresh", "1", "--toys", "0", "--out", str(tmp_path / "result.md")])
+    assert "| fresh | 1 | 786 | 0 |" in (tmp_path / "result.md").read_text()
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no list of allowed cores")
 def test_a_script_binds_its_threads_but_not_what_it_starts(tmp_path: Path) -> None:
     """The process restarts itself with the binding; a child that is let go has all cores again."""

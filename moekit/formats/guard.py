@@ -7,6 +7,7 @@ and any name; that is refused here.
 
 import json
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ WAY_OUT = (
 )
 
 
-def check_folder(folder: Path) -> None:
-    """Raises CheckpointError unless it is a directory in which links lead to nothing outside of it.
+def check_folder(folder: Path, names: Collection[str] = ()) -> None:
+    """Raises CheckpointError unless it is a directory in which links (`names`: these alone) lead to nothing outside.
 
     A snapshot in a Hugging Face cache, models--NAME/snapshots/REVISION, consists of links to models--NAME/blobs; those
     may be. Whatever is neither file nor folder (a pipe would block its reader for ever) is refused too.
@@ -38,6 +39,8 @@ def check_folder(folder: Path) -> None:
     if home.parent.name == "snapshots" and (cache := home.parent.parent).name.startswith("models--"):
         homes.append(cache / "blobs")
     for entry in folder.iterdir():
+        if names and entry.name not in names:
+            continue
         try:
             real, mode = entry.resolve(), entry.stat().st_mode
         except FileNotFoundError:

@@ -143,7 +143,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if path.is_dir():
-        check_folder(path)
+        check_folder(path, ("tokenizer.json", "tokenizer_config.json"))  # prepared data may lie on another disk
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist; give a tokenizer.json or a directory that holds one")

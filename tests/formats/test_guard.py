@@ -53,11 +53,12 @@ def header(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def test_a_link_out_of_the_directory_is_refused_by_every_reader(folder: Path, name: str) -> None:
     (folder / name).rename(folder.parent / name)
     (folder / name).symlink_to(folder.parent / name)
-    for read in (load, load_config, load_tokenizer):
-        message = (
-            f"{folder / name} is a link that leads out of its directory, to {folder.parent / name}; put a copy there"
-        )
-        assert refusal(folder, read) == message
+    message = f"{folder / name} is a link that leads out of its directory, to {folder.parent / name}; put a copy there"
+    assert refusal(folder) == refusal(folder, load_config) == message
+    if name == "tokenizer.json":
+        assert refusal(folder, load_tokenizer) == message
+    else:
+        load_tokenizer(folder)  # the shards of prepared data may well lie on another disk
     (folder / name).unlink()
     (folder / name).symlink_to(Path("..") / name)
     assert "leads out of its directory" in refusal(folder)
