@@ -64,18 +64,21 @@ class Outcome(NamedTuple):
 
 
 def sources(folder: Path) -> list[Source]:
-    """Returns directories of all kinds: one file or shards, float32 or bfloat16 or codes, bias, hash table, MLA."""
+    """Returns directories of all kinds: files or shards, numbers or codes, bias, hash table, MLA, others' layouts."""
     tokenizer = train_tokenizer(["it was the best of times, it was the worst of times\n"], 280)
     mha = {"kind": "mha", "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 6}
     mla = {"kind": "mla", "num_attention_heads": 2, "kv_lora_rank": 5, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2}
     moe = {"kind": "moe", "n_routed_experts": 3, "n_shared_experts": 1, "num_experts_per_tok": 2}
     bias = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
     made = []
-    for number, (attention, ffn, dtype, shard_bytes) in enumerate((
-        (mha, {"first_k_dense_replace": 1, "intermediate_size": 14}, "float32", 5_000_000),
-        (mha, bias, "bfloat16", 9_000),
-        ({**mla, "v_head_dim": 3}, {}, "int4", 5_000_000),
-        (mha, {"topk_method": "hash"}, "int8", 15_000),
+    dense = {"first_k_dense_replace": 1, "intermediate_size": 14}
+    for number, (attention, ffn, dtype, shard_bytes, layout) in enumerate((
+        (mha, dense, "float32", 5_000_000, "moekit"),
+        (mha, bias, "bfloat16", 9_000, "moekit"),
+        ({**mla, "v_head_dim": 3}, {}, "int4", 5_000_000, "moekit"),
+        (mha, {"topk_method": "hash"}, "int8", 15_000, "moekit"),
+        (mha, dense, "float32", 15_000, "deepseek"),
+        ({**mla, "v_head_dim": 3}, {**bias, "norm_topk_prob": True}, "bfloat16", 5_000_000, "deepseek_v3"),
     )):  # fmt: skip
         sizes = {"vocab_size": 280, "hidden_size": 12, "num_hidden_layers": 2, "max_position_embeddings": 32}
         parts = {"attention": attention, "ffn": {**moe, "moe_intermediate_size": 8, **ffn}}
@@ -87,10 +90,11 @@ def sources(folder: Path) -> list[Source]:
         else:
             model.to(getattr(torch, dtype))
         usual, weights.SHARD_BYTES = weights.SHARD_BYTES, shard_bytes
-        save(model, folder / str(number), tokenizer)
+        save(model, folder / str(number), tokenizer, layout=layout)
         weights.SHARD_BYTES = usual
         content = {file.name: file.read_bytes() for file in (folder / str(number)).iterdir()}
-        made.append(Source(content, config, {k: v.clone() for k, v in load(folder / str(number)).state_dict().items()}))
+        again = load(folder / str(number))
+        made.append(Source(content, again.config, {k: v.clone() for k, v in again.state_dict().items()}))
     return made
 
 
@@ -378,7 +382,7 @@ def main(argv: list[str] | None = None) -> None:
         "# Damaged and hostile directories", "",
         f"`python benchmarks/fuzz.py --inputs {args.inputs} --seed {args.seed}`, commit {args.commit}, moekit "
         f"{ran['moekit']}, torch {ran['torch']}, safetensors {ran['safetensors']}, {ran['system']}.", "",
-        "Small valid directories of four kinds with one to three changes each, read in four ways; what the outcomes "
+        "Small valid directories of six kinds with one to three changes each, read in four ways; what the outcomes "
         "mean stands at the top of the script.", "",
         f"| {args.inputs:,} inputs | {' | '.join(kinds)} |", "| --- |" + " --- |" * len(kinds), *rows,
         f"| all | {' | '.join(total)} |", "",

@@ -1,10 +1,13 @@
 """What a model is: typed, frozen, strict. Leaf names are the DeepSeek checkpoints' own."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moekit.config import counts
+
+FLOAT32 = 3.4e38
+"""No number of a setting may be larger: torch would fail where it is used."""
 
 
 class Strict(BaseModel):
@@ -23,6 +26,13 @@ class Strict(BaseModel):
                 if isinstance(part, dict) and "kind" not in part:
                     values = {**values, key: {"kind": kind, **part}}
         return values
+
+    @model_validator(mode="after")
+    def _held(self) -> Self:
+        for name, value in self:
+            if isinstance(value, int | float) and abs(value) > FLOAT32:
+                raise ValueError(f"{name} is larger than float32 holds, {FLOAT32:g}")
+        return self
 
 
 class YarnConfig(Strict):

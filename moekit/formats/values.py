@@ -29,34 +29,36 @@ class Values:
             "hash tables with an expert that does not exist": [],
             "matrices in codes whose scales do not fit": [],
         }
+        self._names: dict[str, str] = {}
         self._alike: dict[tuple[str, bytes], list[tuple[str, Stored]]] = defaultdict(list)
         self.reach: dict[str, float] = {}
         """By matrix, with its shape: what `drawn` judges by."""
         self.shape: dict[str, tuple[int, int]] = {}
 
-    def look(self, key: str, piece: Stored, config: ModelConfig) -> None:
-        """Takes in one tensor, by its key on disk."""
+    def look(self, key: str, piece: Stored, config: ModelConfig, shown: str | None = None) -> None:
+        """Takes in one tensor, by its key in a moekit directory, and what it is called in this one."""
+        self._names[key] = shown = shown or key
         infinite, constant, copies, rows, tables, scales = self._faults.values()
         parts = _parts(piece)
         if not all(map(finite, parts)):
-            infinite.append(key)
+            infinite.append(shown)
             return
         if key.endswith(".hash_table"):
             low, high = parts[0].aminmax()
             if config.ffn.kind == "moe" and not 0 <= int(low) <= int(high) < config.ffn.n_routed_experts:
-                tables.append(key)
+                tables.append(shown)
             return
-        if len(piece.shape) < 2:
+        if len(piece.shape) < 2 or min(piece.shape) < 2:
             return
         if parts[0].numel() >= LEAST and all(bool(torch.eq(*part.aminmax())) for part in parts):
-            constant.append(key)
+            constant.append(shown)
         elif ".mlp.experts." in key and (twin := self._twin(key, piece)):
-            copies.append(f"{key} of {twin}")
+            copies.append(f"{shown} of {self._names[twin]}")
         if key.endswith(".mlp.gate.weight"):
-            rows += [f"{key}[{row}]" for row in (numbers(piece) == 0).all(-1).nonzero().flatten().tolist()]
+            rows += [f"{shown}[{row}]" for row in (numbers(piece) == 0).all(-1).nonzero().flatten().tolist()]
             return  # a router may stay where it began for long, and a layer learn all the same
         if isinstance(piece, Quantized) and not all(_fits(block) for block in blocks(piece)):
-            scales.append(key)
+            scales.append(shown)
         first = numbers(_rows(piece))
         if (found := reach(first)) is not None:
             self.reach[key], self.shape[key] = found, (first.shape[0], first.shape[1])
@@ -71,7 +73,8 @@ class Values:
 
     def faults(self) -> dict[str, list[str]]:
         """Returns, for each thing that must not be, the tensors in which it is."""
-        return {**self._faults, "matrices that look drawn, not learnt": drawn(self.reach, self.shape)}
+        unlearnt = [self._names[key] for key in drawn(self.reach, self.shape)]
+        return {**self._faults, "matrices that look drawn, not learnt": unlearnt}
 
 
 def _rows(piece: Stored) -> Stored:

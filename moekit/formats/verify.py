@@ -14,12 +14,14 @@ import torch
 from moekit import files, receipts
 from moekit.config import ModelConfig, parameters
 from moekit.errors import CheckpointError, ConfigError
-from moekit.formats.checkpoint import MODEL_TYPE, load, load_config
+from moekit.formats.checkpoint import load, read_config
 from moekit.formats.compare import BOUNDS, check, difference, kind, logits_checks, precision, routing_check, sample
 from moekit.formats.directory import MANIFEST, Manifest
+from moekit.formats.guard import check_folder
+from moekit.formats.layouts.tensors import Disk
 from moekit.formats.tokenizer import Tokenizer, load_tokenizer
 from moekit.formats.values import Values
-from moekit.formats.weights import Reader, Stored, held, split
+from moekit.formats.weights import OURS, Reader, Stored, held, split
 from moekit.nn.model import Model
 from moekit.ops.quantize import Quantized
 
@@ -36,7 +38,7 @@ ROLES = (
     (r"\.self_attn\.", "attention"),
     (r"\.mlp\.router\.weight$", "router"),
     (r"\.mlp\.experts\.", "routed"),
-    (r"\.mlp\.shared_experts\.", "shared"),
+    (r"\.mlp\.shared_expert", "shared"),
     (r"\.mlp\.\w+_proj\.", "dense"),
 )
 """A tensor's role is that of the first pattern that its name in the state dict matches; buffers have none."""
@@ -58,25 +60,25 @@ def verify(
     start = time.monotonic()
     if text is not None and against is None:
         raise ConfigError("--text is what the two models are compared on; it needs --against")
-    config = load_config(folder)
-    ours = files.read_json(folder / "config.json", dict[str, Any], CheckpointError).get("model_type") == MODEL_TYPE
-    other = None if against is None else load(against, check_hashes=False, mapped=True)
+    check_folder(folder)
+    config, _, disk = read_config(folder)
+    other = None if against is None else _load(against)
     report = progress or (lambda phase, done, total: None)
-    checks, notes = _files(folder, ours, report)
+    checks, notes = _files(folder, not disk.foreign, report)
     roles: dict[str, int] = {}
     try:
-        model = load(folder, check_hashes=False, mapped=True)
+        model = _load(folder)
     except CheckpointError as error:
         checks.append(_none("tensors, shapes and types against the config", [str(error)]))
         notes.append("the weights cannot be read as this model, so nothing in them was looked at")
     else:
-        checks.append(_none("tensors, shapes and types against the config", _mislabelled(folder, model, ours)))
+        checks.append(_none("tensors, shapes and types against the config", _mislabelled(folder, model, disk)))
         roles = _roles(model)
         checks += _counts(folder, config, roles)
         values = Values()
         total, done = sum(_bytes(piece) for _, piece in _pieces(model)), 0
-        for key, piece in _pieces(model):
-            values.look(key, piece, config)
+        for (key, piece), (shown, _) in zip(_pieces(model), _pieces(model, disk), strict=True):
+            values.look(key, piece, config, shown)
             report("weights", done := done + _bytes(piece), total)
         checks += [_none(name, found) for name, found in values.faults().items()]
         if other is not None:
@@ -144,12 +146,12 @@ def _receipt(folder: Path) -> receipts.Receipt:
     return files.read_json(folder / receipts.FILE, receipts.Receipt, CheckpointError)
 
 
-def _mislabelled(folder: Path, model: Model, ours: bool) -> list[str]:
+def _mislabelled(folder: Path, model: Model, disk: Disk) -> list[str]:
     """Returns the tensors of another type than config.json says; float32 may stand anywhere."""
-    if not ours:
-        return []
     said = files.read_json(folder / "config.json", dict[str, Any], CheckpointError).get("dtype")
     allowed = (said, "float32", "int64", model.quantization)
+    if disk.foreign:
+        return []
     return [f"{key} is {kind(piece)}, not {said}" for key, piece in _pieces(model) if kind(piece) not in allowed]
 
 
@@ -199,7 +201,7 @@ def _compare(
     ours, theirs = dict(_pieces(model)), dict(_pieces(other))
     if {key: tuple(piece.shape) for key, piece in ours.items()} == {key: tuple(p.shape) for key, p in theirs.items()}:
         apart = {key: difference(theirs[key], piece) for key, piece in ours.items()}
-        worst = max(apart, key=lambda key: apart[key])
+        worst = max(apart, key=lambda key: apart[key])  # in our names: the two may have other ones
         bound = BOUNDS[_coarser(*kinds)].weights if kinds[0] != kinds[1] else 0.0
         name = "largest relative RMS difference of a tensor"
         checks.append(check(name, apart[worst], "<=", bound, of=[worst] if apart[worst] else []))
@@ -228,9 +230,15 @@ def _coarser(one: str, other: str) -> str:
     return max(one, other, key=list(BOUNDS).index)
 
 
-def _pieces(model: Model) -> Iterator[tuple[str, Stored]]:
-    """Yields every tensor on disk that is not a scale, as it lies there."""
-    return (entry for name, weight in held(model).items() for entry in split(name, weight))
+def _load(folder: Path) -> Model:
+    """Returns the model with its weights in their files, but for those of 8 bits, which are scaled as they are read."""
+    check_folder(folder)
+    return load(folder, check_hashes=False, mapped=read_config(folder)[2].block is None)
+
+
+def _pieces(model: Model, disk: Disk = OURS) -> Iterator[tuple[str, Stored]]:
+    """Yields every tensor on disk that is not a scale, as it lies there, by its name in that layout."""
+    return (entry for name, weight in held(model).items() for entry in split(name, weight, disk))
 
 
 def _bytes(piece: Stored) -> int:

@@ -291,6 +291,68 @@ def test_against_a_model_of_another_shape_only_what_it_computes_is_compared(
     assert fell(folder, against=tmp_path / "small") == {"vocabularies of different size": ["280 and 61"]}
 
 
+@pytest.mark.parametrize(
+    ("layout", "attention", "ffn"),
+    [
+        ("deepseek", {}, {"first_k_dense_replace": 1, "intermediate_size": 20}),
+        ("deepseek_v2", {"kind": "mla", "q_lora_rank": 5}, {}),
+        (
+            "deepseek_v3",
+            {"kind": "mla", "q_lora_rank": 5},
+            {"norm_topk_prob": True, **BIAS},
+        ),
+        ("mixtral", {}, {"n_shared_experts": 0, "norm_topk_prob": True}),
+        ("qwen2_moe", {"attention_bias": "qkv"}, {"shared_expert_gate": True}),
+        ("llama", {}, {"kind": "dense"}),
+    ],
+)
+def test_another_librarys_directory_holds_with_and_without_what_only_moekit_writes(
+    tiny_config: Configs, tmp_path: Path, layout: str, attention: dict[str, Any], ffn: dict[str, Any]
+) -> None:
+    model = Model(tiny_config(hidden_size=24, attention=attention, ffn=ffn))
+    save(model, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "theirs", layout=layout)
+    assert fell(tmp_path / "theirs", against=tmp_path / "ours") == {}
+    for name in (MANIFEST, receipts.FILE):
+        (tmp_path / "theirs" / name).unlink()
+    document = verify(tmp_path / "theirs", tmp_path / "ours")
+    assert document["held"]
+    assert document["notes"][:2] == [
+        f"there is no {name}; only moekit writes one" for name in (MANIFEST, receipts.FILE)
+    ]
+    assert fell(tmp_path / "ours", against=tmp_path / "theirs") == {}
+
+
+def test_weights_in_8_bits_which_cannot_be_mapped_are_verified_too(tiny_config: Configs, tmp_path: Path) -> None:
+    config = tiny_config(attention={"kind": "mla", "q_lora_rank": 5}, ffn={"norm_topk_prob": True, **BIAS})
+    save(Model(config).to(torch.bfloat16), tmp_path / "m", layout="deepseek_v3")
+    tensors = load_file(tmp_path / "m" / WEIGHTS)
+    for key in [key for key in tensors if "_proj" in key]:
+        scale = tensors[key].abs().max().float() / 448
+        tensors[f"{key}_scale_inv"] = scale.reshape(1, 1)
+        tensors[key] = (tensors[key].float() / scale).to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "m" / WEIGHTS)
+    content = json.loads((tmp_path / "m" / "config.json").read_text())
+    codes = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    files.write_json(tmp_path / "m" / "config.json", content | {"quantization_config": codes})
+    reseal(tmp_path / "m")
+    assert fell(tmp_path / "m") == {}
+    assert fell(tmp_path / "m", against=tmp_path / "m") == {}
+
+
+def test_tensors_are_told_by_the_names_that_they_have_on_disk(tiny_config: Configs, tmp_path: Path) -> None:
+    model = Model(tiny_config(ffn={"n_shared_experts": 0, "norm_topk_prob": True}))
+    with torch.no_grad():
+        model.moe_layers[1].experts.down_proj[3] = model.moe_layers[1].experts.down_proj[2]
+        model.moe_layers[0].router.weight[4] = 0
+    save(model, tmp_path / "m", layout="mixtral")
+    stem = "model.layers.1.block_sparse_moe.experts"
+    assert fell(tmp_path / "m") == {
+        "experts' matrices that are another one's copy": [f"{stem}.3.w2.weight of {stem}.2.w2.weight"],
+        "router rows of zeros": ["model.layers.0.block_sparse_moe.gate.weight[4]"],
+    }
+
+
 def test_what_cannot_be_read_at_all_is_an_error(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nothing is not a directory"):
         verify(tmp_path / "nothing")
