@@ -164,7 +164,8 @@ def main(argv: Sequence[str]) -> None:
         args,
         f"{args.model} in {args.dtype}: mapped and loaded",
         f"{size:.1f} GiB of weights on a machine of {memory:.1f} GiB. Tokens/s: the median of the first quarter of "
-        f"{args.tokens} tokens, the median and the mean of the second half.",
+        f"{args.tokens} tokens, the median and the mean of the second half. Own memory: mapped, what is not the "
+        "files', at the end; loaded, the peak, with what was read of the files.",
         guard,
         [measure.table(header, rows)],
         ["trained routers, whose choices repeat more than random ones"],
