@@ -7,7 +7,8 @@ from pathlib import Path
 
 from moekit.errors import MoekitError
 
-BOUND = {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}
+BOUND = {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores", "THP_MEM_ALLOC_ENABLE": "1"}
+"""And torch's memory in huge pages, as `moekit` asks for; it is the process that asks, so the others have it too."""
 
 
 def bound(main: Callable[[Sequence[str]], None]) -> None:

@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # whatever the locale, text of any language can be written
             stream.reconfigure(encoding="utf-8", errors="replace")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's large blocks in huge pages; read when it starts
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     logging.getLogger("moekit").setLevel(logging.INFO)
     status = 0
