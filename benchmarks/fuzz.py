@@ -291,7 +291,12 @@ def fitted(content: Content) -> Content:
 
 
 def _differ(one: Content, other: Content) -> bool:
-    """Returns whether two contents say different things; a manifest may be spelt in another way."""
+    """Returns whether two contents say different things; a manifest may be spelt in another way.
+
+    Without manifest and receipt another library's layout says the same: that library writes neither.
+    """
+    if not {MANIFEST, receipts.FILE} & one.keys() and "deepseek" in json.loads(other["config.json"])["model_type"]:
+        one = one | {name: other[name] for name in (MANIFEST, receipts.FILE)}
     try:
         manifests = [json.loads(content[MANIFEST]) for content in (one, other)]
     except (KeyError, TypeError, ValueError, RecursionError):

@@ -478,7 +478,7 @@ def _converter(args: argparse.Namespace, text: str | None) -> Callable[..., dict
     if target == "gguf":
         dtypes = (*dtypes, "float16", "q8_0", "q4_0")
     elif source != "GGUF":
-        dtypes = (*dtypes, "int8", "int4")[target == "moekit" :]
+        dtypes = (*dtypes, "int8", "int4")
     if args.dtype not in dtypes:
         allowed = f"{source} to {target} takes {', '.join(name or 'no --dtype' for name in dtypes)}"
         raise ConfigError(f"--dtype is {args.dtype or 'missing'} but {allowed}")

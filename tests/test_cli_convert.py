@@ -115,7 +115,7 @@ def test_to_gguf_and_back_it_still_knows_the_sentence(
     [
         (
             ["{model}", "{out}"],
-            "--dtype is missing but a model directory to moekit takes float32, bfloat16, int8, int4",
+            "is a moekit directory already; --dtype is missing, allowed: float32, bfloat16, int8, int4",
         ),
         (
             ["{model}", "{out}", "--to", "gguf", "--dtype", "int8"],

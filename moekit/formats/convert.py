@@ -3,13 +3,13 @@
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from moekit import receipts
-from moekit.errors import CheckpointError
+from moekit.errors import CheckpointError, ConfigError
 from moekit.formats.checkpoint import MODEL_TYPE, describe, load, read_config, seal
 from moekit.formats.compare import BOUNDS, SEED, Bounds, blocks, check, kind, logits_checks, precision, sample
 from moekit.formats.directory import atomic_directory, listing
@@ -43,8 +43,8 @@ def convert(
     `text` is what the logits are compared on, its first tokens; None: random tokens. One matrix at a time is in memory,
     whatever the size of the model. `progress` gets "convert", bytes of the source done, bytes in all.
 
-    Raises CheckpointError for a tensor that is not finite, UnsupportedError where the layout cannot hold the model; a
-    check that does not hold is only said in the receipt.
+    Raises CheckpointError for a tensor that is not finite, ConfigError where nothing is to change, UnsupportedError
+    where the layout cannot hold the model; a check that does not hold is only said in the receipt.
     """
     start = time.monotonic()
     if target.exists():
@@ -52,6 +52,9 @@ def convert(
     check_folder(source)
     config, codes, names = read_config(source)
     layout = fitting(config) if layout == "hf" else layout
+    if dtype is None and layout == MODEL_TYPE and not names.foreign:
+        precisions = ", ".join(get_args(Precision))
+        raise ConfigError(f"{source} is a {layout} directory already; --dtype is missing, allowed: {precisions}")
     model = load(source, mapped=names.block is None)
     tokenizer = load_tokenizer(source) if (source / "tokenizer.json").is_file() else None
     ids = sample(config, tokenizer, text)

@@ -99,20 +99,14 @@ def _files(folder: Path, ours: bool, report: Progress) -> tuple[list[Check], lis
     """Returns the checks of the manifest and of the receipt against the files, and what there was none of."""
     found = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and entry.name != MANIFEST)
     wanted = [name for name in (MANIFEST, receipts.FILE) if (folder / name).is_file()]
-    notes = [
-        f"there is no {name}; only moekit writes one" for name in {MANIFEST, receipts.FILE} - {*wanted} if not ours
-    ]
+    ours = ours or bool(wanted)  # whoever wrote one of them wrote both
+    notes = [] if ours else [f"there is no {name}; only moekit writes one" for name in (MANIFEST, receipts.FILE)]
     hashed: dict[str, Any] = {}
     total = sum((folder / name).stat().st_size for name in found)
     for name in found if wanted else ():
         hashed |= files.hashes(folder, [name])
         report("files", sum(entry["bytes"] for entry in hashed.values()), total)
-    checks: list[Check] = []
-    if ours or MANIFEST in wanted:
-        checks += _against_manifest(folder, hashed)
-    if ours or receipts.FILE in wanted:
-        checks += _against_receipt(folder, hashed)
-    return checks, sorted(notes)
+    return [*_against_manifest(folder, hashed), *_against_receipt(folder, hashed)] if ours else [], notes
 
 
 def _against_manifest(folder: Path, hashed: dict[str, Any]) -> Iterator[Check]:

@@ -103,6 +103,7 @@ def write(folder: Path, wanted: Sequence[tuple[str, Stored]], tensors: Iterable[
                 file.seek(len(header) + begins[key])
                 file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         weight_map |= dict.fromkeys((key for key, _ in shard), name)
+    assert next(coming, None) is None, "more tensors than were told ahead"
     if len(shards) > 1:
         total = sum(tensor.nbytes for shard in shards for _, tensor in shard)
         files.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

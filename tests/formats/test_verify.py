@@ -313,8 +313,9 @@ def test_another_librarys_directory_holds_with_and_without_what_only_moekit_writ
     save(model, tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "theirs", layout=layout)
     assert fell(tmp_path / "theirs", against=tmp_path / "ours") == {}
-    for name in (MANIFEST, receipts.FILE):
-        (tmp_path / "theirs" / name).unlink()
+    (tmp_path / "theirs" / MANIFEST).unlink()
+    assert "files missing or changed since they were written" in fell(tmp_path / "theirs")
+    (tmp_path / "theirs" / receipts.FILE).unlink()
     document = verify(tmp_path / "theirs", tmp_path / "ours")
     assert document["held"]
     assert document["notes"][:2] == [
