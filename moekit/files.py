@@ -3,7 +3,9 @@
 import contextlib
 import hashlib
 import json
+import mmap
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -79,6 +81,19 @@ def read_bytes(path: Path, error: type[MoekitError]) -> bytes:
         return path.read_bytes()
     except OSError as problem:
         raise error(f"{path} cannot be read: {problem.strerror}") from None
+
+
+def mapped(path: Path) -> mmap.mmap:
+    """Returns a file as memory that tensors can share: no page of it is read before it is looked at, none is written.
+
+    torch wants memory that could be written to. Linux lends that only up to what it has, and so refuses a file larger
+    than memory, unless it is told that nothing needs to be reserved. Raises OSError, ValueError for an empty file.
+    """
+    with path.open("rb") as file:
+        if sys.platform != "linux":
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
+        return mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | no_reserve, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

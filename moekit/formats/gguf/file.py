@@ -5,7 +5,6 @@ the tensors, each on a multiple of the alignment and right behind the one before
 """
 
 import math
-import mmap
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moekit import files
 from moekit.errors import CheckpointError
 from moekit.formats.gguf.blocks import TYPES, Kind
 
@@ -77,8 +77,7 @@ class GGUF:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants it writable; no page is
+            self._map = files.mapped(path)
         except (OSError, ValueError) as error:  # ValueError: an empty file
             raise CheckpointError(
                 f"{path} cannot be read as GGUF: {getattr(error, 'strerror', None) or error}"

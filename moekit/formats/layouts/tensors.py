@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from moekit.errors import CheckpointError, UnsupportedError
+from moekit.formats.guard import Safetensors
 from moekit.formats.layouts.layout import QUANTIZATION, Layout, Values
 from moekit.formats.names import Piece, pieces
 
@@ -32,20 +33,20 @@ class Disk(NamedTuple):
         """Returns the tensors on disk that together are the state-dict tensor `name`."""
         return pieces(name, shape, self.renamed)
 
-    def tensor(self, opened: Mapping[str, Any], key: str, dtype: torch.dtype | None) -> Tensor:
+    def tensor(self, opened: Mapping[str, Safetensors], key: str, dtype: torch.dtype | None) -> Tensor:
         """Returns a tensor as numbers that the model can hold: 8 bits as `dtype` or bfloat16, biases in float32."""
-        tensor: Tensor = opened[key].get_tensor(key)
+        tensor: Tensor = opened[key].tensor(key)
         if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
             scaled = self.block is not None and key + SCALE in opened
             found = f"{tensor.dtype} {'with' if scaled else 'without'} {key}{SCALE} and {QUANTIZATION} in config.json"
             if tensor.dtype != torch.float8_e4m3fn or self.block is None or not scaled:
                 raise CheckpointError(f"{key} is in 8 bits or fewer: read are float8_e4m3fn with scales, found {found}")
-            scales = opened[key + SCALE].get_tensor(key + SCALE)
+            scales = opened[key + SCALE].tensor(key + SCALE)
             return unscaled(key, tensor, scales, self.block).to(dtype or torch.bfloat16)
         choice = self.foreign and key.endswith(".e_score_correction_bias") and tensor.is_floating_point()
         return tensor.float() if choice else tensor  # the selection bias: bfloat16 would round its steps
 
-    def dropped(self, opened: Mapping[str, Any], left: set[str]) -> dict[str, str]:
+    def dropped(self, opened: Mapping[str, Safetensors], left: set[str]) -> dict[str, str]:
         """Returns, of the tensors that the model has no place for, those that may be there, each with the reason."""
         reasons: dict[str, str] = {}
         for key in sorted(left) if self.foreign else ():
@@ -53,14 +54,14 @@ class Disk(NamedTuple):
             weight = key.removesuffix(SCALE)
             if layer and int(layer[1]) in self.extra:
                 reasons[key] = "multi-token prediction, which moekit does not do"
-            elif 0 in opened[key].get_slice(key).get_shape():
+            elif 0 in opened[key].shape(key):
                 reasons[key] = "it holds no number: transformers' shared experts where there are none"
             elif key.endswith(".rotary_emb.inv_freq"):
                 reasons[key] = "a buffer that follows from the configuration"
-            elif key != weight and weight in opened and opened[weight].get_slice(weight).get_dtype() == "F8_E4M3":
+            elif key != weight and weight in opened and opened[weight].kind(weight) == "F8_E4M3":
                 reasons[key] = f"scales, multiplied into {weight}"
             elif self.tied and key == HEAD and EMBEDDING in opened:
-                if not torch.equal(*(opened[name].get_tensor(name) for name in (HEAD, EMBEDDING))):
+                if not torch.equal(*(opened[name].tensor(name) for name in (HEAD, EMBEDDING))):
                     raise CheckpointError(f"{HEAD} differs from {EMBEDDING} but tie_word_embeddings is true")
                 reasons[key] = f"tied: it is {EMBEDDING} again"
         return reasons
