@@ -23,7 +23,8 @@ def decoder(model: Model, cache: KVCache) -> Decoder | None:
     Known are multi-head, grouped-query and latent attention, without biases or norms of queries and keys, with dense,
     shared and routed SwiGLU experts, chosen by any router but a hash, the shared ones without a gate, on a CPU, weights
     of any precision. Its sums are float32 whatever the weights are, so in bfloat16 it is closer to the exact model than
-    the model's own forward. Weights and cache must stay where they are.
+    the model's own forward; beside weights in codes it rounds activations to 8 bits where the CPU multiplies such
+    (`ops.reference.rounded`). Weights and cache must stay where they are.
     """
     if model.experts_backend not in ("auto", "native"):
         return None

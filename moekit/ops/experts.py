@@ -115,7 +115,11 @@ def unavailable(backend: str, x: Tensor, gate_up: Weights, down: Weights) -> str
 def native_features() -> dict[str, Any]:
     """Returns what the compiled kernels use of this CPU, or why there are none."""
     found = build.native()
-    return {"unavailable": found.reason, "lanes": found.lanes, "bfloat16": found.bfloat16, "amx": found.amx}
+    return {
+        "unavailable" if name == "reason" else name: value
+        for name, value in found._asdict().items()
+        if name != "library"
+    }
 
 
 def _reference(rows: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: Tensor) -> Tensor:

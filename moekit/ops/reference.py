@@ -18,6 +18,13 @@ def swiglu(x: Float[Tensor, "*any dim"], gate_up: Float[Tensor, "ff2 dim"], down
     return y
 
 
+def rounded(x: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any dim"]:
+    """Returns activations as decoding multiplies them with weights in codes: whole 127ths of each group's largest."""
+    groups = x.unflatten(-1, (-1, 32))
+    scales = groups.abs().amax(-1, keepdim=True) / 127
+    return torch.where(scales == 0, 0, (groups / scales).round() * scales).flatten(-2)
+
+
 def chosen_experts(
     scores: Float[Tensor, "units experts"],
     k: int,

@@ -54,6 +54,8 @@ class Native(NamedTuple):
     bfloat16: bool
     """Products of bfloat16 run on a unit of their own, not through float32."""
     amx: bool
+    rounds: bool
+    """A decoding step multiplies weights in codes in 8-bit integers, with activations rounded to such (decision 29)."""
     lanes: int
     """Floats in a vector."""
     reason: str | None
@@ -97,7 +99,7 @@ def load(path: Path) -> Native:
         getattr(library, name).argtypes = types
         getattr(library, name).restype = None
     features = int(library.moekit_features())
-    return Native(library, bool(features & 1), bool(features & 2), features >> 8, None)
+    return Native(library, bool(features & 1), bool(features & 2), bool(features & 4), features >> 8, None)
 
 
 def compile_source(compiler: str, target: Path, *more: str) -> None:
@@ -143,7 +145,7 @@ def cpu() -> str:
 
 def _none(reason: str) -> Native:
     logger.info("no native kernels: %s; torch's products are used", reason)
-    return Native(None, False, False, 0, reason)
+    return Native(None, False, False, False, 0, reason)
 
 
 def matrices(count: int, kind: int, data: int, data_bytes: int, scales: int = 0, scales_bytes: int = 0) -> np.ndarray:

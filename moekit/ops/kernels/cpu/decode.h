@@ -1,5 +1,6 @@
 // One decoding step of a whole model: a token per sequence in, its logits out. Every weight that is needed is read once,
-// by the thread that owns its rows; the sums are float32. Threads meet eight times a layer, ten with routed experts.
+// by the thread that owns its rows; the sums are float32. Norms and routing every thread does for itself, which takes less
+// than waiting for one that does it: threads meet six times a layer, seven with routed experts.
 
 #pragma once
 
@@ -62,7 +63,8 @@ void fetch_likely(const DecodeLayer& next, const float* x, float eps, int64_t di
     std::vector<float> n(batch * dim), affinity(batch * next.experts);
     std::vector<Choice> likely;
     normed(x, next.ffn_norm, eps, dim, batch, n.data());
-    rows_of({next.router, nullptr, 0}, 0, next.experts, dim, n.data(), dim, batch, affinity.data(), next.experts);
+    Rows in{n.data(), dim, batch, dim};
+    rows_of({next.router, nullptr, 0}, 0, next.experts, in, affinity.data(), next.experts);
     for (int64_t b = 0; b < batch; b++) choose(next, affinity.data() + b * next.experts, b, likely);
     for (const Choice& choice : likely) fetch(next.routed[choice.expert], dim, next.ff, false);
 }
@@ -77,11 +79,8 @@ void decode_step(const DecodeModel& model, int64_t batch, const int64_t* ids, co
         widest = std::max(widest, std::max(2 * l.dense_ff * batch, 2 * l.ff * l.chosen * batch));
         most = std::max(most, l.experts);
     }
-    std::vector<float> x(batch * d), n(batch * d), made(batch * model.row()), y(batch * wide), hidden(widest), routed(widest);
+    std::vector<float> x(batch * d), made(batch * model.row()), y(batch * wide), hidden(widest), routed(widest);
     std::vector<float> affinity(batch * (most + 1)), scores(threads * FEW * longest);
-    std::vector<Choice> choices;
-    std::vector<int64_t> starts;  // where each visited expert's choices begin
-    std::vector<float> inputs, weights;
 #pragma omp parallel num_threads(threads)
     {
 #ifdef _OPENMP
@@ -90,8 +89,10 @@ void decode_step(const DecodeModel& model, int64_t batch, const int64_t* ids, co
         const int64_t me = 0, all = 1;
 #endif
         auto part = [&](int64_t rows, int64_t who) { return part_of(rows, who, all); };
+        std::vector<float> n(batch * d), out(batch * d), inputs;
+        std::vector<Choice> choices;
+        std::vector<int64_t> starts;  // where each visited expert's choices begin
         const Step step{batch, lengths, longest, me, all, n.data(), made.data(), y.data(), scores.data() + me * FEW * longest};
-        std::vector<float> out(batch * d);
 #pragma omp single
         for (int64_t b = 0; b < batch; b++)
             for (int64_t i = 0; i < d; i++)
@@ -99,7 +100,6 @@ void decode_step(const DecodeModel& model, int64_t batch, const int64_t* ids, co
                                                     : ((const float*)model.embedding.data)[ids[b] * d + i];
         for (int64_t at = 0; at < model.layers; at++) {
             const DecodeLayer& l = model.layer[at];
-#pragma omp single
             normed(x.data(), l.attention_norm, model.eps, d, batch, n.data());
             if (!model.rank)
                 head_attention<C>(model, l, step);
@@ -108,66 +108,67 @@ void decode_step(const DecodeModel& model, int64_t batch, const int64_t* ids, co
             else
                 latent_attention<C, float>(model, l, step);
             const int64_t first = part(d, me), last = part(d, me + 1);
-            step.product(l.o, d, wide, y.data(), wide, out.data(), d);
+            Rows attended = step.rows(y.data(), wide, wide);
+            step.product(l.o, d, attended, out.data(), d);
             for (int64_t b = 0; b < batch; b++)
                 for (int64_t i = first; i < last; i++) x[b * d + i] += out[b * d + i];
 #pragma omp barrier
-#pragma omp single
             normed(x.data(), l.ffn_norm, model.eps, d, batch, n.data());
+            Rows in = step.rows(n.data(), d, d);
             if (l.experts) {
-                step.product({l.router, nullptr, 0}, l.experts, d, n.data(), d, affinity.data(), l.experts);
+                step.product({l.router, nullptr, 0}, l.experts, in, affinity.data(), l.experts);
 #pragma omp barrier
-#pragma omp single
-                {
-                    choices.clear();
-                    for (int64_t b = 0; b < batch; b++) choose(l, affinity.data() + b * l.experts, b, choices);
-                    std::stable_sort(choices.begin(), choices.end(), [](const Choice& a, const Choice& b) { return a.expert < b.expert; });
-                    starts.clear();
-                    for (size_t i = 0; i < choices.size(); i++)
-                        if (!i || choices[i].expert != choices[i - 1].expert) starts.push_back(i);
-                    starts.push_back(choices.size());
-                    if (l.mapped)
-                        for (size_t s = 0; s + 1 < starts.size(); s++) fetch(l.routed[choices[starts[s]].expert], d, l.ff, true);
-                    if (at + 1 < model.layers && model.layer[at + 1].mapped)
-                        fetch_likely(model.layer[at + 1], x.data(), model.eps, d, batch);
-                    inputs.resize(choices.size() * d);
-                    for (size_t i = 0; i < choices.size(); i++)
-                        std::copy_n(n.data() + choices[i].token * d, d, inputs.data() + i * d);
-                }
+                choices.clear();
+                for (int64_t b = 0; b < batch; b++) choose(l, affinity.data() + b * l.experts, b, choices);
+                std::stable_sort(choices.begin(), choices.end(), [](const Choice& a, const Choice& b) { return a.expert < b.expert; });
+                starts.clear();
+                for (size_t i = 0; i < choices.size(); i++)
+                    if (!i || choices[i].expert != choices[i - 1].expert) starts.push_back(i);
+                starts.push_back(choices.size());
+                if (!me && l.mapped)
+                    for (size_t s = 0; s + 1 < starts.size(); s++) fetch(l.routed[choices[starts[s]].expert], d, l.ff, true);
+                if (!me && at + 1 < model.layers && model.layer[at + 1].mapped)
+                    fetch_likely(model.layer[at + 1], x.data(), model.eps, d, batch);
+                inputs.resize(batch > 1 ? choices.size() * d : 0);
+                for (size_t i = 0; batch > 1 && i < choices.size(); i++)
+                    std::copy_n(n.data() + choices[i].token * d, d, inputs.data() + i * d);
                 const int64_t f = l.ff, begin = part(f, me), end = part(f, me + 1);
                 for (size_t s = 0; s + 1 < starts.size(); s++) {
                     const int64_t c = starts[s], count = starts[s + 1] - c;
                     const Expert& expert = l.routed[choices[c].expert];
                     float* h = routed.data() + c * 2 * f;
-                    rows_of(expert.gate, begin, end, d, inputs.data() + c * d, d, count, h, 2 * f);
-                    rows_of(expert.up, begin, end, d, inputs.data() + c * d, d, count, h + f, 2 * f);
+                    Rows its = {inputs.data() + c * d, d, count, d}, &of = batch > 1 ? its : in;  // one token: all read the same
+                    rows_of(expert.gate, begin, end, of, h, 2 * f);
+                    rows_of(expert.up, begin, end, of, h + f, 2 * f);
                     for (int64_t m = 0; m < count; m++) swiglu(h + m * 2 * f + begin, f, end - begin, h + m * 2 * f + begin);
                 }
             }
             const int64_t f = l.dense_ff, begin = part(f, me), end = part(f, me + 1);
             if (f) {
-                step.product(l.dense.gate, f, d, n.data(), d, hidden.data(), 2 * f);
-                step.product(l.dense.up, f, d, n.data(), d, hidden.data() + f, 2 * f);
+                step.product(l.dense.gate, f, in, hidden.data(), 2 * f);
+                step.product(l.dense.up, f, in, hidden.data() + f, 2 * f);
                 for (int64_t b = 0; b < batch; b++) swiglu(hidden.data() + b * 2 * f + begin, f, end - begin, hidden.data() + b * 2 * f + begin);
             }
 #pragma omp barrier
             if (f) {
-                step.product(l.dense.down, d, f, hidden.data(), 2 * f, out.data(), d);
+                Rows inner = step.rows(hidden.data(), 2 * f, f);
+                step.product(l.dense.down, d, inner, out.data(), d);
                 for (int64_t b = 0; b < batch; b++)
                     for (int64_t i = first; i < last; i++) x[b * d + i] += out[b * d + i];
             }
             for (size_t s = 0; l.experts && s + 1 < starts.size(); s++) {
                 const int64_t c = starts[s], count = starts[s + 1] - c;
-                rows_of(l.routed[choices[c].expert].down, first, last, l.ff, routed.data() + c * 2 * l.ff, 2 * l.ff, count, out.data(), d);
+                Rows inner = {routed.data() + c * 2 * l.ff, 2 * l.ff, count, l.ff};
+                rows_of(l.routed[choices[c].expert].down, first, last, inner, out.data(), d);
                 for (int64_t m = 0; m < count; m++)
                     for (int64_t i = first; i < last; i++)
                         x[choices[c + m].token * d + i] += choices[c + m].weight * out[m * d + i];
             }
 #pragma omp barrier
         }
-#pragma omp single
         normed(x.data(), model.norm, model.eps, d, batch, n.data());
-        step.product(model.head, model.vocab, d, n.data(), d, logits, model.vocab);
+        Rows last = step.rows(n.data(), d, d);
+        step.product(model.head, model.vocab, last, logits, model.vocab);
     }
 }
 

@@ -22,63 +22,14 @@ inline void softmax(float* x, int64_t n, float scale) {
     for (int64_t j = 0; j < n; j++) x[j] *= inverse;
 }
 
+constexpr int64_t AHEAD = 8;  // cached positions, or rows of a matrix, that are asked for before they are read
+
 // Turns the pairs (x[i step], x[i step + apart]) by their angles.
 inline void turn(float* x, int64_t step, int64_t apart, const float* cos, const float* sin, int64_t half) {
     for (int64_t i = 0; i < half; i++) {
         const float p = x[i * step], q = x[i * step + apart];
         x[i * step] = p * cos[i] - q * sin[i];
         x[i * step + apart] = q * cos[i] + p * sin[i];
-    }
-}
-
-// Softmax attention of one head's query over `length` cached keys.
-template <class C>
-void attend(const C* keys, const C* values, int64_t stride, int64_t length, int64_t width, const float* q, float scale,
-            float* scores, float* y) {
-    for (int64_t j = 0; j < length; j++) {
-        vec sum = {};
-        int64_t i = 0;
-        for (; i + LANES <= width; i += LANES) sum += load(q + i) * load(keys + j * stride + i);
-        float rest = total(sum);
-        for (; i < width; i++) rest += q[i] * to_float(keys[j * stride + i]);
-        scores[j] = rest;
-    }
-    softmax(scores, length, scale);
-    std::fill(y, y + width, 0.0f);
-    for (int64_t j = 0; j < length; j++) {
-        const float p = scores[j];
-        int64_t i = 0;
-        for (; i + LANES <= width; i += LANES) store(y + i, load(y + i) + p * load(values + j * stride + i));
-        for (; i < width; i++) y[i] += p * to_float(values[j * stride + i]);
-    }
-}
-
-// Multi-head and grouped-query attention.
-template <class C> void head_attention(const DecodeModel& model, const DecodeLayer& l, const Step& s) {
-    const int64_t d = model.dim, hd = model.head_dim, half = hd / 2, all_heads = model.heads + model.kv_heads;
-    const int64_t wide = model.heads * hd, narrow = model.kv_heads * hd, entry = model.entry(), row = model.row();
-    s.product(l.q, wide, d, s.x, d, s.made, row);
-    s.product(l.k, narrow, d, s.x, d, s.made + wide, row);
-    s.product(l.v, narrow, d, s.x, d, s.made + wide + narrow, row);
-#pragma omp barrier
-#pragma omp for schedule(static)
-    for (int64_t job = 0; job < s.batch * all_heads; job++) {  // rotate, and keep
-        const int64_t b = job / all_heads, h = job % all_heads, at = s.lengths[b];
-        float* head = s.made + b * row + h * hd;
-        turn(head, 1, half, model.cos + at * half, model.sin + at * half, half);
-        if (h < model.heads) continue;
-        C* kept = (C*)l.cache + (b * model.cache_length + at) * entry + (h - model.heads) * hd;
-        for (int64_t i = 0; i < hd; i++) {
-            assign(kept[i], head[i]);
-            assign(kept[narrow + i], head[narrow + i]);
-        }
-    }
-#pragma omp for schedule(static)
-    for (int64_t job = 0; job < s.batch * model.heads; job++) {
-        const int64_t b = job / model.heads, h = job % model.heads;
-        const C* keys = (const C*)l.cache + b * model.cache_length * entry + h * model.kv_heads / model.heads * hd;
-        attend(keys, keys + narrow, entry, s.lengths[b] + 1, hd, s.made + b * row + h * hd, model.softmax_scale, s.scores,
-               s.y + b * wide + h * hd);
     }
 }
 
@@ -93,7 +44,7 @@ void add_rows(const T* rows, int64_t stride, int64_t width, const float* by, int
         vec b[N];
         for (int j = 0; j < N; j++) {
             b[j] = load(rows + j * stride + i);
-            __builtin_prefetch(rows + (N + j) * stride + i, 0, 3);
+            __builtin_prefetch(rows + (AHEAD + j) * stride + i, 0, 3);
         }
         for (int m = 0; m < M; m++) {
             vec sum = load(out + m * ldo + i);
@@ -124,6 +75,64 @@ void mix(const T* rows, int64_t stride, int64_t count, int64_t width, int64_t m,
     if (m == 3) mix_of<3>(rows, stride, count, width, by, ldb, out, ldo);
 }
 
+// Softmax attention of `heads` queries, at most FEW, over `length` cached keys; head h reads a key or value at h's `from`.
+// Position by position, all heads of it: what lies side by side is read together.
+template <class C>
+void attend(const C* keys, const C* values, int64_t stride, int64_t length, int64_t width, int64_t heads, const int64_t* from,
+            const float* q, float scale, float* scores, int64_t lds, float* y) {
+    const int64_t span = from[heads - 1] + width - from[0];
+    for (int64_t j = 0; j < length; j++) {
+        ask((const char*)(keys + (j + AHEAD) * stride + from[0]), 0, span * sizeof(C));
+        for (int64_t h = 0; h < heads; h++) scores[h * lds + j] = dot(q + h * width, keys + j * stride + from[h], width);
+    }
+    for (int64_t h = 0; h < heads; h++) softmax(scores + h * lds, length, scale);
+    std::fill_n(y, heads * width, 0.0f);
+    for (int64_t j = 0; j < length; j += 4)
+        for (int64_t h = 0; h < heads; h++) {
+            const C* rows = values + j * stride + from[h];
+            const int64_t taken = std::min<int64_t>(4, length - j);
+            if (taken == 4)
+                add_rows<1, 4>(rows, stride, width, scores + h * lds + j, lds, y + h * width, width);
+            else
+                for (int64_t i = 0; i < taken; i++)
+                    add_rows<1, 1>(rows + i * stride, stride, width, scores + h * lds + j + i, lds, y + h * width, width);
+        }
+}
+
+// Multi-head and grouped-query attention.
+template <class C> void head_attention(const DecodeModel& model, const DecodeLayer& l, const Step& s) {
+    const int64_t d = model.dim, hd = model.head_dim, half = hd / 2, all_heads = model.heads + model.kv_heads;
+    const int64_t wide = model.heads * hd, narrow = model.kv_heads * hd, entry = model.entry(), row = model.row();
+    Rows in = s.rows(s.x, d, d);
+    s.product(l.q, wide, in, s.made, row);
+    s.product(l.k, narrow, in, s.made + wide, row);
+    s.product(l.v, narrow, in, s.made + wide + narrow, row);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t job = 0; job < s.batch * all_heads; job++) {  // rotate, and keep
+        const int64_t b = job / all_heads, h = job % all_heads, at = s.lengths[b];
+        float* head = s.made + b * row + h * hd;
+        turn(head, 1, half, model.cos + at * half, model.sin + at * half, half);
+        if (h < model.heads) continue;
+        C* kept = (C*)l.cache + (b * model.cache_length + at) * entry + (h - model.heads) * hd;
+        for (int64_t i = 0; i < hd; i++) {
+            assign(kept[i], head[i]);
+            assign(kept[narrow + i], head[narrow + i]);
+        }
+    }
+    const int64_t jobs = s.batch * model.heads, last = jobs * (s.me + 1) / s.all;
+    for (int64_t job = jobs * s.me / s.all, taken; job < last; job += taken) {
+        const int64_t b = job / model.heads, h = job % model.heads;
+        taken = std::min({(int64_t)FEW, last - job, model.heads - h});
+        int64_t from[FEW];
+        for (int64_t i = 0; i < taken; i++) from[i] = (h + i) * model.kv_heads / model.heads * hd;
+        const C* keys = (const C*)l.cache + b * model.cache_length * entry;
+        attend(keys, keys + narrow, entry, s.lengths[b] + 1, hd, taken, from, s.made + b * row + h * hd, model.softmax_scale,
+               s.scores, s.longest, s.y + b * wide + h * hd);
+    }
+#pragma omp barrier
+}
+
 // Latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1.2), its up-projections absorbed; W is what they are in. From
 // the absorbed query on a thread has its heads to itself, so that it reads their up-projections once, the cache once for
 // FEW of them, and waits for nobody. Threads beyond the number of heads have none.
@@ -132,11 +141,12 @@ template <class C, class W> void latent_attention(const DecodeModel& model, cons
     const int64_t rank = model.rank, q_rank = model.q_rank, nope = hd - rope, vd = model.value_dim;
     const int64_t entry = model.entry(), row = model.row();
     float *q = s.made, *fresh = q + heads * hd, *low = fresh + entry, *absorbed = low + q_rank;
-    s.product(l.k, entry, d, s.x, d, fresh, row);
+    Rows in = s.rows(s.x, d, d);
+    s.product(l.k, entry, in, fresh, row);
     if (q_rank)
-        s.product(l.q_a, q_rank, d, s.x, d, low, row);
+        s.product(l.q_a, q_rank, in, low, row);
     else
-        s.product(l.q, heads * hd, d, s.x, d, q, row);
+        s.product(l.q, heads * hd, in, q, row);
 #pragma omp barrier
     for (int64_t b = s.me; b < s.batch; b += s.all) {  // norm, rotate, and keep
         float* x = fresh + b * row;
@@ -148,7 +158,8 @@ template <class C, class W> void latent_attention(const DecodeModel& model, cons
     if (q_rank) {  // every thread for itself: that is less than meeting once more
         std::vector<float> x(s.batch * q_rank);
         for (int64_t b = 0; b < s.batch; b++) normed(low + b * row, l.q_norm, model.latent_eps, q_rank, 1, x.data() + b * q_rank);
-        s.product(l.q, heads * hd, q_rank, x.data(), q_rank, q, row);
+        Rows in = s.rows(x.data(), q_rank, q_rank);
+        s.product(l.q, heads * hd, in, q, row);
     }
 #pragma omp barrier
     const int64_t first = heads * s.me / s.all, last = heads * (s.me + 1) / s.all;

@@ -47,9 +47,10 @@ struct Step {
     float *made, *y;         // (batch, row()), (batch, heads value_dim)
     float* scores;           // (FEW, longest), this thread's own
 
-    // Its part of x W^T, or of other rows than x.
-    void product(const Matrix& w, int64_t rows, int64_t k, const float* from, int64_t ld, float* to, int64_t ldo) const {
-        rows_of(w, part_of(rows, me, all), part_of(rows, me + 1, all), k, from, ld, batch, to, ldo);
+    Rows rows(const float* from, int64_t ld, int64_t k) const { return {from, ld, batch, k}; }
+    // This thread's part of `in` W^T.
+    void product(const Matrix& w, int64_t rows, Rows& in, float* to, int64_t ldo) const {
+        rows_of(w, part_of(rows, me, all), part_of(rows, me + 1, all), in, to, ldo);
     }
 };
 

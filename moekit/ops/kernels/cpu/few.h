@@ -2,15 +2,9 @@
 
 #pragma once
 
-#include "weights.h"
+#include "rounded.h"
 
 namespace {
-
-// Asks for part `number` of the rows at `from`, which are read soon, `bytes` a part: several rows read side by side are
-// more than the machine's own prefetching follows. Twice as fast where weights come from memory.
-inline void ask(const char* from, int64_t number, int64_t bytes) {
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + number * bytes + b, 0, 3);
-}
 
 // out[m * ldo + n] = w's row n times x's row m, for M rows of x and N of w.
 template <int M, int N, class T> void block(const Plain<T>& w, int64_t n, const float* x, int64_t ldx, float* out, int64_t ldo) {
@@ -26,12 +20,11 @@ template <int M, int N, class T> void block(const Plain<T>& w, int64_t n, const 
             for (int m = 0; m < M; m++) sum[m][j] += a[m] * b;
         }
     }
-    for (int m = 0; m < M; m++)
-        for (int j = 0; j < N; j++) {
-            float rest = total(sum[m][j]);
-            for (int64_t r = i; r < w.k; r++) rest += x[m * ldx + r] * to_float(at[j * w.k + r]);
-            out[m * ldo + n + j] = rest;
-        }
+    for (int m = 0; m < M; m++) {
+        totals(sum[m], out + m * ldo + n);
+        for (int64_t r = i; r < w.k; r++)
+            for (int j = 0; j < N; j++) out[m * ldo + n + j] += x[m * ldx + r] * to_float(at[j * w.k + r]);
+    }
 }
 
 template <int M, int N, int BITS>
@@ -54,11 +47,10 @@ void block(const Groups<BITS>& w, int64_t n, const float* x, int64_t ldx, float*
             }
         }
     }
-    for (int m = 0; m < M; m++)
-        for (int j = 0; j < N; j++) out[m * ldo + n + j] = total(sum[m][j]);
+    for (int m = 0; m < M; m++) totals(sum[m], out + m * ldo + n);
 }
 
-template <int M, class W> void dots_of(const W& w, int64_t rows, const float* x, int64_t ldx, float* out, int64_t ldo) {
+template <int M, class W, class X> void dots_of(const W& w, int64_t rows, const X* x, int64_t ldx, float* out, int64_t ldo) {
     int64_t n = 0;
     for (; n + 4 <= rows; n += 4) block<M, 4>(w, n, x, ldx, out, ldo);
     for (; n < rows; n++) block<M, 1>(w, n, x, ldx, out, ldo);
@@ -79,34 +71,62 @@ inline void swiglu(const float* gate, int64_t up, int64_t count, float* to) {
     }
 }
 
-template <class W> void dots(int64_t m, const W& w, int64_t rows, const float* x, int64_t ldx, float* out, int64_t ldo) {
+template <class W, class X> void dots(int64_t m, const W& w, int64_t rows, const X* x, int64_t ldx, float* out, int64_t ldo) {
     if (m == 1) dots_of<1>(w, rows, x, ldx, out, ldo);
     if (m == 2) dots_of<2>(w, rows, x, ldx, out, ldo);
     if (m == 3) dots_of<3>(w, rows, x, ldx, out, ldo);
     if (m == 4) dots_of<4>(w, rows, x, ldx, out, ldo);
 }
 
-template <class W>
-void rows_with(const W& w, int64_t first, int64_t last, const float* x, int64_t ldx, int64_t count, float* out, int64_t ldo) {
+template <class W, class X>
+void rows_with(const W& w, int64_t first, int64_t last, const X* x, int64_t ldx, int64_t count, float* out, int64_t ldo) {
     for (int64_t m = 0; m < count; m += FEW)
         dots(std::min<int64_t>(FEW, count - m), w.rows(first), last - first, x + m * ldx, ldx, out + m * ldo, ldo);
 }
 
-// out[m * ldo + n] = row n of a matrix times x's row m, for rows `first` to `last`, any m.
-void rows_of(const Matrix& w, int64_t first, int64_t last, int64_t k, const float* x, int64_t ldx, int64_t count, float* out,
-             int64_t ldo) {
-    if (w.kind == 0) rows_with(Plain<float>(w.data, w.scales, k), first, last, x, ldx, count, out + first, ldo);
-    if (w.kind == 1) rows_with(Plain<bf16>(w.data, w.scales, k), first, last, x, ldx, count, out + first, ldo);
-    if (w.kind == 2) rows_with(Groups<8>(w.data, w.scales, k), first, last, x, ldx, count, out + first, ldo);
-    if (w.kind == 3) rows_with(Groups<4>(w.data, w.scales, k), first, last, x, ldx, count, out + first, ldo);
+// Rows of activations for products with several matrices, rounded when the first one in codes asks for that.
+struct Rows {
+    const float* x;
+    int64_t ld, count, k;
+#ifdef HAS_VNNI
+    std::vector<Chunk<8>> in8 = {};
+    std::vector<Chunk<4>> in4 = {};
+
+    template <int BITS> void product(const Groups<BITS>& w, int64_t first, int64_t last, std::vector<Chunk<BITS>>& in, float* out, int64_t ldo) {
+        const int64_t chunks = Chunk<BITS>::count(k);
+        if (in.empty()) {
+            in.resize(count * chunks);
+            for (int64_t i = 0; i < count * chunks; i++) {
+                const int64_t done = i % chunks * Chunk<BITS>::GROUPS;
+                in[i].round(x + i / chunks * ld + done * GROUP, w.groups - done);
+            }
+        }
+        rows_with(w, first, last, in.data(), chunks, count, out, ldo);
+    }
+#endif
+};
+
+// out[m * ldo + n] = row n of a matrix times row m of `in`, for rows `first` to `last` of the matrix.
+void rows_of(const Matrix& w, int64_t first, int64_t last, Rows& in, float* out, int64_t ldo) {
+    const Groups<8> bytes(w.data, w.scales, in.k);
+    const Groups<4> halves(w.data, w.scales, in.k);
+    if (w.kind == 0) rows_with(Plain<float>(w.data, w.scales, in.k), first, last, in.x, in.ld, in.count, out + first, ldo);
+    if (w.kind == 1) rows_with(Plain<bf16>(w.data, w.scales, in.k), first, last, in.x, in.ld, in.count, out + first, ldo);
+#ifdef HAS_VNNI
+    if (w.kind == 2) in.product(bytes, first, last, in.in8, out + first, ldo);
+    if (w.kind == 3) in.product(halves, first, last, in.in4, out + first, ldo);
+#else
+    if (w.kind == 2) rows_with(bytes, first, last, in.x, in.ld, in.count, out + first, ldo);
+    if (w.kind == 3) rows_with(halves, first, last, in.x, in.ld, in.count, out + first, ldo);
+#endif
 }
 
-inline float dot(const float* a, const float* b, int64_t n) {
+template <class T> inline float dot(const float* a, const T* b, int64_t n) {
     vec sum = {};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) sum += load(a + i) * load(b + i);
     float rest = total(sum);
-    for (; i < n; i++) rest += a[i] * b[i];
+    for (; i < n; i++) rest += a[i] * to_float(b[i]);
     return rest;
 }
 

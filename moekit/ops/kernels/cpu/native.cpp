@@ -18,7 +18,7 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// What the file was compiled for: bit 0 bfloat16 products, bit 1 AMX, the lanes of a float32 vector from bit 8 on.
+// What the file was compiled for: bit 0 bfloat16 products, bit 1 AMX, bit 2 codes in 8-bit integers, the lanes of a float32 vector from bit 8 on.
 EXPORT int moekit_features() {
     int features = LANES << 8;
 #ifdef HAS_BF16
@@ -31,6 +31,9 @@ EXPORT int moekit_features() {
     use_amx = syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
 #endif
     if (use_amx) features |= 2;
+#endif
+#ifdef HAS_VNNI
+    features |= 4;
 #endif
     return features;
 }
