@@ -243,6 +243,22 @@ def test_trainer_trains_recomputing_saves_and_resumes(folder: Path) -> None:
     assert same(moekit.load(folder / "run" / "checkpoint-4"), first.model.to_moekit())
 
 
+def test_a_plain_trainer_logs_the_balance_loss_beside_the_loss(folder: Path) -> None:
+    rows = [{"input_ids": row, "labels": row} for row in random_ids(8, 12)]
+    given = transformers.TrainingArguments(max_steps=3, gradient_accumulation_steps=2, **arguments(folder))
+    trainer = transformers.Trainer(opened(folder), given, None, rows, callbacks=[moekit.hf.LogAuxLoss()])
+    seen = []
+    trainer.model.register_forward_hook(lambda model, inputs, out: seen.append(float(out.aux_loss)))
+    trainer.train()
+    logged = [entry["aux_loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx([sum(pair) / 2 for pair in zip(seen[::2], seen[1::2], strict=True)])
+    assert len(logged) == 3
+    plain = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SMALL_LLAMA))
+    with pytest.raises(UnsupportedError, match="LogAuxLoss is for moekit's models; this one is a LlamaForCausalLM"):
+        transformers.Trainer(plain, given, None, rows, callbacks=[moekit.hf.LogAuxLoss()]).train()
+
+
+SMALL_LLAMA = {"vocab_size": 280, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
 LORA = {"r": 4, "target_modules": ["q_proj", "o_proj", "shared_experts.up_proj"], "task_type": "CAUSAL_LM"}
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 

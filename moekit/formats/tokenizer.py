@@ -26,7 +26,7 @@ BOS_NAMES = ("<s>", "<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<bos>
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<｜▁pad▁｜>")  # noqa: RUF001
 
 # Contractions; a word with one leading mark or space; one to three digits; punctuation; line ends; other white space.
-# The pattern is Llama 3's to the letter: runtimes that rebuild pre-tokenizers by name (GGUF) know it as llama-bpe.
+# The pattern is Llama 3's to the letter: runtimes that rebuild pre-tokenizers by name (GGUF) know it.
 PRE_TOKENIZER = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -67,12 +67,13 @@ class Tokenizer:
         self.pad_id = eos_id if pad_id is None else pad_id
 
     def _special(self, key: str, names: Sequence[str], where: str) -> int | None:
-        """Returns the id of the token that the config calls `key`, else of the first of `names` that exists."""
+        """Returns the id of the token that the config calls `key`, else of the first special one of `names`."""
         token = self.config.get(key)
         if isinstance(token, dict):  # an AddedToken as transformers wrote it before version 5
             token = token.get("content")
         if token is None:
-            return next((i for i in map(self._plain.token_to_id, names) if i is not None), None)
+            special = {t.content: i for i, t in self._plain.get_added_tokens_decoder().items() if t.special}
+            return next((special[name] for name in names if name in special), None)
         if not isinstance(token, str) or (number := self._plain.token_to_id(token)) is None:
             raise CheckpointError(f"tokenizer_config.json says {key} is {token!r}, which {where} does not contain")
         return number

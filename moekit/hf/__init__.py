@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moekit.hf.cache import Cache as Cache
+from moekit.hf.callbacks import LogAuxLoss as LogAuxLoss
 from moekit.hf.config import DeepseekConfig as DeepseekConfig
 from moekit.hf.config import MoekitConfig as MoekitConfig
 from moekit.hf.model import DeepseekForCausalLM as DeepseekForCausalLM

@@ -13,6 +13,7 @@ import moekit
 from moekit.config import ModelConfig
 from moekit.formats import weights
 from moekit.formats.layouts import LAYOUTS
+from moekit.formats.verify import verify
 
 transformers = pytest.importorskip("transformers")
 
@@ -184,6 +185,7 @@ def test_what_transformers_writes_is_read_and_written_again_to_the_bit(
     theirs.save_pretrained(tmp_path / "theirs")
     ours = moekit.load(tmp_path / "theirs")
     agree(ours, theirs)
+    assert [check for check in verify(tmp_path / "theirs")["checks"] if not check["held"]] == []
     moekit.save(ours, tmp_path / "ours", layout=case[0])
     again = read(case[0], tmp_path / "ours")
     before, after = theirs.state_dict(), again.state_dict()
