@@ -85,6 +85,7 @@ def parser(script: str, description: str | None, repeats: int) -> argparse.Argum
     made.add_argument("--repeats", type=int, default=repeats, help=f"rounds that count, after one more ({repeats})")
     made.add_argument("--threads", type=int, help="of this process; default: as torch chooses")
     made.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
+    made.add_argument("--return-memory", action="store_true", help="give freed memory back, as glibc does unasked")
     return made
 
 
@@ -93,8 +94,9 @@ def parse(made: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namesp
 
     Freed memory is kept, as `moekit train` keeps it: ours and the others' alike, since it is the process that is asked.
     """
-    keep_memory()
     args = made.parse_args(argv, argparse.Namespace(words=list(argv)))
+    if not args.return_memory:
+        keep_memory()
     args.device = hardware.choose_device(args.device)
     if args.repeats < 1:
         made.error(f"--repeats is {args.repeats} but must be at least 1")
@@ -149,7 +151,7 @@ def _own_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def machine(device: torch.device) -> str:
+def machine(device: torch.device, keeps: bool = True) -> str:
     """Returns the processor, what it can do, and how its threads are placed."""
     name, flags = platform.processor() or platform.machine(), []
     try:
@@ -164,7 +166,7 @@ def machine(device: torch.device) -> str:
     gpu = f", {torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}" if device.type == "cuda" else ""
     return (
         f"{name} ({os.cpu_count()} cores; {' '.join(flags) or 'flags unknown'}){gpu}, "
-        f"{torch.get_num_threads()} threads, {placed}, freed memory kept"
+        f"{torch.get_num_threads()} threads, {placed}, freed memory {'kept' if keeps else 'given back'}"
     )
 
 
@@ -216,7 +218,7 @@ def report(
     system = [f"moekit {versions['moekit']}", f"torch {versions['torch']}", *packages, versions["system"]]
     parts = [
         f"# {title}",
-        f"`{command}`, commit {commit()}, {', '.join(system)}. {machine(guard.device)}.",
+        f"`{command}`, commit {commit()}, {', '.join(system)}. {machine(guard.device, not args.return_memory)}.",
         f"{what} Medians of {args.repeats} rounds in turn.",
         about,
         *tables,

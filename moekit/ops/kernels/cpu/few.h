@@ -78,10 +78,15 @@ template <class W, class X> void dots(int64_t m, const W& w, int64_t rows, const
     if (m == 4) dots_of<4>(w, rows, x, ldx, out, ldo);
 }
 
+// The same for any m: some rows of w at a time, so that the next FEW of x find them in the cache.
 template <class W, class X>
 void rows_with(const W& w, int64_t first, int64_t last, const X* x, int64_t ldx, int64_t count, float* out, int64_t ldo) {
-    for (int64_t m = 0; m < count; m += FEW)
-        dots(std::min<int64_t>(FEW, count - m), w.rows(first), last - first, x + m * ldx, ldx, out + m * ldo, ldo);
+    constexpr int64_t PART = 32;
+    const int64_t each = count > FEW ? PART : std::max<int64_t>(PART, last - first);
+    for (int64_t n = first; n < last; n += each)
+        for (int64_t m = 0; m < count; m += FEW)
+            dots(std::min<int64_t>(FEW, count - m), w.rows(n), std::min(each, last - n), x + m * ldx, ldx,
+                 out + m * ldo + n - first, ldo);
 }
 
 // Rows of activations for products with several matrices, rounded when the first one in codes asks for that.
