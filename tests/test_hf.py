@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import moekit
 from moekit.config import MLAConfig, ModelConfig
-from moekit.errors import CheckpointError, UnsupportedError
+from moekit.errors import CheckpointError, MoekitError, UnsupportedError
 from moekit.formats.tokenizer import train_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -163,6 +163,22 @@ def test_loading_is_strict(folder: Path) -> None:
         opened(folder)
 
 
+def test_shards_are_as_large_as_asked_and_other_options_are_refused(folder: Path, tmp_path: Path) -> None:
+    wrapped = opened(folder)
+    wrapped.save_pretrained(tmp_path / "saved", max_shard_size="150 KB")
+    shards = sorted((tmp_path / "saved").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert max(sum(t.nbytes for t in load_file(shard).values()) for shard in shards) <= 150_000
+    assert same(moekit.load(tmp_path / "saved"), wrapped.to_moekit())
+    for option, message in (
+        ({"max_shard_size": "huge"}, "max_shard_size is 'huge'"),
+        ({"variant": "fp16"}, "variant is"),
+    ):
+        with pytest.raises(MoekitError, match=message):
+            wrapped.save_pretrained(tmp_path / "other", **option)
+    assert not (tmp_path / "other").exists()
+
+
 def test_the_released_layout_loads_without_remote_code_and_keeps_its_fields(tmp_path: Path) -> None:
     """A directory as the ecosystem has it: no manifest, an auto_map, fields of the released config.json."""
     model = written(tmp_path / "model", layout="deepseek")
@@ -248,7 +264,7 @@ def test_a_plain_trainer_logs_the_balance_loss_beside_the_loss(folder: Path) -> 
     given = transformers.TrainingArguments(max_steps=3, gradient_accumulation_steps=2, **arguments(folder))
     trainer = transformers.Trainer(opened(folder), given, None, rows, callbacks=[moekit.hf.LogAuxLoss()])
     seen = []
-    trainer.model.register_forward_hook(lambda model, inputs, out: seen.append(float(out.aux_loss)))
+    trainer.model.register_forward_hook(lambda model, inputs, out: seen.append(out.aux_loss.item()))
     trainer.train()
     logged = [entry["aux_loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged == pytest.approx([sum(pair) / 2 for pair in zip(seen[::2], seen[1::2], strict=True)])

@@ -75,8 +75,10 @@ def tied(config: ModelConfig, name: str) -> bool:
     return config.tie_word_embeddings and name == "lm_head.weight"
 
 
-def write(folder: Path, wanted: Sequence[tuple[str, Stored]], tensors: Iterable[Stored]) -> None:
-    """Writes tensors as they come, holding one at a time, in shards of at most SHARD_BYTES.
+def write(
+    folder: Path, wanted: Sequence[tuple[str, Stored]], tensors: Iterable[Stored], shard_bytes: int | None = None
+) -> None:
+    """Writes tensors as they come, holding one at a time, in shards of at most `shard_bytes`, or SHARD_BYTES.
 
     `wanted` says ahead what is to come, in that order: keys, shapes and dtypes; its tensors may have no memory.
     """
@@ -85,7 +87,7 @@ def write(folder: Path, wanted: Sequence[tuple[str, Stored]], tensors: Iterable[
     for key, stored in wanted:
         parts = _tensors(key, stored)
         more = sum(tensor.nbytes for _, tensor in parts)
-        if shards[-1] and size + more > SHARD_BYTES:
+        if shards[-1] and size + more > (shard_bytes or SHARD_BYTES):
             shards.append([])
             size = 0
         shards[-1] += parts

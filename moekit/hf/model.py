@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from moekit import files, receipts
-from moekit.errors import CheckpointError, UnsupportedError
+from moekit.errors import CheckpointError, ConfigError, UnsupportedError
 from moekit.formats.checkpoint import load
 from moekit.formats.directory import MANIFEST
 from moekit.formats.weights import INDEX, held, split, tied, write
@@ -167,15 +168,19 @@ class MoekitForCausalLM(PreTrainedModel, GenerationMixin):
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
         **others: Any,
     ) -> None:
-        """Writes a model directory that `moekit.load` reads too, into one that may hold other files. Shards have 5 GB.
+        """Writes a model directory that `moekit.load` reads too, into one that may hold other files.
 
         While it is written there is no manifest, so a save that was cut off is no checkpoint.
         """
         if self._hf_peft_config_loaded:  # the adapter alone
-            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **others)
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, **others)
             return
+        if given := [name for name in ("variant", "distributed_checkpoint") if others.get(name)]:
+            raise UnsupportedError(f"{given[0]} is not an option of save_pretrained here; leave it out")
+        shard_bytes = _bytes(max_shard_size)
         if push_to_hub:
             raise UnsupportedError("push_to_hub is not an option of save_pretrained here; call model.push_to_hub(...)")
         if not is_main_process:
@@ -187,7 +192,7 @@ class MoekitForCausalLM(PreTrainedModel, GenerationMixin):
         if state_dict is not None:
             model.load_state_dict({name.removeprefix(PREFIX): given for name, given in state_dict.items()}, assign=True)
         stored = [entry for name, weight in held(model).items() for entry in split(name, weight, self.config.disk())]
-        write(folder, stored, (tensor for _, tensor in stored))
+        write(folder, stored, (tensor for _, tensor in stored), shard_bytes)
         self.config.architectures, self.config.dtype = [type(self).__name__], self.dtype
         self.config.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
@@ -220,6 +225,14 @@ class DeepseekForCausalLM(MoekitForCausalLM):
     """transformers' class of `model_type: deepseek`."""
 
     config_class = DeepseekConfig
+
+
+def _bytes(size: int | str) -> int:
+    """Returns a size such as "5GB" in bytes."""
+    found = re.fullmatch(r"(\d+)\s*([KMGT]?)B?", str(size).strip(), re.IGNORECASE)
+    if found is None or not int(found[1]):
+        raise ConfigError(f"max_shard_size is {size!r} but must be bytes, or a number with KB, MB, GB or TB")
+    return int(found[1]) * int(1000 ** " KMGT".index(found[2].upper() or " "))
 
 
 def _balanced(model: MoekitForCausalLM, forward: Callable[..., Any]) -> Callable[..., Any]:
