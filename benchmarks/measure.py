@@ -219,7 +219,7 @@ def report(
     parts = [
         f"# {title}",
         f"`{command}`, commit {commit()}, {', '.join(system)}. {machine(guard.device, not args.return_memory)}.",
-        f"{what} Medians of {args.repeats} rounds in turn.",
+        what + (f" Medians of {args.repeats} rounds in turn." if args.repeats > 1 else ""),
         about,
         *tables,
     ]
