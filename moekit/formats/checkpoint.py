@@ -16,7 +16,7 @@ from moekit.formats.guard import check_folder
 from moekit.formats.layouts import LAYOUTS
 from moekit.formats.layouts.tensors import Disk, disk
 from moekit.formats.tokenizer import Tokenizer
-from moekit.formats.weights import INDEX, SINGLE, Reader, held, map_experts_, read, split, write
+from moekit.formats.weights import INDEX, SINGLE, Reader, held, map_, read, split, write
 from moekit.nn.model import Model
 from moekit.nn.quantized import quantize_
 from moekit.ops.quantize import GROUP, Codes
@@ -161,7 +161,8 @@ def load(
     over but those with a reason, which is logged. Files are checked against the manifest first (`check_hashes` False
     skips that), so a changed byte is an error and never another model; another library's directory has none.
     `mapped` leaves the weights in their files, to be read as they are needed: for inference with a model that may be
-    larger than memory. Its experts stay there whatever `device` and `dtype` say, and the files must stay as they are.
+    larger than memory. Its experts, and matrices in 8-bit
+    floating point, stay there whatever `device` and `dtype` say, and the files must stay as they are.
     """
     folder = Path(path)
     check_folder(folder)
@@ -178,7 +179,7 @@ def load(
     if codes is not None:
         quantize_(model, codes)
     if mapped:
-        map_experts_(model, reader)
+        map_(model, reader)
     state = read(model, reader, torch.device(device), dtype)
     for key, reason in reader.finish().items():
         logger.info("%s dropped: %s", key, reason)

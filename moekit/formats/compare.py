@@ -14,6 +14,7 @@ from moekit.formats.weights import Stored
 from moekit.nn.model import Model
 from moekit.ops.quantize import Quantized, dequantize
 from moekit.ops.routing import Routing
+from moekit.ops.scaled import unscaled
 
 SEQUENCES, LENGTH, SEED = 4, 128, 0
 BLOCK = 2**24
@@ -113,21 +114,22 @@ def difference(one: Stored, other: Stored) -> float:
     return (wrong / whole) ** 0.5 if wrong and whole else wrong
 
 
-def blocks(piece: Stored) -> Iterator[Stored]:
+def blocks(matrix: Stored) -> Iterator[Tensor | Quantized]:
     """Yields a matrix by rows, BLOCK numbers or so at a time."""
+    piece = unscaled(matrix)
     rows = max(1, BLOCK // max(1, math.prod(piece.shape[1:])))
     for begin in range(0, max(1, piece.shape[0]), rows):
         taken = slice(begin, begin + rows)
         yield piece.of(taken) if isinstance(piece, Quantized) else piece[taken]
 
 
-def numbers(piece: Stored) -> Tensor:
+def numbers(piece: Tensor | Quantized) -> Tensor:
     """Returns what a matrix stands for, in float32."""
     return dequantize(piece) if isinstance(piece, Quantized) else piece.float()
 
 
 def kind(piece: Stored) -> str:
-    """Returns what a matrix is kept in."""
+    """Returns what a matrix is kept in; of 8-bit floating point it is what its numbers are rounded to."""
     return piece.kind if isinstance(piece, Quantized) else str(piece.dtype).removeprefix("torch.")
 
 

@@ -17,10 +17,11 @@ from moekit.formats.guard import check_folder
 from moekit.formats.layouts import fitting
 from moekit.formats.layouts.tensors import Disk
 from moekit.formats.tokenizer import load_tokenizer
-from moekit.formats.weights import Reader, Stored, held, split, write
+from moekit.formats.weights import Reader, Stored, held, meta, nbytes, split, write
 from moekit.nn.model import Model
 from moekit.nn.quantized import matrices
 from moekit.ops.quantize import Quantized, dequantize, quantize
+from moekit.ops.scaled import unscaled
 
 Precision = Literal["float32", "bfloat16", "int8", "int4"]
 
@@ -55,7 +56,7 @@ def convert(
     if dtype is None and layout == MODEL_TYPE and not names.foreign:
         precisions = ", ".join(get_args(Precision))
         raise ConfigError(f"{source} is a {layout} directory already; --dtype is missing, allowed: {precisions}")
-    model = load(source, mapped=names.block is None)
+    model = load(source, mapped=True)
     tokenizer = load_tokenizer(source) if (source / "tokenizer.json").is_file() else None
     ids = sample(config, tokenizer, text)
     came_in, logits = precision(model), model(ids).logits
@@ -66,22 +67,19 @@ def convert(
     hashed: dict[str, Any] = {}
     with atomic_directory(target, hashed=hashed) as folder:
         work = list(_work(model, dtype, names, describe(folder, config, number, codes, tokenizer, layout)))
-        total = sum(job.bytes for job in work)
+        total = sum(nbytes(job.piece) for job in work)
 
         def converted() -> Iterator[Stored]:
             done = 0
             for job in work:
-                if not isinstance(job.piece, Quantized) and not bool(torch.isfinite(job.piece).all()):
-                    found = f"{job.source} in {source} has a value that is not finite"
-                    raise CheckpointError(f"{found}, which nothing can stand for")
-                result, error = _converted(job.piece, job.wanted)
+                result, error = _checked(source, job)
                 _account(tensors, job, result, error)
                 yield result
-                done += job.bytes
+                done += nbytes(job.piece)
                 if progress is not None:
                     progress("convert", done, total)
 
-        write(folder, [(job.target, _converted(_meta(job.piece), job.wanted)[0]) for job in work], converted())
+        write(folder, [(job.target, _converted(meta(job.piece), job.wanted)[0]) for job in work], converted())
         listed = _sources(source, tensors, names)
         told = {
             "source": str(source),
@@ -116,11 +114,6 @@ class _Job(NamedTuple):
     wanted: Precision | None
     """None: it stays as it is."""
 
-    @property
-    def bytes(self) -> int:
-        codes = (self.piece.codes, self.piece.scales) if isinstance(self.piece, Quantized) else (self.piece,)
-        return sum(tensor.nbytes for tensor in codes)
-
 
 def _work(model: Model, dtype: Precision | None, source: Disk, target: Disk) -> Iterator[_Job]:
     """Yields every key on disk with what is to become of it."""
@@ -142,18 +135,21 @@ def _sources(source: Path, tensors: dict[str, dict[str, Any]], names: Disk) -> d
     return listed
 
 
-def _meta(piece: Stored) -> Stored:
-    """Returns its shape and dtype without its memory."""
-    if isinstance(piece, Quantized):
-        return Quantized(piece.codes.to("meta"), piece.scales.to("meta"), piece.width)
-    return piece.to("meta")
+def _checked(source: Path, job: _Job) -> tuple[Tensor | Quantized, float]:
+    """Returns what `_converted` does; CheckpointError if it has a value that is not finite."""
+    piece = unscaled(job.piece)
+    if isinstance(piece, Tensor) and not bool(torch.isfinite(piece).all()):
+        found = f"{job.source} in {source} has a value that is not finite"
+        raise CheckpointError(f"{found}, which nothing can stand for")
+    return _converted(piece, job.wanted)
 
 
-def _converted(piece: Stored, dtype: Precision | None) -> tuple[Stored, float]:
+def _converted(piece: Tensor | Quantized, dtype: Precision | None) -> tuple[Tensor | Quantized, float]:
     """Returns one matrix in another precision, None: as it is, and its relative RMS error."""
     if dtype is None or kind(piece) == dtype:
         return piece, 0.0
-    results, wrong, whole = [], 0.0, 0.0
+    results: list[Tensor | Quantized] = []
+    wrong = whole = 0.0
     for block in blocks(piece):
         numbers = dequantize(block) if isinstance(block, Quantized) else block
         result = quantize(numbers, dtype) if dtype == "int8" or dtype == "int4" else numbers.to(getattr(torch, dtype))
@@ -164,7 +160,7 @@ def _converted(piece: Stored, dtype: Precision | None) -> tuple[Stored, float]:
     return _joined(results), (wrong / whole) ** 0.5 if wrong else 0.0
 
 
-def _joined(blocks: list[Stored]) -> Stored:
+def _joined(blocks: list[Tensor | Quantized]) -> Tensor | Quantized:
     coded = [block for block in blocks if isinstance(block, Quantized)]
     if not coded:
         return torch.cat([block for block in blocks if isinstance(block, Tensor)])

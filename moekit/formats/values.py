@@ -10,6 +10,7 @@ from moekit.formats.compare import blocks, numbers
 from moekit.formats.drawn import ROWS, drawn, reach
 from moekit.formats.weights import Stored, finite
 from moekit.ops.quantize import GROUP, Quantized
+from moekit.ops.scaled import unscaled
 
 LEAST = 16
 """Numbers below which a matrix may be constant by chance."""
@@ -35,10 +36,11 @@ class Values:
         """By matrix, with its shape: what `drawn` judges by."""
         self.shape: dict[str, tuple[int, int]] = {}
 
-    def look(self, key: str, piece: Stored, config: ModelConfig, shown: str | None = None) -> None:
+    def look(self, key: str, stored: Stored, config: ModelConfig, shown: str | None = None) -> None:
         """Takes in one tensor, by its key in a moekit directory, and what it is called in this one."""
         self._names[key] = shown = shown or key
         infinite, constant, copies, rows, tables, scales = self._faults.values()
+        piece = unscaled(stored)
         parts = _parts(piece)
         if not all(map(finite, parts)):
             infinite.append(shown)
@@ -52,7 +54,7 @@ class Values:
             return
         if parts[0].numel() >= LEAST and all(bool(torch.eq(*part.aminmax())) for part in parts):
             constant.append(shown)
-        elif ".mlp.experts." in key and (twin := self._twin(key, piece)):
+        elif ".mlp.experts." in key and (twin := self._twin(key, stored)):
             copies.append(f"{shown} of {self._names[twin]}")
         if key.endswith(".mlp.gate.weight"):
             rows += [f"{shown}[{row}]" for row in (numbers(piece) == 0).all(-1).nonzero().flatten().tolist()]
@@ -77,19 +79,19 @@ class Values:
         return {**self._faults, "matrices that look drawn, not learnt": unlearnt}
 
 
-def _rows(piece: Stored) -> Stored:
+def _rows(piece: Tensor | Quantized) -> Tensor | Quantized:
     return piece.of(slice(ROWS)) if isinstance(piece, Quantized) else piece[:ROWS]
 
 
 def _parts(piece: Stored) -> list[Tensor]:
-    return [piece.codes, piece.scales] if isinstance(piece, Quantized) else [piece]
+    return [piece] if isinstance(piece, Tensor) else [piece.codes, piece.scales]
 
 
 def _bits(piece: Stored) -> list[Tensor]:
     return [part.contiguous().view(torch.uint8) for part in _parts(piece)]
 
 
-def _fits(piece: Stored) -> bool:
+def _fits(piece: Tensor | Quantized) -> bool:
     """Returns whether each group has the code that quantising gives its largest weight, and none without a scale."""
     assert isinstance(piece, Quantized)
     scales, codes = piece.scales.float(), piece.codes.unflatten(-1, (piece.scales.shape[-1], -1))

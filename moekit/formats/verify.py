@@ -21,9 +21,8 @@ from moekit.formats.guard import check_folder
 from moekit.formats.layouts.tensors import Disk
 from moekit.formats.tokenizer import Tokenizer, load_tokenizer
 from moekit.formats.values import Values
-from moekit.formats.weights import OURS, Reader, Stored, held, split
+from moekit.formats.weights import OURS, Reader, Stored, held, nbytes, split
 from moekit.nn.model import Model
-from moekit.ops.quantize import Quantized
 
 Progress = Callable[[str, int, int], None]
 Check = dict[str, Any]
@@ -76,10 +75,10 @@ def verify(
         roles = _roles(model)
         checks += _counts(folder, config, roles)
         values = Values()
-        total, done = sum(_bytes(piece) for _, piece in _pieces(model)), 0
+        total, done = sum(nbytes(piece) for _, piece in _pieces(model)), 0
         for (key, piece), (shown, _) in zip(_pieces(model), _pieces(model, disk), strict=True):
             values.look(key, piece, config, shown)
-            report("weights", done := done + _bytes(piece), total)
+            report("weights", done := done + nbytes(piece), total)
         checks += [_none(name, found) for name, found in values.faults().items()]
         if other is not None:
             more, said = _compare(model, other, _tokenizer(folder, against) if text is not None else None, text)
@@ -225,18 +224,13 @@ def _coarser(one: str, other: str) -> str:
 
 
 def _load(folder: Path) -> Model:
-    """Returns the model with its weights in their files, but for those of 8 bits, which are scaled as they are read."""
-    check_folder(folder)
-    return load(folder, check_hashes=False, mapped=read_config(folder)[2].block is None)
+    """Returns the model with its weights in their files."""
+    return load(folder, check_hashes=False, mapped=True)
 
 
 def _pieces(model: Model, disk: Disk = OURS) -> Iterator[tuple[str, Stored]]:
     """Yields every tensor on disk that is not a scale, as it lies there, by its name in that layout."""
     return (entry for name, weight in held(model).items() for entry in split(name, weight, disk))
-
-
-def _bytes(piece: Stored) -> int:
-    return piece.codes.nbytes + piece.scales.nbytes if isinstance(piece, Quantized) else piece.nbytes
 
 
 def _none(name: str, found: Sequence[str]) -> Check:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moekit import files
 from moekit.config import ModelConfig
-from moekit.errors import CheckpointError, UnsupportedError, nearest
+from moekit.errors import CheckpointError, nearest
 from moekit.formats import guard
 from moekit.formats.directory import PlainName
 from moekit.formats.layouts.tensors import Disk
@@ -23,6 +23,7 @@ from moekit.nn.weights import MappedWeight, operand
 from moekit.ops.mapped import Mapped, Weights
 from moekit.ops.quantize import Quantized
 from moekit.ops.routing import DROPPED
+from moekit.ops.scaled import Matrix, Scaled, unscaled
 
 SHARD_BYTES = 5_000_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -39,7 +40,7 @@ DTYPES = {
 }
 NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OURS = Disk()
-Stored = Tensor | Quantized
+Stored = Matrix
 """What one key stands for; codes and their scales are two tensors on disk."""
 
 
@@ -49,7 +50,7 @@ class Index(BaseModel):
     weight_map: dict[str, PlainName]
 
 
-def held(model: Model) -> dict[str, Weights]:
+def held(model: Model) -> dict[str, Weights | Matrix]:
     """Returns what the model holds by its name in the state dict, a matrix in codes or in mapped files as one."""
     matrix = {name: operand(getattr(module, attribute)) for name, module, attribute in matrices(model)}
     rest = {
@@ -60,14 +61,31 @@ def held(model: Model) -> dict[str, Weights]:
     return rest | matrix
 
 
-def split(name: str, weight: Weights, disk: Disk = OURS) -> Iterator[tuple[str, Stored]]:
+def split(name: str, weight: Weights | Matrix, disk: Disk = OURS) -> Iterator[tuple[str, Stored]]:
     """Yields the key on disk and the matrix of each piece of what `held` returns."""
     if isinstance(weight, Mapped):
         parts = (matrix for expert in weight.parts for matrix in expert)
         yield from ((piece.key, part) for piece, part in zip(disk.pieces(name, weight.shape), parts, strict=True))
         return
     for key, index in disk.pieces(name, tuple(weight.shape)):
-        yield key, weight.of(index) if isinstance(weight, Quantized) else weight[index]
+        if isinstance(weight, Scaled):  # whole, as experts' are in Mapped
+            yield key, weight
+        else:
+            yield key, weight.of(index) if isinstance(weight, Quantized) else weight[index]
+
+
+def meta(stored: Stored) -> Tensor | Quantized:
+    """Returns the shape and dtype of what is written for it, without the memory."""
+    if isinstance(stored, Scaled):
+        return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+    if isinstance(stored, Quantized):
+        return Quantized(stored.codes.to("meta"), stored.scales.to("meta"), stored.width)
+    return stored.to("meta")
+
+
+def nbytes(stored: Stored) -> int:
+    """Returns the bytes that a key and its scales take as they are kept."""
+    return stored.nbytes if isinstance(stored, Tensor) else stored.codes.nbytes + stored.scales.nbytes
 
 
 def tied(config: ModelConfig, name: str) -> bool:
@@ -81,18 +99,19 @@ def write(
     """Writes tensors as they come, holding one at a time, in shards of at most `shard_bytes`, or SHARD_BYTES.
 
     `wanted` says ahead what is to come, in that order: keys, shapes and dtypes; its tensors may have no memory.
+    8-bit floating point is written as its numbers.
     """
     shards: list[list[tuple[str, Tensor]]] = [[]]
     size = 0
     for key, stored in wanted:
-        parts = _tensors(key, stored)
+        parts = _tensors(key, meta(stored))
         more = sum(tensor.nbytes for _, tensor in parts)
         if shards[-1] and size + more > (shard_bytes or SHARD_BYTES):
             shards.append([])
             size = 0
         shards[-1] += parts
         size += more
-    coming = (tensor for stored in tensors for _, tensor in _tensors("", stored))
+    coming = (tensor for stored in tensors for _, tensor in _tensors("", unscaled(stored)))
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -115,7 +134,7 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _tensors(key: str, stored: Stored) -> list[tuple[str, Tensor]]:
+def _tensors(key: str, stored: Tensor | Quantized) -> list[tuple[str, Tensor]]:
     if isinstance(stored, Quantized):
         return [(key, stored.codes), (f"{key}_scale", stored.scales)]
     return [(key, stored)]
@@ -161,7 +180,12 @@ class Reader:
                 )
 
     def take(self, key: str, like: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """Returns a tensor after checking its shape and dtype (None: any of numbers); mapped, but for 8-bit weights."""
+        """Returns what `stored` does, 8-bit floating point as numbers."""
+        found = self.stored(key, like, dtype)
+        return found.numbers() if isinstance(found, Scaled) else found
+
+    def stored(self, key: str, like: Tensor, dtype: torch.dtype | None) -> Tensor | Scaled:
+        """Returns a tensor as it lies in its mapped file after checking its shape and dtype (None: any of numbers)."""
         if key not in self.files:
             raise CheckpointError(f"{self.folder} has no tensor {key}{nearest(key, self.left)}")
         tensor = self.disk.tensor(self.files, key, self.dtype)
@@ -171,7 +195,7 @@ class Reader:
         if tensor.dtype != dtype if dtype else tensor.dtype not in NUMBERS:
             of = f"dtype {tensor.dtype} but the model holds {dtype or like.dtype} there"
             raise CheckpointError(f"{key} in {self.folder} has {of}")
-        if dtype is None and tensor.itemsize == 2:
+        if dtype is None and tensor.dtype.itemsize == 2:
             self.half = self.half or tensor.dtype
             if self.half != tensor.dtype:
                 raise CheckpointError(f"{key} in {self.folder} is {tensor.dtype} but others are {self.half}")
@@ -193,28 +217,38 @@ class Reader:
         return dropped
 
 
-def map_experts_(model: Model, reader: Reader) -> None:
-    """Gives a model without memory its experts as they lie in the files."""
-    if reader.disk.block is not None:
-        raise UnsupportedError(f"the 8-bit weights of {reader.folder} are scaled as they are read and cannot be mapped")
-    for path, module in list(model.named_modules()):
-        if not isinstance(module, Experts):
-            continue
-        for name in ("gate_up_proj", "down_proj"):
-            parts: list[Stored] = []
-            stacked = operand(getattr(module, name))
-            for key, like in split(f"{path}.{name}", stacked, reader.disk):
-                dtype = _stored(parts[0]).dtype if parts else None  # all of one
-                if isinstance(like, Quantized):
-                    scales = reader.take(f"{key}_scale", like.scales, like.scales.dtype)
-                    parts.append(Quantized(reader.take(key, like.codes, like.codes.dtype), scales, like.width))
-                else:
-                    parts.append(reader.take(key, like, dtype))
-            each = len(parts) // stacked.shape[0]
-            weight = Mapped([parts[begin : begin + each] for begin in range(0, len(parts), each)])
-            delattr(module, name)
-            setattr(module, name, MappedWeight(weight))
+def map_(model: Model, reader: Reader) -> None:
+    """Gives a model without memory its experts, and its matrices in 8-bit floating point, as they lie in the files."""
+    for name, module, attribute in matrices(model):
+        like = operand(getattr(module, attribute))
+        weight: Mapped | Scaled | Tensor
+        if isinstance(module, Experts):
+            weight = _experts(name, like, reader)
+        elif reader.disk.block is None:
+            continue  # `read` maps what is whole
+        else:
+            [(key, only)] = split(name, like, reader.disk)
+            assert isinstance(only, Tensor)
+            if isinstance(weight := reader.stored(key, only, None), Tensor):
+                continue
+        delattr(module, attribute)
+        setattr(module, attribute, MappedWeight(weight))
     model.mapped = True
+
+
+def _experts(name: str, stacked: Weights | Matrix, reader: Reader) -> Mapped:
+    parts: list[Stored] = []
+    dtype: torch.dtype | None = None
+    for key, like in split(name, stacked, reader.disk):
+        if isinstance(like, Quantized):
+            scales = reader.take(f"{key}_scale", like.scales, like.scales.dtype)
+            parts.append(Quantized(reader.take(key, like.codes, like.codes.dtype), scales, like.width))
+        else:
+            assert isinstance(like, Tensor)
+            parts.append(found := reader.stored(key, like, dtype))
+            dtype = found.dtype  # all are of the first one's
+    each = len(parts) // stacked.shape[0]
+    return Mapped([parts[begin : begin + each] for begin in range(0, len(parts), each)])
 
 
 def read(model: Model, reader: Reader, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -260,10 +294,6 @@ def finite(tensor: Tensor) -> bool:
         return True
     low, high = tensor.aminmax()  # either is NaN when any value is
     return math.isfinite(low) and math.isfinite(high)
-
-
-def _stored(weight: Stored) -> Tensor:
-    return weight.codes if isinstance(weight, Quantized) else weight
 
 
 def _open(folder: Path) -> dict[str, guard.Safetensors]:

@@ -87,8 +87,7 @@ def _layer(block: Block, cache: KVCache, number: int) -> Layer:
         config, router, ffn = mlp.config, mlp.router, mlp.shared_experts
         assert isinstance(router, Router)
         routed = Routed(
-            operand(mlp.experts.gate_up_proj),
-            operand(mlp.experts.down_proj),
+            *mlp.experts.stacked,
             router.weight,
             router.expert_bias,
             config.num_experts_per_tok,

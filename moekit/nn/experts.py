@@ -10,8 +10,9 @@ from moekit.errors import UnsupportedError
 from moekit.nn.weights import operand
 from moekit.ops.dispatch import Plan
 from moekit.ops.experts import Backend, choose, mixed_experts, swiglu_experts
-from moekit.ops.mapped import Mapped
+from moekit.ops.mapped import Mapped, Weights
 from moekit.ops.quantize import Quantized
+from moekit.ops.scaled import Scaled
 
 
 class Experts(nn.Module):
@@ -27,11 +28,21 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(n_experts, dim, ff))
         self.backend: Backend = "auto"
 
+    @property
+    def stacked(self) -> tuple[Weights, Weights]:
+        """Both weights as the functions of `ops` take them."""
+        gate_up, down = operand(self.gate_up_proj), operand(self.down_proj)
+        assert not isinstance(gate_up, Scaled)
+        assert not isinstance(down, Scaled)
+        return gate_up, down
+
     def set_backend(self, backend: str) -> None:
         """Sets the back end; UnsupportedError when it cannot run in float32 or bfloat16 where the weights are."""
-        gate_up, down = operand(self.gate_up_proj), operand(self.down_proj)
+        gate_up, down = self.stacked
         one = down.one if isinstance(down, Mapped) else down
-        rows = (one.scales if isinstance(one, Quantized) else one).new_empty(1, down.shape[1])
+        dtype = one.scales.dtype if isinstance(one, Quantized) else one.dtype
+        where = one.codes.device if isinstance(one, Quantized | Scaled) else one.device
+        rows = torch.empty(1, down.shape[1], dtype=dtype, device=where)
         try:
             choose(backend, rows, gate_up, down)
         except UnsupportedError:
@@ -54,7 +65,7 @@ class Experts(nn.Module):
         With a plan and routing weights x holds tokens, and gather and combination are done too, by some back ends
         without copies. Always called as a module, so that what wraps it (PEFT's adapters) takes part.
         """
-        gate_up, down = operand(self.gate_up_proj), operand(self.down_proj)
+        gate_up, down = self.stacked
         if plan is not None and weights is not None:
             return mixed_experts(x, weights, plan, gate_up, down, self.backend)
         return swiglu_experts(x, gate_up, down, tokens_per_expert, self.backend)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from moekit.nn.cache import KVCache
 from moekit.nn.model import Model
-from moekit.nn.weights import operand
 from moekit.ops.experts import choose
 
 logger = logging.getLogger(__name__)
@@ -76,11 +75,10 @@ def graphed(model: Model, cache: KVCache) -> StaticStep | None:
 
 
 def asks_nothing(model: Model) -> bool:
-    """Returns whether no layer's experts wait for the device to say how many tokens each has."""
+    """Returns whether no layer's experts wait for the device to say how many tokens each has, nor for a file."""
     dtype, device = model.embed_tokens.weight.dtype, model.embed_tokens.weight.device
     x = torch.empty(1, model.config.hidden_size, dtype=dtype, device=device)
-    weights = [(operand(layer.experts.gate_up_proj), operand(layer.experts.down_proj)) for layer in model.moe_layers]
-    return all(
+    return not model.mapped and all(
         isinstance(gate_up, Tensor) and choose(model.experts_backend, x, gate_up, down) in ("grouped", "triton")
-        for gate_up, down in weights
+        for gate_up, down in (layer.experts.stacked for layer in model.moe_layers)
     )

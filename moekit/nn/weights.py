@@ -1,4 +1,4 @@
-"""What may stand where a parameter of matrices stood, for inference: codes, or experts that stay in their files."""
+"""What may stand where a parameter of matrices stood, for inference: codes, or what stays in its file."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from moekit.ops.mapped import Mapped, Weights
 from moekit.ops.quantize import Quantized
+from moekit.ops.scaled import Matrix, Scaled
 
 
 class QuantizedWeight(nn.Module):
@@ -32,17 +33,20 @@ class QuantizedWeight(nn.Module):
 
 
 class MappedWeight(nn.Module):
-    """Experts in mapped files. Nothing of them is in the state dict, and `model.to(...)` leaves them where they are."""
+    """Experts, or a matrix in 8-bit floating point, in mapped files.
 
-    def __init__(self, weight: Mapped) -> None:
+    Nothing of them is in the state dict, and `model.to(...)` leaves them where they are.
+    """
+
+    def __init__(self, weight: Mapped | Scaled) -> None:
         super().__init__()
         self.weight = weight
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape}"
+        return f"{tuple(self.weight.shape)}"
 
 
-def operand(weight: Tensor | QuantizedWeight | MappedWeight) -> Weights:
+def operand(weight: Tensor | QuantizedWeight | MappedWeight) -> Weights | Matrix:
     """Returns what the functions of `ops` take."""
     if isinstance(weight, MappedWeight):
         return weight.weight

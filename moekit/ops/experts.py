@@ -48,6 +48,8 @@ def swiglu_experts(
     refuse_gradients(gate_up, rows)
     kernels = BACKENDS[choose(backend, rows, gate_up, down)]
     if not kernels.mixes_dtypes:
+        if isinstance(gate_up, Mapped):
+            return _one_by_one(kernels, rows, gate_up, down, tokens_per_expert)
         gate_up, down, tokens_per_expert = _copies(rows, gate_up, down, tokens_per_expert)
     return kernels.experts(rows, gate_up, down, tokens_per_expert)
 
@@ -63,30 +65,41 @@ def mixed_experts(
     """Returns the sum over each token's choices of weight * expert(x) (DeepSeekMoE, Eq. 9)."""
     refuse_gradients(gate_up, x, weights)
     name = choose(backend, x, gate_up, down)
-    mixed = BACKENDS[name].mixed
-    if mixed is None:
+    mixed, mixes_dtypes = BACKENDS[name].mixed, BACKENDS[name].mixes_dtypes
+    if mixed is None or (isinstance(gate_up, Mapped) and not mixes_dtypes):
         rows = dispatch.gather(x, plan, weights.shape[1])
         return dispatch.combine(swiglu_experts(rows, gate_up, down, plan.tokens_per_expert, name), weights, plan)
-    if not BACKENDS[name].mixes_dtypes:
+    if not mixes_dtypes:
         gate_up, down, tokens_per_expert = _copies(x, gate_up, down, plan.tokens_per_expert)
         plan = plan._replace(tokens_per_expert=tokens_per_expert)
     return mixed(x, weights, plan, gate_up, down)
 
 
+def _one_by_one(kernels: _Kernels, rows: Tensor, gate_up: Mapped, down: Weights, tokens_per_expert: Tensor) -> Tensor:
+    """Returns what `swiglu_experts` does, with a copy of one expert at a time: all may be more than memory."""
+    assert isinstance(down, Mapped)
+    ends = [0, *accumulate(tokens_per_expert.tolist())]
+    parts = [
+        kernels.experts(rows[begin:end], gate_up.of(e, rows), down.of(e, rows), tokens_per_expert[e : e + 1])
+        for e, (begin, end) in enumerate(pairwise(ends))
+        if begin < end
+    ]
+    return torch.cat((*parts, torch.zeros_like(rows[ends[-1] :])))
+
+
 def _copies(rows: Tensor, gate_up: Weights, down: Weights, tokens_per_expert: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the weights as plain numbers in the rows' dtype and the rows of each expert.
 
-    Of experts that are in codes or mapped, it is only those that have rows.
+    Of experts that are in codes it is only those that have rows.
     """
     if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
         return gate_up.to(rows.dtype), down.to(rows.dtype), tokens_per_expert
+    assert not isinstance(gate_up, Mapped)
+    assert not isinstance(down, Mapped)
     used = tokens_per_expert.nonzero().flatten()
     gate_up, down = (
-        w.of(used, rows.device) if isinstance(w, Mapped) else w.of(used) if isinstance(w, Quantized) else w[used]
+        dequantize(w.of(used), rows.dtype) if isinstance(w, Quantized) else w[used].to(rows.dtype)
         for w in (gate_up, down)
-    )
-    gate_up, down = (
-        dequantize(w, rows.dtype) if isinstance(w, Quantized) else w.to(rows.dtype) for w in (gate_up, down)
     )
     return gate_up, down, tokens_per_expert[used]
 

@@ -9,23 +9,25 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float
 from torch import Tensor
 
-from moekit.ops.quantize import Quantized
+from moekit.ops.quantize import Quantized, dequantize
+from moekit.ops.scaled import Matrix, Scaled
 
 
 class Mapped:
     """Experts' matrices in mapped files, for inference.
 
     `parts` has, for each expert, the matrices whose rows follow each other in the stacked form: gate and up, or down.
-    All are of one shape and kind, each contiguous.
+    All are of one shape and kind, each contiguous; but 8-bit floating point may stand beside numbers.
     """
 
-    def __init__(self, parts: Sequence[Sequence[Tensor | Quantized]]) -> None:
+    def __init__(self, parts: Sequence[Sequence[Matrix]]) -> None:
         self.parts = parts
-        self.one = parts[0][0]
-        """The first of them; all are like it."""
+        scaled = (matrix for part in parts for matrix in part if isinstance(matrix, Scaled))
+        self.one = next(scaled, parts[0][0])
+        """One of them; who can read it can read all."""
         self.shape = (len(parts), len(parts[0]) * self.one.shape[0], self.one.shape[1])
 
     @cached_property
@@ -33,27 +35,24 @@ class Mapped:
         """Where each matrix lies, and its scales or 0: (experts, parts, 2)."""
         return np.array([[_addresses(matrix) for matrix in part] for part in self.parts], dtype=np.int64)
 
-    def of(self, experts: Int[Tensor, " experts"], device: torch.device) -> Tensor | Quantized:
-        """Returns a stacked copy of some of them."""
-        chosen = [self.parts[e] for e in experts.tolist()]
-        if isinstance(self.one, Quantized):
-            codes, scales = ([[getattr(m, name) for m in part] for part in chosen] for name in ("codes", "scales"))
-            return Quantized(
-                _stacked(codes, self.one.codes, device), _stacked(scales, self.one.scales, device), self.shape[2]
-            )
-        return _stacked(chosen, self.one, device)
+    def of(self, expert: int, like: Tensor) -> Float[Tensor, "1 out dim"]:
+        """Returns a copy of one expert's as numbers, a stack of one, with the dtype and device of `like`."""
+        return torch.cat([_numbers(matrix, like) for matrix in self.parts[expert]]).unsqueeze(0)
 
 
 Weights = Tensor | Quantized | Mapped
-"""A matrix, (out, in), or stacked ones, however they are kept."""
+"""Experts' stacked matrices, (experts, out, in), however they are kept."""
 
 
-def _addresses(matrix: Tensor | Quantized) -> tuple[int, int]:
+def _addresses(matrix: Matrix) -> tuple[int, int]:
     if isinstance(matrix, Quantized):
         return matrix.codes.data_ptr(), matrix.scales.data_ptr()
+    assert isinstance(matrix, Tensor)
     return matrix.data_ptr(), 0
 
 
-def _stacked(chosen: Sequence[Sequence[Tensor]], like: Tensor, device: torch.device) -> Tensor:
-    parts = [torch.cat(tuple(part)) for part in chosen]
-    return (torch.stack(parts) if parts else like.new_empty(0, 0, 0)).to(device)
+def _numbers(matrix: Matrix, like: Tensor) -> Tensor:
+    if isinstance(matrix, Quantized):  # to the device first: it is less
+        codes, scales = matrix.codes.to(like.device), matrix.scales.to(like.device)
+        return dequantize(Quantized(codes, scales, matrix.width), like.dtype)
+    return (matrix.to(like.device).numbers() if isinstance(matrix, Scaled) else matrix).to(like)

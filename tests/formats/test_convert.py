@@ -8,6 +8,8 @@ from typing import Any, get_args
 import pytest
 import torch
 from safetensors import safe_open
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from moekit.config import ModelConfig
 from moekit.errors import CheckpointError, ConfigError, DataError, UnsupportedError
@@ -17,6 +19,7 @@ from moekit.formats.convert import Precision, convert
 from moekit.formats.directory import check_directory
 from moekit.formats.tokenizer import load_tokenizer, train_tokenizer
 from moekit.nn.model import Model
+from moekit.ops.scaled import Scaled
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 TEXT = "the quick brown fox jumps over the lazy dog 0123456789\n"
@@ -157,3 +160,48 @@ def test_what_cannot_be_converted_is_one_clear_line_and_leaves_nothing(
     with pytest.raises(DataError, match="the text to compare on is empty"):
         convert(source, tmp_path / "target", "int8", text="")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["infinite", "source"]
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_of_8_bit_floating_point_the_numbers_are_converted_and_the_scales_accounted_for(
+    fp8: Path, tmp_path: Path, dtype: Precision
+) -> None:
+    """To the bit what comes of the loaded model."""
+    save(load(fp8), tmp_path / "loaded")
+    found, wanted = (
+        convert(source, tmp_path / target, dtype)["tensors"]
+        for source, target in ((fp8, "target"), (tmp_path / "loaded", "again"))
+    )
+    one, other = (tmp_path / name / "model.safetensors" for name in ("target", "again"))
+    assert one.read_bytes() == other.read_bytes()
+    assert (found["used"], found["created"]) == (wanted["used"], wanted["created"])
+    assert found["used"]["model.layers.1.mlp.experts.2.up_proj.weight"]["from"] == "bfloat16"
+    scales = [key for key in keys(fp8) if key.endswith("_scale_inv")]
+    assert found["dropped"] == {key: f"scales, multiplied into {key.removesuffix('_scale_inv')}" for key in scales}
+
+
+def test_of_8_bit_floating_point_two_matrices_are_numbers_at_a_time(
+    fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gate and up of one expert, or one that is written and the next; beside `kv_b_proj`, which decoding absorbs."""
+    alive: list[tuple[StorageWeakRef, int]] = []
+    most, whole, numbers = 0, 0, Scaled.numbers
+
+    def counted(matrix: Scaled) -> Tensor:
+        nonlocal most, whole
+        made = numbers(matrix)
+        if matrix.shape == kv_b:
+            return made
+        whole += made.nbytes
+        alive[:] = [entry for entry in alive if not entry[0].expired()]
+        alive.append((StorageWeakRef(made.untyped_storage()), made.nbytes))
+        most = max(most, sum(size for _, size in alive))
+        return made
+
+    state = load(fp8).state_dict()
+    kv_b = state["layers.0.self_attn.kv_b_proj.weight"].shape
+    largest = max(tensor[0].nbytes if ".experts." in name else tensor.nbytes for name, tensor in state.items())
+    monkeypatch.setattr(Scaled, "numbers", counted)
+    convert(fp8, tmp_path / "target", "int8")
+    assert 0 < most <= 2 * largest
+    assert whole > 10 * most

@@ -6,19 +6,23 @@ from typing import get_args
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moekit.config import ModelConfig
 from moekit.errors import CheckpointError, UnsupportedError
 from moekit.formats.checkpoint import load, save
 from moekit.formats.convert import Precision, convert
+from moekit.generate import generate
 from moekit.nn.cache import KVCache
 from moekit.nn.decoder import decoder
 from moekit.nn.experts import Experts
+from moekit.nn.linear import Linear
 from moekit.nn.model import Model
 from moekit.nn.weights import MappedWeight
 from moekit.ops.experts import BACKENDS, choose
 from moekit.ops.mapped import Mapped
+from moekit.ops.scaled import Scaled
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
@@ -119,3 +123,61 @@ def test_auto_takes_the_native_kernels_for_mapped_experts(folder: Path) -> None:
     x = torch.zeros(1, model.config.hidden_size)
     wanted = "torch" if BACKENDS["native"].unavailable(x, gate_up, down) else "native"
     assert choose("auto", x, gate_up, down) == wanted
+
+
+# 8-bit floating point
+
+
+def test_in_8_bits_all_matrices_stay_in_the_file_but_those_that_decoding_absorbs(fp8: Path) -> None:
+    model = load(fp8, mapped=True)
+    kept = {name: module.matrix for name, module in model.named_modules() if isinstance(module, Linear)}
+    numbers = {name for name, matrix in kept.items() if isinstance(matrix, Tensor)}
+    assert numbers == {"lm_head", "layers.0.self_attn.kv_b_proj", "layers.1.self_attn.kv_b_proj"}
+    experts = next(module for module in model.modules() if isinstance(module, Experts))
+    assert all(isinstance(weight, Mapped) and isinstance(weight.one, Scaled) for weight in experts.stacked)
+    assert not any("experts." in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_in_8_bits_it_computes_what_the_loaded_one_does_to_the_bit(
+    fp8: Path, backend: str, dtype: torch.dtype | None
+) -> None:
+    """With the same back end; `auto` takes another one for experts that are loaded, whose rounding is its own."""
+    loaded, mapped = load(fp8, dtype=dtype), load(fp8, dtype=dtype, mapped=True)
+    ids = torch.randint(loaded.config.vocab_size, (2, 17))
+    exact = logits(load(fp8, dtype=torch.float64), ids)
+    near = (logits(mapped, ids) - exact).norm() / exact.norm()
+    assert near < (0.05 if dtype is None else 1e-5)
+    for model in (loaded, mapped):
+        model.set_experts_backend(backend)
+    assert torch.equal(logits(mapped, ids), logits(loaded, ids))
+    assert torch.equal(*(generate(model, ids, max_new_tokens=5) for model in (loaded, mapped)))
+
+
+def test_numbers_may_stand_beside_8_bits(fp8: Path) -> None:
+    tensors = load_file(fp8 / "model.safetensors")
+    for key in ("mlp.experts.3.up_proj.weight", "mlp.experts.0.gate_proj.weight", "self_attn.o_proj.weight"):
+        del tensors[f"model.layers.1.{key}_scale_inv"]
+        tensors[f"model.layers.1.{key}"] = tensors[f"model.layers.1.{key}"].bfloat16() / 1000
+    save_file(tensors, fp8 / "model.safetensors")
+    loaded, mapped = load(fp8), load(fp8, mapped=True)
+    loaded.set_experts_backend("torch")
+    assert torch.equal(*(logits(model, torch.arange(40).view(2, 20)) for model in (loaded, mapped)))
+
+
+def test_the_native_kernels_say_that_they_do_not_read_8_bit_floating_point(fp8: Path) -> None:
+    model = load(fp8, mapped=True)
+    with pytest.raises(UnsupportedError) as caught:
+        model.set_experts_backend("native")
+    said = "rows are torch.bfloat16 and weights torch.float8_e4m3fn; it takes float32, or bfloat16 rows with either"
+    assert str(caught.value).startswith(f"backend is 'native', which cannot run here: {said}")
+    assert "\n" not in str(caught.value)
+    assert decoder(model, KVCache(model.config, 1, 8)) is None
+
+
+def test_in_8_bits_saving_writes_the_numbers_of_the_loaded_one(fp8: Path, tmp_path: Path) -> None:
+    for name, mapped in (("one", True), ("other", False)):
+        save(load(fp8, mapped=mapped), tmp_path / name)
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other"))
+    assert one == other

@@ -324,21 +324,21 @@ def test_another_librarys_directory_holds_with_and_without_what_only_moekit_writ
     assert fell(tmp_path / "ours", against=tmp_path / "theirs") == {}
 
 
-def test_weights_in_8_bits_which_cannot_be_mapped_are_verified_too(tiny_config: Configs, tmp_path: Path) -> None:
-    config = tiny_config(attention={"kind": "mla", "q_lora_rank": 5}, ffn={"norm_topk_prob": True, **BIAS})
-    save(Model(config).to(torch.bfloat16), tmp_path / "m", layout="deepseek_v3")
-    tensors = load_file(tmp_path / "m" / WEIGHTS)
-    for key in [key for key in tensors if "_proj" in key]:
-        scale = tensors[key].abs().max().float() / 448
-        tensors[f"{key}_scale_inv"] = scale.reshape(1, 1)
-        tensors[key] = (tensors[key].float() / scale).to(torch.float8_e4m3fn)
-    save_file(tensors, tmp_path / "m" / WEIGHTS)
-    content = json.loads((tmp_path / "m" / "config.json").read_text())
-    codes = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-    files.write_json(tmp_path / "m" / "config.json", content | {"quantization_config": codes})
-    reseal(tmp_path / "m")
-    assert fell(tmp_path / "m") == {}
-    assert fell(tmp_path / "m", against=tmp_path / "m") == {}
+def test_weights_in_8_bit_floating_point_are_verified_and_compared(fp8: Path, tmp_path: Path) -> None:
+    convert(fp8, tmp_path / "bf16", "bfloat16")
+    assert fell(fp8) == {}
+    assert fell(fp8, against=fp8) == {}
+    assert fell(fp8, against=tmp_path / "bf16") == {}
+    tensors = {key: tensor.clone() for key, tensor in load_file(fp8 / WEIGHTS).items()}
+    stem = "model.layers.1.mlp.experts"
+    for behind in ("", "_scale_inv"):
+        tensors[f"{stem}.5.down_proj.weight{behind}"] = tensors[f"{stem}.4.down_proj.weight{behind}"].clone()
+    tensors["model.layers.0.mlp.up_proj.weight_scale_inv"][0, 0] = torch.inf
+    save_file(tensors, fp8 / WEIGHTS)
+    assert fell(fp8) == {
+        "tensors with a value that is not finite": ["model.layers.0.mlp.up_proj.weight"],
+        "experts' matrices that are another one's copy": [f"{stem}.5.down_proj.weight of {stem}.4.down_proj.weight"],
+    }
 
 
 def test_tensors_are_told_by_the_names_that_they_have_on_disk(tiny_config: Configs, tmp_path: Path) -> None:

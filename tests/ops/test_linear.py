@@ -7,16 +7,20 @@ from torch import Tensor
 from moekit.errors import UnsupportedError
 from moekit.ops.kernels import build, native
 from moekit.ops.linear import linear
-from moekit.ops.quantize import Quantized, dequantize, quantize
+from moekit.ops.quantize import dequantize, quantize
+from moekit.ops.scaled import Matrix, Scaled
 
-KINDS = ["float32", "bfloat16", "int8", "int4"]
+KINDS = ["float32", "bfloat16", "int8", "int4", "float8"]
 
 
-def kept(weight: Tensor, kind: str) -> tuple[Tensor | Quantized, Tensor]:
+def kept(weight: Tensor, kind: str) -> tuple[Matrix, Tensor]:
     """Returns the weight as it is kept, and the numbers that this stands for."""
     if kind in ("int8", "int4"):
         coded = quantize(weight, kind)  # type: ignore[arg-type]
         return coded, dequantize(coded)
+    if kind == "float8":
+        scaled = Scaled(weight.to(torch.float8_e4m3fn), torch.rand(-(-len(weight) // 8), 1), (8, 200), torch.float32)
+        return scaled.to(weight.device), scaled.to(weight.device).numbers()
     cast = weight.to(getattr(torch, kind))
     return cast, cast.float()
 
@@ -59,7 +63,7 @@ def test_a_gradient_through_codes_is_an_error(device: torch.device) -> None:
         linear(x, quantize(torch.randn(5, 7, device=device), "int4"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS[:4])
 @pytest.mark.parametrize("rows", [4, 41])
 def test_a_strided_input_suits_the_kernel(kind: str, rows: int) -> None:
     weight, numbers = kept(torch.randn(37, 70), kind)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from moekit.errors import CheckpointError, UnsupportedError
-from moekit.formats.weights import Stored
 from moekit.ops.quantize import GROUP, Codes, Quantized, dequantize, quantize
 
 ROWS = 2**22
@@ -48,18 +47,18 @@ class Encoded(NamedTuple):
     """Sum of its squares."""
 
 
-def of(weight: Stored, numbers: bool = False) -> Kind:
+def of(weight: Tensor | Quantized, numbers: bool = False) -> Kind:
     """Returns the type that keeps a weight as it is; with `numbers` that of the numbers which codes stand for."""
     if isinstance(weight, Quantized):
         return F32 if numbers else Q8_0 if weight.kind == "int8" else Q4_0
     return next((kind for kind in TYPES.values() if kind.dtype == weight.dtype), F32)
 
 
-def numbers(weight: Stored) -> Tensor:
+def numbers(weight: Tensor | Quantized) -> Tensor:
     return dequantize(weight) if isinstance(weight, Quantized) else weight
 
 
-def encode(weight: Stored, kind: Kind, name: str) -> Iterator[Encoded]:
+def encode(weight: Tensor | Quantized, kind: Kind, name: str) -> Iterator[Encoded]:
     """Yields a weight in another type, some rows at a time.
 
     Codes stay the same where the type has them: int8 and int4 have q8_0's and q4_0's groups and codes, and a bfloat16

@@ -13,16 +13,17 @@ import torch
 from moekit import files, receipts
 from moekit.config import MHAConfig, MLAConfig
 from moekit.errors import CheckpointError
-from moekit.formats.checkpoint import load
+from moekit.formats.checkpoint import load, read_config
 from moekit.formats.directory import listing
 from moekit.formats.gguf import architecture, blocks, settings, vocabulary
 from moekit.formats.gguf.blocks import Encoded, Kind, encode
 from moekit.formats.gguf.file import GGUF, header, padded
 from moekit.formats.gguf.tensors import apart, places, single
 from moekit.formats.tokenizer import Tokenizer, load_tokenizer
-from moekit.formats.weights import Stored, held, split
+from moekit.formats.weights import Reader, Stored, held, meta, split
 from moekit.nn.model import Model
 from moekit.ops.quantize import Quantized
+from moekit.ops.scaled import unscaled
 
 Precision = Literal["float32", "float16", "bfloat16", "q8_0", "q4_0"]
 KINDS: dict[str, Kind] = {
@@ -59,11 +60,15 @@ def export_gguf(
     For the rest see `save_gguf`.
     """
     listed = listing(source)
-    model = load(source, mapped=True)
+    model, disk = load(source, mapped=True), read_config(source)[2]
     tokenizer = load_tokenizer(source) if (source / "tokenizer.json").is_file() else None
     account = _Account(str(source), listed)
     if "training.safetensors" in listed:
         account.dropped["training.safetensors"] = "the state of a training, for which GGUF has no place"
+    if disk.foreign:
+        account.dropped |= Reader(source, disk).rest(
+            {key for name, weight in held(model).items() for key, _ in split(name, weight, disk)}
+        )
     return _write(model, target, tokenizer, dtype, progress, account)
 
 
@@ -148,7 +153,7 @@ def tensors_of(model: Model, wanted: Kind | None) -> dict[str, _Tensor]:
                 parts.append(_Part(key, index, piece))
     tensors = {}
     for name, parts in gathered.items():
-        like = apart(parts[0].key, _meta(parts[0].weight), model.config.attention)[parts[0].place]
+        like = apart(parts[0].key, meta(parts[0].weight), model.config.attention)[parts[0].place]
         kind = blocks.F32 if single(name) else wanted or blocks.of(like)
         if like.shape[-1] % kind.block:
             kind = blocks.of(like, numbers=True)
@@ -157,18 +162,11 @@ def tensors_of(model: Model, wanted: Kind | None) -> dict[str, _Tensor]:
     return tensors
 
 
-def _meta(weight: Stored) -> Stored:
-    """Returns its shape and dtype without its memory."""
-    if isinstance(weight, Quantized):
-        return Quantized(weight.codes.to("meta"), weight.scales.to("meta"), weight.width)
-    return weight.to("meta")
-
-
 def _chunks(tensors: dict[str, _Tensor], attention: MHAConfig | MLAConfig, account: "_Account") -> Iterator[memoryview]:
     for name, tensor in tensors.items():
         size = 0
         for key, place, weight in tensor.parts:
-            for encoded in encode(apart(key, weight, attention)[place], tensor.kind, key):
+            for encoded in encode(apart(key, unscaled(weight), attention)[place], tensor.kind, key):
                 chunk = encoded.bytes.cpu().numpy().reshape(-1).data
                 account.add(name, key, weight, tensor.kind, encoded)
                 size += len(chunk)

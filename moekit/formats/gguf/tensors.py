@@ -13,7 +13,6 @@ from torch import Tensor
 from moekit.config import MHAConfig, MLAConfig
 from moekit.errors import UnsupportedError
 from moekit.formats.gguf.blocks import numbers
-from moekit.formats.weights import Stored
 from moekit.ops.quantize import Quantized
 
 _MODEL = {
@@ -73,7 +72,7 @@ def places(key: str) -> list[Place]:
     raise UnsupportedError(f"the architectures of GGUF that are written have no tensor for {key}")
 
 
-def apart(key: str, weight: Stored, attention: MHAConfig | MLAConfig) -> list[Stored]:
+def apart(key: str, weight: Tensor | Quantized, attention: MHAConfig | MLAConfig) -> list[Tensor | Quantized]:
     """Returns what stands in each of the `places` of a tensor."""
     if (order := _order(key, attention)) is not None:
         rows = order.to(weight.codes.device if isinstance(weight, Quantized) else weight.device)

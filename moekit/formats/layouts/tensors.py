@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from moekit.errors import CheckpointError, UnsupportedError
 from moekit.formats.guard import Safetensors
 from moekit.formats.layouts.layout import QUANTIZATION, Layout, Values
 from moekit.formats.names import Piece, pieces
+from moekit.ops.scaled import Scaled
 
 SCALE = "_scale_inv"
 """Behind the name of a weight in 8 bits: the name of its blocks' scales."""
@@ -33,16 +33,16 @@ class Disk(NamedTuple):
         """Returns the tensors on disk that together are the state-dict tensor `name`."""
         return pieces(name, shape, self.renamed)
 
-    def tensor(self, opened: Mapping[str, Safetensors], key: str, dtype: torch.dtype | None) -> Tensor:
-        """Returns a tensor as numbers that the model can hold: 8 bits as `dtype` or bfloat16, biases in float32."""
+    def tensor(self, opened: Mapping[str, Safetensors], key: str, dtype: torch.dtype | None) -> Tensor | Scaled:
+        """Returns a tensor as a model can hold it: biases in float32; the numbers of 8 bits are `dtype` or bfloat16."""
         tensor: Tensor = opened[key].tensor(key)
         if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
-            scaled = self.block is not None and key + SCALE in opened
-            found = f"{tensor.dtype} {'with' if scaled else 'without'} {key}{SCALE} and {QUANTIZATION} in config.json"
-            if tensor.dtype != torch.float8_e4m3fn or self.block is None or not scaled:
+            there = self.block is not None and key + SCALE in opened
+            found = f"{tensor.dtype} {'with' if there else 'without'} {key}{SCALE} and {QUANTIZATION} in config.json"
+            if tensor.dtype != torch.float8_e4m3fn or self.block is None or not there:
                 raise CheckpointError(f"{key} is in 8 bits or fewer: read are float8_e4m3fn with scales, found {found}")
             scales = opened[key + SCALE].tensor(key + SCALE)
-            return unscaled(key, tensor, scales, self.block).to(dtype or torch.bfloat16)
+            return scaled(key, tensor, scales, self.block, dtype or torch.bfloat16)
         choice = self.foreign and key.endswith(".e_score_correction_bias") and tensor.is_floating_point()
         return tensor.float() if choice else tensor  # the selection bias: bfloat16 would round its steps
 
@@ -81,13 +81,12 @@ def disk(layout: Layout, content: Values) -> Disk:
     return Disk(layout.renamed, block, range(layers, layers + more), values["tie_word_embeddings"], foreign=True)
 
 
-def unscaled(key: str, codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Float[Tensor, "rows columns"]:
-    """Returns a weight in 8 bits as float32: each block times its scale (DeepSeek-V3, arXiv 2412.19437, Fig. 7)."""
+def scaled(key: str, codes: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Scaled:
+    """Returns a weight in 8 bits with its blocks' scales, once their shapes fit."""
     if codes.dim() != 2 or not scales.is_floating_point():
         raise CheckpointError(f"{key} in 8 bits has {codes.dim()} axes and scales of {scales.dtype}: no matrix")
     rows, columns = (-(-n // size) for n, size in zip(codes.shape, block, strict=True))
     if scales.shape != (rows, columns):
         found = f"{tuple(scales.shape)} but its weight {tuple(codes.shape)} has {(rows, columns)} blocks of {block}"
         raise CheckpointError(f"{key}{SCALE} has shape {found}")
-    each = scales.float().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-    return codes.float() * each[: codes.shape[0], : codes.shape[1]]
+    return Scaled(codes, scales, block, dtype)

@@ -12,8 +12,8 @@ from moekit.ops.kernels.build import native
 from moekit.ops.kernels.native import KINDS, at, contiguous, table
 from moekit.ops.mapped import Mapped, Weights
 from moekit.ops.quantize import GROUP, Quantized
+from moekit.ops.scaled import Matrix, Scaled
 
-Matrix = Tensor | Quantized
 _LONG, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
@@ -137,6 +137,7 @@ class Decoder:
         if matrix is None:
             return _Matrix()
         self._kept.append(matrix := contiguous(matrix))
+        assert not isinstance(matrix, Scaled)
         codes, scales = (matrix.codes, matrix.scales) if isinstance(matrix, Quantized) else (matrix, None)
         return _Matrix(codes.data_ptr(), at(scales), KINDS[codes.dtype])
 
@@ -176,13 +177,15 @@ class _Model(ctypes.Structure):
     )
 
 
-def unavailable(numbers: Iterable[Tensor], weights: Iterable[Weights]) -> str | None:
+def unavailable(numbers: Iterable[Tensor], weights: Iterable[Weights | Matrix]) -> str | None:
     """Returns why `Decoder` cannot run on such parameters and cache, or such matrices, or None."""
     for tensor in numbers:
         if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16):
             return f"it takes float32 and bfloat16 on a CPU, not {tensor.dtype} on {tensor.device.type}"
     for weight in weights:
         one = weight.one if isinstance(weight, Mapped) else weight
+        if isinstance(one, Scaled):
+            return f"a matrix is in {one.codes.dtype}, which it does not read"
         if isinstance(one, Quantized) and one.width % GROUP:
             return f"a matrix in {one.kind} is {one.width} wide, which is not whole groups of {GROUP}"
     return native().reason

@@ -18,15 +18,16 @@ from moekit.ops.dispatch import Plan
 from moekit.ops.kernels.build import matrices, native
 from moekit.ops.mapped import Mapped, Weights
 from moekit.ops.quantize import Quantized
+from moekit.ops.scaled import Matrix, Scaled
 
 
 def unavailable(x: Tensor, gate_up: Weights, down: Weights) -> str | None:
     """Returns why the kernels cannot run on these tensors, or None."""
     if x.device.type != "cpu":
         return f"it runs on a CPU but the tensors are on {x.device.type}"
-    dtype = _stored(gate_up).dtype
-    if (x.dtype, dtype) not in _TYPES:
-        return f"rows are {x.dtype} and weights {dtype}; it takes float32, or bfloat16 rows with either weights"
+    for dtype in (_stored(gate_up).dtype, _stored(down).dtype):
+        if (x.dtype, dtype) not in _TYPES:
+            return f"rows are {x.dtype} and weights {dtype}; it takes float32, or bfloat16 rows with either weights"
     return native().reason
 
 
@@ -40,10 +41,9 @@ _TYPES = {
 }
 
 
-def _stored(weight: Weights) -> Tensor:
-    if isinstance(weight, Mapped):
-        weight = weight.one
-    return weight.codes if isinstance(weight, Quantized) else weight
+def _stored(weight: Weights | Matrix) -> Tensor:
+    one = weight.one if isinstance(weight, Mapped) else weight
+    return one.codes if isinstance(one, Quantized | Scaled) else one
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -317,7 +317,7 @@ def _matrices(weight: Weights, each: int) -> np.ndarray:
     return matrices(count, KINDS[stored.dtype], stored.data_ptr(), stored.nbytes, *of).reshape(-1, each, 3)
 
 
-def contiguous(weight: Weights) -> Any:
+def contiguous(weight: Weights | Matrix) -> Any:
     """Returns the weight with its rows one after another, as the library reads them."""
     if isinstance(weight, Quantized):
         assert weight.scales.dtype == torch.bfloat16

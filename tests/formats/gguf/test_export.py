@@ -124,6 +124,17 @@ def test_the_receipt_accounts_for_the_file_and_every_tensor(make: Make, tokenize
     assert sorted(done) == list(done)
 
 
+def test_8_bit_floating_point_is_exported_as_its_numbers_from_where_it_lies(fp8: Path, tmp_path: Path) -> None:
+    receipt = export_gguf(fp8, tmp_path / "model.gguf")
+    save_gguf(load(fp8), tmp_path / "loaded.gguf")
+    assert (tmp_path / "model.gguf").read_bytes() == (tmp_path / "loaded.gguf").read_bytes()
+    with safe_open(fp8 / "model.safetensors", "pt") as file:
+        assert receipt["tensors"]["used"].keys() | receipt["tensors"]["dropped"].keys() == set(file.keys())
+    key = "model.layers.1.mlp.experts.2.up_proj.weight"
+    assert receipt["tensors"]["used"][key]["from"] == "bfloat16"
+    assert receipt["tensors"]["dropped"][f"{key}_scale_inv"] == f"scales, multiplied into {key}"
+
+
 def test_a_file_that_exists_stays(make: Make, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_text("mine")
     with pytest.raises(CheckpointError, match=r"model\.gguf exists already"):

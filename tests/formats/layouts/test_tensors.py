@@ -14,7 +14,7 @@ from torch import Tensor
 import moekit
 from moekit.config import ModelConfig
 from moekit.errors import CheckpointError, MoekitError, UnsupportedError
-from moekit.formats.layouts.tensors import unscaled
+from moekit.ops.scaled import Scaled
 
 Make = Callable[..., ModelConfig]
 Change = Callable[[dict[str, Tensor]], Any]
@@ -40,9 +40,9 @@ def change(folder: Path, how: Change) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def refusal(folder: Path, kind: type[MoekitError] = CheckpointError) -> str:
+def refusal(folder: Path, kind: type[MoekitError] = CheckpointError, mapped: bool = False) -> str:
     with pytest.raises(kind) as caught:
-        moekit.load(folder)
+        moekit.load(folder, mapped=mapped)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -193,7 +193,7 @@ def test_weights_in_8_bits_are_their_codes_times_their_blocks_scales(v3: Path) -
 def test_blocks_may_be_cut_off_at_both_edges() -> None:
     codes, scales = encode(torch.randn(13, 7), (8, 4))
     assert scales.shape == (2, 2)
-    assert torch.equal(unscaled("w", codes, scales, (8, 4)), decode(codes, scales))
+    assert torch.equal(Scaled(codes, scales, (8, 4), torch.float32).numbers(), decode(codes, scales))
 
 
 @pytest.mark.parametrize(
@@ -222,6 +222,7 @@ def test_codes_without_their_scales_are_never_taken_for_numbers(v3: Path, how: C
     change(v3, in_8_bits)
     change(v3, how)
     assert said in refusal(v3)
+    assert said in refusal(v3, mapped=True)
 
 
 def test_other_codes_are_refused(v3: Path, v1: Path) -> None:
