@@ -205,6 +205,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     add("--to", default="moekit", metavar="LAYOUT", help=layouts)
     precisions = ("float32", "float16", "bfloat16", "int8", "int4", "q8_0", "q4_0")
     add("--dtype", choices=precisions, help="of the weights (as they are)")
+    add(
+        "--mtp", choices=("drop", "keep"), default="drop", help="DeepSeek-V3's layers for multi-token prediction (drop)"
+    )
     add("--text", type=Path, metavar="FILE", help="text to compare the logits on (random tokens)")
 
     add = verb("verify", run_verify)
@@ -483,7 +486,11 @@ def _converter(args: argparse.Namespace, text: str | None) -> Callable[..., dict
         allowed = f"{source} to {target} takes {', '.join(name or 'no --dtype' for name in dtypes)}"
         raise ConfigError(f"--dtype is {args.dtype or 'missing'} but {allowed}")
     if source != "GGUF" and target != "gguf":
-        return lambda source, *rest, **more: convert(_model_folder(source), *rest, layout=target, text=text, **more)
+        return lambda source, *rest, **more: convert(
+            _model_folder(source), *rest, layout=target, text=text, mtp=args.mtp, **more
+        )
+    if args.mtp == "keep":
+        raise ConfigError("--mtp is keep but GGUF has no place for those layers here; leave it out")
     if text is not None:
         raise ConfigError("--text compares logits, which takes two model directories; leave it out")
     if target == "gguf":

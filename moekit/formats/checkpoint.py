@@ -70,11 +70,15 @@ def describe(
     codes: Codes | None,
     tokenizer: Tokenizer | None,
     layout: str = MODEL_TYPE,
+    ahead: int = 0,
 ) -> Disk:
     """Writes what a model directory holds beside its weights, and returns what these are called there.
 
-    Raises UnsupportedError where the layout cannot hold the model.
+    `ahead` says how many layers for multi-token prediction are to stand behind the model's own. Raises UnsupportedError
+    where the layout cannot hold the model, or those.
     """
+    if ahead and (layout not in LAYOUTS or LAYOUTS[layout].extra_layers is None):
+        raise UnsupportedError(f"layout {layout} has no place for multi-token prediction; leave its layers out")
     named, tensors = str(dtype).removeprefix("torch."), Disk()
     if layout == MODEL_TYPE:
         content = {
@@ -93,6 +97,8 @@ def describe(
         raise UnsupportedError(f"layout {layout} has no {codes} codes; convert to bfloat16 first")
     else:
         content = LAYOUTS[layout].write(config) | {"torch_dtype": named} | _token_ids(tokenizer)
+        if (count := LAYOUTS[layout].extra_layers) and ahead:
+            content[count] = ahead
         tensors = disk(LAYOUTS[layout], content)
     files.write_json(folder / "config.json", content)
     if tokenizer is not None:

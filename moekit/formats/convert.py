@@ -34,6 +34,7 @@ def convert(
     *,
     layout: str = MODEL_TYPE,
     text: str | None = None,
+    mtp: Literal["drop", "keep"] = "drop",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Writes the model of a directory in another precision or layout, in one atomic step, and returns the receipt.
@@ -41,7 +42,8 @@ def convert(
     float32 and bfloat16 are of all tensors, but for selection biases and hash tables; int8 and int4 are of the matrices
     that `nn.quantized` names, the rest stays as it is; None: all does. From codes to anything else is by the numbers
     that they stand for. `layout` is a `model_type` of `formats.layouts`, or "hf": the first that can hold the model.
-    `text` is what the logits are compared on, its first tokens; None: random tokens. One matrix at a time is in memory,
+    `text` is what the logits are compared on, its first tokens; None: random tokens. Layers for multi-token prediction,
+    which moekit does not compute, are left out, or with `mtp` "keep" go along. One matrix at a time is in memory,
     whatever the size of the model. `progress` gets "convert", bytes of the source done, bytes in all.
 
     Raises CheckpointError for a tensor that is not finite, ConfigError where nothing is to change, UnsupportedError
@@ -56,6 +58,8 @@ def convert(
     if dtype is None and layout == MODEL_TYPE and not names.foreign:
         precisions = ", ".join(get_args(Precision))
         raise ConfigError(f"{source} is a {layout} directory already; --dtype is missing, allowed: {precisions}")
+    if mtp == "keep" and not names.extra:
+        raise ConfigError(f"mtp is keep but {source} has no layers for multi-token prediction")
     model = load(source, mapped=True)
     tokenizer = load_tokenizer(source) if (source / "tokenizer.json").is_file() else None
     ids = sample(config, tokenizer, text)
@@ -66,7 +70,9 @@ def convert(
     tensors: dict[str, dict[str, Any]] = {"used": {}, "created": {}, "dropped": {}}
     hashed: dict[str, Any] = {}
     with atomic_directory(target, hashed=hashed) as folder:
-        work = list(_work(model, dtype, names, describe(folder, config, number, codes, tokenizer, layout)))
+        ahead = len(names.extra) if mtp == "keep" else 0
+        written = describe(folder, config, number, codes, tokenizer, layout, ahead)
+        work = [*_work(model, dtype, names, written), *(_ahead(source, dtype, names) if ahead else ())]
         total = sum(nbytes(job.piece) for job in work)
 
         def converted() -> Iterator[Stored]:
@@ -87,10 +93,14 @@ def convert(
             "dtype": dtype or came_in,
             "layout": layout,
             "compared_on": "random tokens" if text is None else "text",
+            **({"mtp": mtp} if names.extra else {}),
         }
         if came_in in ("int8", "int4") and dtype not in (None, came_in):
             told["note"] = f"made of the numbers that {came_in} codes stand for: what they had lost is not brought back"
-        bounds = BOUNDS[dtype or "float32"]  # what stays as it is computes the same
+        before = model.embed_tokens.weight.dtype
+        moved = before != number or names.block is not None  # 8-bit floating point is computed by other kernels
+        named = [dtype or "float32", *(str(one).removeprefix("torch.") for one in (before, number) if moved)]
+        bounds = BOUNDS[max(named, key=list(BOUNDS).index)]
         after = load(folder, check_hashes=False, mapped=True)(ids).logits
         receipt = receipts.make(
             "convert",
@@ -98,7 +108,7 @@ def convert(
             config=told,
             inputs=listed,
             tensors=tensors,
-            checks=[_largest(bounds, tensors["used"]), *logits_checks(bounds, logits, after)],
+            checks=[_largest(BOUNDS[dtype or "float32"], tensors["used"]), *logits_checks(bounds, logits, after)],
             seed=SEED,
             seconds=round(time.monotonic() - start, 3),
         )
@@ -123,6 +133,14 @@ def _work(model: Model, dtype: Precision | None, source: Disk, target: Disk) -> 
         stays = name not in coded if codes else name.endswith(("expert_bias", ".table"))
         pairs = zip(split(name, weight, source), split(name, weight, target), strict=True)
         yield from (_Job(came, key, piece, None if stays else dtype) for (came, piece), (key, _) in pairs)
+
+
+def _ahead(source: Path, dtype: Precision | None, names: Disk) -> Iterator[_Job]:
+    """Yields the tensors for multi-token prediction, which have the same name in every layout that has them."""
+    opened = Reader(source, names).files
+    for key in names.ahead(opened):
+        piece = names.tensor(opened, key, None)
+        yield _Job(key, key, piece, None if key.endswith(".e_score_correction_bias") else dtype)
 
 
 def _sources(source: Path, tensors: dict[str, dict[str, Any]], names: Disk) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A converted model is the same model but for what its precision costs, and the receipt says exactly what that is."""
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -8,6 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -18,6 +20,7 @@ from moekit.formats.checkpoint import load, save
 from moekit.formats.convert import Precision, convert
 from moekit.formats.directory import check_directory
 from moekit.formats.tokenizer import load_tokenizer, train_tokenizer
+from moekit.formats.verify import verify
 from moekit.nn.model import Model
 from moekit.ops.scaled import Scaled
 
@@ -67,6 +70,13 @@ def test_the_error_in_the_receipt_is_the_tensors(source: Path, tmp_path: Path, d
     assert all(low <= error <= high for error in matrices)
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
     assert used[bias] == {"from": "float32", "to": "float32", "relative_rms": 0.0}
+
+
+def test_bfloat16_in_float32_is_the_same_model_computed_finer(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "half", "bfloat16")
+    receipt = convert(tmp_path / "half", tmp_path / "whole", "float32")
+    assert [check["held"] for check in receipt["checks"]] == [True, True, True]
+    assert [check["bound"] for check in receipt["checks"]] == ["<= 0", "<= 0.02", ">= 0.85"]
 
 
 def test_the_target_is_a_whole_directory_with_its_tokenizer_and_receipt(source: Path, tmp_path: Path) -> None:
@@ -205,3 +215,52 @@ def test_of_8_bit_floating_point_two_matrices_are_numbers_at_a_time(
     convert(fp8, tmp_path / "target", "int8")
     assert 0 < most <= 2 * largest
     assert whole > 10 * most
+
+
+def predicting(folder: Path) -> dict[str, Tensor]:
+    """Puts a layer for multi-token prediction behind the model, in 8 bits where the others are; returns its tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    content = json.loads((folder / "config.json").read_text())
+    layer = content["num_hidden_layers"]
+    more = {
+        key.replace(f"layers.{layer - 1}.", f"layers.{layer}."): tensor.clone()
+        for key, tensor in tensors.items()
+        if f"layers.{layer - 1}." in key
+    }
+    more[f"model.layers.{layer}.eh_proj.weight"] = torch.randn(24, 48).bfloat16()
+    more[f"model.layers.{layer}.enorm.weight"] = torch.ones(24).bfloat16()
+    save_file(tensors | more, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(content | {"num_nextn_predict_layers": 1}))
+    return more
+
+
+def test_layers_for_multi_token_prediction_are_left_out_or_go_along_on_purpose(fp8: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"mtp is keep but .* has no layers for multi-token prediction"):
+        convert(fp8, tmp_path / "none", "bfloat16", layout="deepseek_v3", mtp="keep")
+    more = predicting(fp8)
+    block, scale = (8, 4), "_scale_inv"
+    expected = {
+        key: Scaled(tensor, more[f"{key}{scale}"], block, torch.bfloat16).numbers()
+        if f"{key}{scale}" in more
+        else tensor
+        for key, tensor in more.items()
+        if not key.endswith(scale)
+    }
+    dropped = convert(fp8, tmp_path / "dropped", layout="deepseek_v3")
+    reason = "multi-token prediction, which moekit does not do"
+    assert {key for key, why in dropped["tensors"]["dropped"].items() if why == reason} == more.keys()
+    assert json.loads((tmp_path / "dropped" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    kept = convert(fp8, tmp_path / "kept", layout="deepseek_v3", mtp="keep")
+    written = load_file(tmp_path / "kept" / "model.safetensors")
+    assert written.keys() == load_file(tmp_path / "dropped" / "model.safetensors").keys() | expected.keys()
+    assert all(torch.equal(written[key], tensor) for key, tensor in expected.items())
+    assert expected.keys() <= kept["tensors"]["used"].keys()
+    assert all(key.endswith(scale) for key in kept["tensors"]["dropped"])
+    assert [check for check in verify(tmp_path / "kept", tmp_path / "dropped")["checks"] if not check["held"]] == []
+    again = convert(tmp_path / "kept", tmp_path / "again", "float32", layout="deepseek_v3", mtp="keep")
+    assert all(check["held"] for check in again["checks"])
+    wide = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(wide[key], tensor.float()) for key, tensor in expected.items())
+    with pytest.raises(UnsupportedError, match="layout moekit has no place for multi-token prediction"):
+        convert(fp8, tmp_path / "ours", mtp="keep")
+    assert not (tmp_path / "ours").exists()

@@ -139,6 +139,17 @@ def test_codes_give_what_their_numbers_give(
     assert decoder(odd, KVCache(odd.config, 1, 8)) is None
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_what_is_not_finite_is_not_rounded_away(
+    tiny_config: Callable[..., ModelConfig], kind: Literal["int8", "int4"], value: float
+) -> None:
+    model = Model(tiny_config(hidden_size=32, attention={"head_dim": 8}, ffn={"moe_intermediate_size": 64})).eval()
+    quantize_(model, kind)
+    found = steps(model, native=True, prepare=lambda: model.norm.weight.data[3:4].fill_(value))
+    assert not found.isfinite().any()
+
+
 @pytest.mark.parametrize("attention", [{}, {"kind": "mla"}, {"kind": "mla", "q_lora_rank": 7}])
 def test_in_bfloat16_it_is_no_further_from_float32_than_the_model_is(
     tiny_config: Callable[..., ModelConfig], attention: dict[str, Any]

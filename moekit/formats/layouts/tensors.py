@@ -46,13 +46,21 @@ class Disk(NamedTuple):
         choice = self.foreign and key.endswith(".e_score_correction_bias") and tensor.is_floating_point()
         return tensor.float() if choice else tensor  # the selection bias: bfloat16 would round its steps
 
+    def ahead(self, opened: Mapping[str, Safetensors]) -> list[str]:
+        """Returns the keys of the layers for multi-token prediction, without scales that belong to a weight."""
+        scales = {f"{key}{SCALE}" for key in opened}
+        return sorted(key for key in opened.keys() - scales if self._ahead(key))
+
+    def _ahead(self, key: str) -> bool:
+        layer = re.match(r"model\.layers\.(\d+)\.", key)
+        return layer is not None and int(layer[1]) in self.extra
+
     def dropped(self, opened: Mapping[str, Safetensors], left: set[str]) -> dict[str, str]:
         """Returns, of the tensors that the model has no place for, those that may be there, each with the reason."""
         reasons: dict[str, str] = {}
         for key in sorted(left) if self.foreign else ():
-            layer = re.match(r"model\.layers\.(\d+)\.", key)
             weight = key.removesuffix(SCALE)
-            if layer and int(layer[1]) in self.extra:
+            if self._ahead(key) and weight in left:
                 reasons[key] = "multi-token prediction, which moekit does not do"
             elif 0 in opened[key].shape(key):
                 reasons[key] = "it holds no number: transformers' shared experts where there are none"
