@@ -143,12 +143,15 @@ def test_in_8_bits_all_matrices_stay_in_the_file_but_those_that_decoding_absorbs
 def test_in_8_bits_it_computes_what_the_loaded_one_does_to_the_bit(
     fp8: Path, backend: str, dtype: torch.dtype | None
 ) -> None:
-    """With the same back end; `auto` takes another one for experts that are loaded, whose rounding is its own."""
+    """With the same back end; `auto` takes another one for experts that are loaded, whose rounding is its own.
+
+    Against the numbers in float64 relative differences of 0.010 and 3.2e-7 were seen.
+    """
     loaded, mapped = load(fp8, dtype=dtype), load(fp8, dtype=dtype, mapped=True)
     ids = torch.randint(loaded.config.vocab_size, (2, 17))
     exact = logits(load(fp8, dtype=torch.float64), ids)
     near = (logits(mapped, ids) - exact).norm() / exact.norm()
-    assert near < (0.05 if dtype is None else 1e-5)
+    assert near < (0.03 if dtype is None else 2e-6)
     for model in (loaded, mapped):
         model.set_experts_backend(backend)
     assert torch.equal(logits(mapped, ids), logits(loaded, ids))
