@@ -112,7 +112,10 @@ def progress(text: str) -> None:
 
 
 class Guard:
-    """What the machine gave: its matmul speed before and after, and how much of it others used in between."""
+    """What the machine gave: its matmul and memory speed before and after, and how much others used in between.
+
+    On a shared host the memory's speed can change by half from one minute to the next, and decoding with it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -120,7 +123,8 @@ class Guard:
         self.start = time.perf_counter(), _busy_seconds(), _own_seconds()
 
     def _speeds(self) -> list[float]:
-        return [hardware.matmul_flops(hardware.Hardware(self.device, low)) / 1e9 for low in (False, True)]
+        matmul = [hardware.matmul_flops(hardware.Hardware(self.device, low)) / 1e9 for low in (False, True)]
+        return [*matmul, read_speed(self.device) / 1e9]
 
     def text(self) -> str:
         """Returns the line of the result file; call it right after the last measurement."""
@@ -129,11 +133,24 @@ class Guard:
         load = "unknown here"
         if busy is not None and self.start[1] is not None:
             load = f"{max(busy - self.start[1] - own, 0) / elapsed:.0%} of one core"
-        figures = (
-            f"{name} {before:,.0f} before and {after:,.0f} after"
-            for name, before, after in zip(("fp32", "bf16"), self.before, self._speeds(), strict=True)
+        fp32, bf16, memory = (
+            f"{before:,.0f} before and {after:,.0f} after"
+            for before, after in zip(self.before, self._speeds(), strict=True)
         )
-        return f"Guard: matmul GFLOP/s {', '.join(figures)}; load of other processes: {load}."
+        speeds = f"matmul GFLOP/s fp32 {fp32}, bf16 {bf16}; memory read GB/s {memory}"
+        return f"Guard: {speeds}; load of other processes: {load}."
+
+
+def read_speed(device: torch.device) -> float:
+    """Returns the bytes a second at which a sum reads memory that no cache holds, the median of five."""
+    numbers, seconds = torch.ones(2**27, device=device), []
+    for _ in range(6):
+        hardware.synchronize(device)
+        start = time.perf_counter()
+        numbers.sum()
+        hardware.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return numbers.nbytes / statistics.median(seconds[1:])
 
 
 def _busy_seconds() -> float | None:
