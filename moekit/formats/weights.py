@@ -16,6 +16,7 @@ from moekit.errors import CheckpointError, nearest
 from moekit.formats import guard
 from moekit.formats.directory import PlainName
 from moekit.formats.layouts.tensors import Disk
+from moekit.formats.safetensors import Safetensors
 from moekit.nn.experts import Experts
 from moekit.nn.model import Model
 from moekit.nn.quantized import matrices
@@ -296,7 +297,7 @@ def finite(tensor: Tensor) -> bool:
     return math.isfinite(low) and math.isfinite(high)
 
 
-def _open(folder: Path) -> dict[str, guard.Safetensors]:
+def _open(folder: Path) -> dict[str, Safetensors]:
     """Returns, for every tensor on disk, the open file that holds it."""
     index = {}
     if (folder / INDEX).is_file():
@@ -306,10 +307,10 @@ def _open(folder: Path) -> dict[str, guard.Safetensors]:
     names = set(index.values()) or {SINGLE}
     if SINGLE not in names and (folder / SINGLE).exists():
         raise CheckpointError(f"{folder} has {SINGLE} beside {INDEX}, which does not name it; remove one of the models")
-    opened: dict[str, guard.Safetensors] = {}
+    opened: dict[str, Safetensors] = {}
     where: dict[str, str] = {}
     for name in sorted(names):
-        file = guard.Safetensors(folder / name)
+        file = Safetensors(folder / name)
         for key in file.names():
             if key in opened:
                 raise CheckpointError(f"tensor {key} is in {name} and again in another file of {folder}")

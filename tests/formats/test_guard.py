@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from moekit.config import ModelConfig
 from moekit.errors import CheckpointError
-from moekit.formats import guard, weights
+from moekit.formats import weights
 from moekit.formats.checkpoint import load, load_config, save
 from moekit.formats.directory import MANIFEST
+from moekit.formats.safetensors import HEADER_BYTES, Safetensors
 from moekit.formats.tokenizer import load_tokenizer, train_tokenizer
 from moekit.formats.weights import INDEX
 from moekit.nn.model import Model
@@ -143,7 +144,7 @@ def test_a_header_as_long_as_its_file_allows_is_not_parsed(folder: Path) -> None
     with (folder / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", 90_000_000))
         file.truncate(90_000_008)
-    assert f"a header of 90000000 bytes, more than the {guard.HEADER_BYTES} allowed" in refusal(folder)
+    assert f"a header of 90000000 bytes, more than the {HEADER_BYTES} allowed" in refusal(folder)
 
 
 KEY, OTHER = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"
@@ -180,7 +181,7 @@ def test_two_tensors_of_one_name_are_refused_where_the_library_takes_the_last(tm
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
     assert list(load_file(tmp_path / "x.safetensors")) == ["a"]
     with pytest.raises(CheckpointError, match="cannot be read as safetensors: the key 'a' is there twice"):
-        guard.Safetensors(tmp_path / "x.safetensors")
+        Safetensors(tmp_path / "x.safetensors")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a file of this size would take that much disk")
@@ -192,7 +193,7 @@ def test_a_file_larger_than_the_memory_is_mapped(tmp_path: Path) -> None:
         file.truncate(8 + len(text) + size)
         file.seek(-1, os.SEEK_END)
         file.write(b"\7")
-    tensor = guard.Safetensors(tmp_path / "x.safetensors").tensor("a")
+    tensor = Safetensors(tmp_path / "x.safetensors").tensor("a")
     assert tensor.shape == (size,)
     assert tensor[-2:].tolist() == [0, 7]
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from moekit.errors import CheckpointError, UnsupportedError
-from moekit.formats.guard import Safetensors
 from moekit.formats.layouts.layout import QUANTIZATION, Layout, Values
 from moekit.formats.names import Piece, pieces
+from moekit.formats.safetensors import Safetensors
 from moekit.ops.scaled import Scaled
 
 SCALE = "_scale_inv"
