@@ -111,7 +111,8 @@ def convert_tables(receipt: dict[str, Any], out: str) -> list[Table | str]:
     size = sum(file["bytes"] for name, file in receipt["outputs"].items() if name.endswith((".safetensors", ".gguf")))
     note = [receipt["config"]["note"]] if "note" in receipt["config"] else []
     to_gguf = receipt["config"].get("to") == "gguf"
-    then = f"its receipt: {out}.receipt.json" if to_gguf else f"next: moekit generate {out} --prompt ..."
+    verb = f"generate {out} --prompt ..." if "tokenizer.json" in receipt["outputs"] else f"verify {out}"
+    then = f"its receipt: {out}.receipt.json" if to_gguf else f"next: moekit {verb}"
     return [errors, _checks(receipt["checks"]), *note, f"{out}: {size / 2**20:,.1f} MiB of weights; {then}"]
 
 
