@@ -1,6 +1,7 @@
 """Our models in transformers, PEFT, TRL and lm-evaluation-harness: the same numbers, and nothing lost silently."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +178,24 @@ def test_shards_are_as_large_as_asked_and_other_options_are_refused(folder: Path
         with pytest.raises(MoekitError, match=message):
             wrapped.save_pretrained(tmp_path / "other", **option)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_save_that_fails_leaves_the_model_that_was_there(folder: Path, tmp_path: Path) -> None:
+    wrapped = opened(folder)
+    wrapped.save_pretrained(tmp_path / "saved", max_shard_size="150KB")
+    before = sorted(file.name for file in (tmp_path / "saved").iterdir())
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # as a full disk: the write itself fails
+        with pytest.raises(OSError, match="File too large"):
+            wrapped.save_pretrained(tmp_path / "saved")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert sorted(file.name for file in (tmp_path / "saved").iterdir()) == before
+    assert same(moekit.load(tmp_path / "saved"), wrapped.to_moekit())
 
 
 def test_the_released_layout_loads_without_remote_code_and_keeps_its_fields(tmp_path: Path) -> None:

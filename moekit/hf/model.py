@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,8 @@ class MoekitForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Writes a model directory that `moekit.load` reads too, into one that may hold other files.
 
-        While it is written there is no manifest, so a save that was cut off is no checkpoint.
+        A model that was there stays whole until the new one's weights are written. While they change places there is no
+        manifest, so a save that was cut off then is no checkpoint.
         """
         if self._hf_peft_config_loaded:  # the adapter alone
             super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, **others)
@@ -187,12 +189,15 @@ class MoekitForCausalLM(PreTrainedModel, GenerationMixin):
             return
         folder, model = Path(save_directory), self.to_moekit()
         folder.mkdir(parents=True, exist_ok=True)
-        for old in [folder / MANIFEST, folder / INDEX, *folder.glob("model*.safetensors")]:
-            old.unlink(missing_ok=True)
         if state_dict is not None:
             model.load_state_dict({name.removeprefix(PREFIX): given for name, given in state_dict.items()}, assign=True)
         stored = [entry for name, weight in held(model).items() for entry in split(name, weight, self.config.disk())]
-        write(folder, stored, (tensor for _, tensor in stored), shard_bytes)
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as beside:
+            write(Path(beside), stored, (tensor for _, tensor in stored), shard_bytes)
+            for old in [folder / MANIFEST, folder / INDEX, *folder.glob("model*.safetensors")]:
+                old.unlink(missing_ok=True)
+            for new in sorted(Path(beside).iterdir()):
+                new.replace(folder / new.name)
         self.config.architectures, self.config.dtype = [type(self).__name__], self.dtype
         self.config.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
