@@ -102,6 +102,8 @@ def main(argv: Sequence[str]) -> None:
     made.add_argument("--layout", default="deepseek", help="a model_type (deepseek)")
     made.add_argument("--work", type=Path, default=Path("work"), help="where the directories are written (work)")
     args = measure.parse(made, argv)
+    if args.repeats != 1 or args.threads or args.return_memory or args.device.type != "cpu":
+        made.error("each step is a command of its own: --repeats, --threads, --device, --return-memory do nothing here")
     guard = measure.Guard(args.device)
     for name in NAMES:
         remove(args.work / name)

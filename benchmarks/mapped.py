@@ -129,6 +129,8 @@ def main(argv: Sequence[str]) -> None:
     made.add_argument("--tokens", type=int, default=64, help="new tokens (64)")
     made.add_argument("--run", choices=("mapped", "loaded"), help=argparse.SUPPRESS)
     args = measure.parse(made, argv)
+    if args.repeats != 1 or args.device.type != "cpu":
+        made.error("each way is measured once, on the CPU: --repeats and --device do nothing here")
     folder = args.work / f"{args.model}-{args.dtype}"
     if args.run:
         sys.stdout.write(json.dumps(run(folder, args.run, args.tokens)))

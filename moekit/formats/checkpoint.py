@@ -167,8 +167,8 @@ def load(
     over but those with a reason, which is logged. Files are checked against the manifest first (`check_hashes` False
     skips that), so a changed byte is an error and never another model; another library's directory has none.
     `mapped` leaves the weights in their files, to be read as they are needed: for inference with a model that may be
-    larger than memory. Its experts, and matrices in 8-bit
-    floating point, stay there whatever `device` and `dtype` say, and the files must stay as they are.
+    larger than memory. Its experts, and matrices in 8-bit floating point, stay there whatever `device` and `dtype` say,
+    and the files must stay as they are.
     """
     folder = Path(path)
     check_folder(folder)

@@ -141,10 +141,10 @@ def _receipt(folder: Path) -> receipts.Receipt:
 
 def _mislabelled(folder: Path, model: Model, disk: Disk) -> list[str]:
     """Returns the tensors of another type than config.json says; float32 may stand anywhere."""
-    said = files.read_json(folder / "config.json", dict[str, Any], CheckpointError).get("dtype")
-    allowed = (said, "float32", "int64", model.quantization)
     if disk.foreign:
         return []
+    said = files.read_json(folder / "config.json", dict[str, Any], CheckpointError).get("dtype")
+    allowed = (said, "float32", "int64", model.quantization)
     return [f"{key} is {kind(piece)}, not {said}" for key, piece in _pieces(model) if kind(piece) not in allowed]
 
 
