@@ -181,7 +181,7 @@ def test_too_little_memory_is_one_line_with_advice(
     def run_out(args: object) -> int:  # the real thing needs a GPU
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore on this")
 
-    monkeypatch.setattr("moekit.cli.run_presets", run_out)
+    monkeypatch.setattr("moekit.cli.presets.run", run_out)
     said = _error(capsys, "presets")
     assert "CUDA out of memory; in training, a smaller data.micro_batch_size or recompute true needs less" in said
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from moekit.cli import _parsers, main
+from moekit.cli import main, parsers
 from moekit.config import describe_keys
 
 ROOT = Path(__file__).parents[1]
@@ -212,7 +212,7 @@ def test_the_tree_of_the_readme_is_the_package() -> None:
 
 
 def test_every_verb_has_a_page_that_names_all_its_options() -> None:
-    _, verbs = _parsers()
+    _, verbs = parsers()
     assert {page.stem for page in (ROOT / "docs" / "verbs").glob("*.md")} == set(verbs)
     for verb, parser in verbs.items():
         text = (ROOT / "docs" / "verbs" / f"{verb}.md").read_text(encoding="utf-8")

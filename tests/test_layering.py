@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "moekit"
 LAYERS: list[set[str]] = [
-    {"config", "errors", "files", "shapes", "version"},
+    {"config", "errors", "files", "pictures", "shapes", "version"},
     {"ops"},
     {"nn"},
     {"receipts"},
@@ -85,7 +85,7 @@ def test_the_reader_of_imports_sees_them() -> None:
     edges = {(found.source, found.target) for found in _imports()}
     assert ("moekit.config.model", "moekit.config.counts") in edges
     assert ("moekit.config.presets", "moekit.errors") in edges
-    assert any(found.inside_function for found in _imports() if found.source == "moekit.cli")
+    assert any(found.inside_function for found in _imports() if found.source == "moekit.cli.plan")
 
 
 def test_every_part_of_the_package_has_a_layer() -> None:
@@ -110,7 +110,7 @@ def test_parts_of_one_layer_do_not_import_each_other() -> None:
 
 
 def test_nothing_is_imported_inside_a_function_but_where_it_is_allowed() -> None:
-    wrong = [found for found in _imports() if found.inside_function and found.source not in MAY_IMPORT_LATE]
+    wrong = [found for found in _imports() if found.inside_function and not found.source.startswith(MAY_IMPORT_LATE)]
     assert not wrong, wrong
 
 

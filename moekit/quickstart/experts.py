@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from moekit.quickstart import pictures
+from moekit import pictures
 from moekit.quickstart.results import Result
 
 

@@ -15,10 +15,10 @@ import jinja2
 import matplotlib
 import numpy as np
 
-from moekit import files
+from moekit import files, pictures
 from moekit.config import preset_names
 from moekit.generate.complete import Completion
-from moekit.quickstart import experts, pictures
+from moekit.quickstart import experts
 from moekit.quickstart.results import Result, read_result
 from moekit.tables import short
 from moekit.version import __version__
