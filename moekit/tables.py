@@ -69,7 +69,7 @@ def doctor_tables(document: dict[str, Any]) -> list[Table | str]:
         if native["unavailable"]
         else f"native kernels: vectors of {native['lanes']} floats, bfloat16 products "
         + ("on AMX" if native["amx"] else "on AVX-512" if native["bfloat16"] else "through float32")
-        + (", decoding from codes in 8-bit integers" if native["rounds"] else ""),
+        + (", codes in 8-bit integers" if native["rounds"] else ""),
         *(f"matrix products in {name}: {speed:,.0f} GFLOP/s" for name, speed in document["matmul_gflops"].items()),
     ]
     for precision, found in document["experts"].items():

@@ -19,10 +19,12 @@ def swiglu(x: Float[Tensor, "*any dim"], gate_up: Float[Tensor, "ff2 dim"], down
 
 
 def rounded(x: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any dim"]:
-    """Returns activations as decoding multiplies them with weights in codes: whole 127ths of each group's largest."""
-    groups = x.unflatten(-1, (-1, 32))
-    scales = groups.abs().amax(-1, keepdim=True) / 127
-    return torch.where(scales == 0, 0, (groups / scales).round() * scales).flatten(-2)
+    """Returns activations as 8-bit products with weights in codes take them: whole 127ths of each group's largest."""
+    groups = []
+    for group in x.split(32, dim=-1):
+        scale = group.abs().amax(-1, keepdim=True) / 127
+        groups.append(torch.where(scale == 0, 0, (group / scale).round() * scale))
+    return torch.cat(groups, dim=-1)
 
 
 def chosen_experts(

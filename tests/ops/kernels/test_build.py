@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from moekit.ops.kernels import build
+from moekit.ops import reference
+from moekit.ops.kernels import build, native
+from moekit.ops.quantize import dequantize, quantize
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(COMPILER is None or sys.platform == "win32", reason="no C++ compiler here")
@@ -33,6 +36,24 @@ def test_other_machines_code_is_right_too(flags: tuple[str, ...], tmp_path: Path
         pytest.skip("these are x86's")
     build.compile_source(COMPILER, tmp_path / "other.so", *flags)
     subprocess.run([sys.executable, build.__file__, str(tmp_path / "other.so")], check=True, timeout=120)
+
+
+@needs_compiler
+def test_codes_in_tiles_and_in_vectors_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert COMPILER is not None
+    if not build.native().rounds:
+        pytest.skip("this machine does not multiply codes in 8-bit integers")
+    build.compile_source(COMPILER, tmp_path / "tiles.so", "-DEMULATE_AMX")
+    tiles = build.load(tmp_path / "tiles.so")
+    x, weight = torch.randn(30, 130).bfloat16(), torch.randn(70, 130)
+    for kind in ("int8", "int4"):
+        coded = quantize(weight, kind)  # type: ignore[arg-type]
+        vectors = native.linear(x, coded)
+        exact = reference.rounded(x.double()) @ dequantize(coded).double().T
+        assert (vectors - exact).abs().max() < 4e-3 * exact.abs().max()  # half of a bfloat16's last place
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "native", lambda: tiles)
+            assert torch.equal(native.linear(x, coded), vectors)
 
 
 @needs_compiler

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "few.h"
-#include "packing.h"
+#include "whole.h"
 
 namespace {
 
@@ -33,91 +33,97 @@ struct Shape {
 // The weights of the next panel: PANEL of w's `rows` rows from `begin` on, or PANEL columns of it.
 template <class W> Ahead next_rows(const W& w, int64_t begin, int64_t rows) {
     const int64_t taken = std::min<int64_t>(PANEL, rows - begin);
-    return {w.rows(begin).begin(), 128, taken > 0 ? taken * w.bytes() / 128 : 0};
+    const int64_t steps = taken > 0 ? taken * w.bytes() / 128 : 0;
+    return {w.rows(begin).begin(), 128, steps, steps};
 }
 template <class W> Ahead next_columns(const W* w, int64_t begin, int64_t columns, int64_t rows) {
-    return {(const char*)(w + begin), columns * (int64_t)sizeof(W), begin < columns ? rows : 0};
+    const int64_t steps = begin < columns ? rows : 0;
+    return {(const char*)(w + begin), columns * (int64_t)sizeof(W), steps, steps};
+}
+
+// A block of an expert's rows, multiplied as P. `hidden` and `y` as in `forward`.
+template <class P, class S, class W>
+void forward_block(const Shape& s, const Task& task, const S* x, int64_t ldx, const W& gate, const W& up, const W& down, S* hidden, S* y) {
+    const int64_t d = s.dim, f = s.ff, count = task.end - task.begin;
+    scratch.reserve(Left<P>::bytes(BLOCK, d) + Left<P>::bytes(BLOCK, f) + 2 * Right<P>::bytes(std::max(d, f)) + 2 * room(TILE_ROWS * PANEL, 4));
+    AmxTiles tiles(!std::is_same<P, Product<S>>::value);
+    Left<P> rows(scratch.bytes(Left<P>::bytes(BLOCK, d)), BLOCK, d), act(scratch.bytes(Left<P>::bytes(BLOCK, f)), BLOCK, f);
+    Right<P> panel_g(scratch.bytes(Right<P>::bytes(std::max(d, f))), std::max(d, f)), panel_u(scratch.bytes(Right<P>::bytes(std::max(d, f))), std::max(d, f));
+    float* g = scratch.take<float>(TILE_ROWS * PANEL);
+    float* u = scratch.take<float>(TILE_ROWS * PANEL);
+    const int64_t step = Left<P>::step(), blocks = (count + step - 1) / step;
+    rows.take(0, s.tokens ? x : x + task.begin * ldx, ldx, s.tokens ? s.tokens + task.begin : nullptr, count, d);
+    for (int64_t n = 0; n < f; n += PANEL) {
+        const int64_t width = std::min<int64_t>(PANEL, f - n);
+        panel_g.pack(gate.rows(n), width);
+        panel_u.pack(up.rows(n), width);
+        const bool last = n + PANEL >= f;  // then the first of down
+        const Ahead next_g = last ? next_rows(down, 0, d) : next_rows(gate, n + PANEL, f), next_u = next_rows(up, n + PANEL, f);
+        for (int64_t m = 0; m < count; m += step) {
+            const int64_t taken = std::min<int64_t>(step, count - m);
+            multiply(rows, m, taken, panel_g, g, next_g.part(m / step, blocks));
+            multiply(rows, m, taken, panel_u, u, next_u.part(m / step, blocks));
+            for (int64_t i = 0; i < taken; i++) {
+                float *a = g + i * PANEL, *b = u + i * PANEL;
+                if (hidden) {
+                    S* kept = hidden + (task.begin + m + i) * 2 * f + n;
+                    store_row(kept, a, width);
+                    store_row(kept + f, b, width);
+                }
+                for (int j = 0; j < PANEL; j += LANES) {
+                    vec v = load(a + j);
+                    store(a + j, v * sigmoid(v) * load(b + j));
+                }
+                act.set(m + i, n, a);
+            }
+        }
+    }
+    for (int64_t n = 0; n < d; n += PANEL) {
+        const int64_t width = std::min<int64_t>(PANEL, d - n);
+        panel_g.pack(down.rows(n), width);
+        const Ahead next = next_rows(down, n + PANEL, d);
+        for (int64_t m = 0; m < count; m += step) {
+            const int64_t taken = std::min<int64_t>(step, count - m);
+            multiply(act, m, taken, panel_g, g, next.part(m / step, blocks));
+            for (int64_t i = 0; i < taken; i++) store_row(y + (task.begin + m + i) * d + n, g + i * PANEL, width);
+        }
+    }
+}
+
+// A few rows, whose packing would cost more than the products.
+template <class S, class W>
+void forward_few(const Shape& s, const Task& task, const S* x, int64_t ldx, const W& gate, const W& up, const W& down, S* y) {
+    const int64_t d = s.dim, f = s.ff, count = task.end - task.begin, in_d = W::padded(d), in_f = W::padded(f);
+    const int64_t most = FEW * std::max(in_d, 2 * in_f);
+    scratch.reserve(2 * room(most, 4));
+    float *in = scratch.take<float>(most), *out = scratch.take<float>(most);
+    gather(in, s.tokens ? x : x + task.begin * ldx, ldx, s.tokens ? s.tokens + task.begin : nullptr, count, d, in_d);
+    dots(count, gate, f, in, in_d, out, 2 * f);
+    dots(count, up, f, in, in_d, out + f, 2 * f);
+    for (int64_t i = 0; i < count; i++) {
+        float* to = in + i * in_f;
+        swiglu(out + i * 2 * f, f, f, to);
+        std::fill(to + f, to + in_f, 0.0f);
+    }
+    dots(count, down, d, in, in_f, out, d);
+    gather(y + task.begin * d, out, d, (const int64_t*)nullptr, count, d, d);
 }
 
 // hidden (rows, 2 ff) gets gate and up before SiLU unless it is null; y (rows, dim) gets the experts' outputs.
 template <class S, class W>
 void forward(const Shape& s, const S* x, int64_t ldx, const Expert* experts, S* hidden, S* y) {
-    typedef Product<S> P;
-    constexpr int each = Units<P>::each;
-    const int64_t d = s.dim, f = s.ff, dp = Units<P>::padded(d), fp = Units<P>::padded(f);
-    const int64_t few_d = W::padded(d), few_f = W::padded(f), few = FEW * std::max(few_d, 2 * few_f);
     const std::vector<Task> tasks = row_blocks(s.offsets, s.experts);
-    const size_t bytes = room((BLOCK + TILE_ROWS) * dp, sizeof(P)) + room((BLOCK + TILE_ROWS) * fp, sizeof(P)) +
-                         2 * room(std::max(dp, fp) * PANEL, sizeof(P)) + 2 * room(TILE_ROWS * PANEL, 4) + 2 * room(few, 4);
-#pragma omp parallel num_threads(s.threads)
-    {
-        AmxTiles tiles;
-        scratch.reserve(bytes);
-        P* rows = scratch.take<P>((BLOCK + TILE_ROWS) * dp);
-        P* act = scratch.take<P>((BLOCK + TILE_ROWS) * fp);
-        P* panel_g = scratch.take<P>(std::max(dp, fp) * PANEL);
-        P* panel_u = scratch.take<P>(std::max(dp, fp) * PANEL);
-        float* g = scratch.take<float>(TILE_ROWS * PANEL);
-        float* u = scratch.take<float>(TILE_ROWS * PANEL);
-        float* in = scratch.take<float>(few);
-        float* out = scratch.take<float>(few);
-        const int step = tile_rows<P>();
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t t = 0; t < (int64_t)tasks.size(); t++) {
-            const Task task = tasks[t];
-            const int64_t count = task.end - task.begin, blocks = (count + step - 1) / step;
-            const Expert& e = experts[task.expert];
-            const W gate(e.gate.data, e.gate.scales, d), up(e.up.data, e.up.scales, d), down(e.down.data, e.down.scales, f);
-            if (count <= FEW && !hidden) {  // packing would cost more than the products
-                gather(in, s.tokens ? x : x + task.begin * ldx, ldx, s.tokens ? s.tokens + task.begin : nullptr, count, d, few_d);
-                dots(count, gate, f, in, few_d, out, 2 * f);
-                dots(count, up, f, in, few_d, out + f, 2 * f);
-                for (int64_t i = 0; i < count; i++) {
-                    float* to = in + i * few_f;
-                    swiglu(out + i * 2 * f, f, f, to);
-                    std::fill(to + f, to + few_f, 0.0f);
-                }
-                dots(count, down, d, in, few_f, out, d);
-                gather(y + task.begin * d, out, d, (const int64_t*)nullptr, count, d, d);
-                continue;
-            }
-            gather(rows, s.tokens ? x : x + task.begin * ldx, ldx, s.tokens ? s.tokens + task.begin : nullptr, count, d, dp);
-            for (int64_t n = 0; n < f; n += PANEL) {
-                const int64_t width = std::min<int64_t>(PANEL, f - n);
-                pack_transposed(panel_g, gate.rows(n), width);
-                pack_transposed(panel_u, up.rows(n), width);
-                const Ahead next_g = next_rows(gate, n + PANEL, f), next_u = next_rows(up, n + PANEL, f);
-                for (int64_t m = 0; m < count; m += step) {
-                    const int64_t taken = std::min<int64_t>(step, count - m);
-                    const unit* a = (const unit*)(rows + m * dp);
-                    multiply<P>(taken, dp / each, a, dp / each, 1, (const unit*)panel_g, g, next_g.part(m / step, blocks));
-                    multiply<P>(taken, dp / each, a, dp / each, 1, (const unit*)panel_u, u, next_u.part(m / step, blocks));
-                    for (int64_t i = 0; i < taken; i++) {
-                        float *a = g + i * PANEL, *b = u + i * PANEL;
-                        if (hidden) {
-                            S* kept = hidden + (task.begin + m + i) * 2 * f + n;
-                            store_row(kept, a, width);
-                            store_row(kept + f, b, width);
-                        }
-                        for (int j = 0; j < PANEL; j += LANES) {
-                            vec v = load(a + j);
-                            store(a + j, v * sigmoid(v) * load(b + j));
-                        }
-                        store_row(act + (m + i) * fp + n, a, std::min<int64_t>(PANEL, fp - n));
-                    }
-                }
-            }
-            for (int64_t n = 0; n < d; n += PANEL) {
-                const int64_t width = std::min<int64_t>(PANEL, d - n);
-                pack_transposed(panel_g, down.rows(n), width);
-                const Ahead next = next_rows(down, n + PANEL, d);
-                for (int64_t m = 0; m < count; m += step) {
-                    const int64_t taken = std::min<int64_t>(step, count - m);
-                    multiply<P>(taken, fp / each, (const unit*)(act + m * fp), fp / each, 1, (const unit*)panel_g, g, next.part(m / step, blocks));
-                    for (int64_t i = 0; i < taken; i++) store_row(y + (task.begin + m + i) * d + n, g + i * PANEL, width);
-                }
-            }
-        }
+#pragma omp parallel for num_threads(s.threads) schedule(dynamic, 1)
+    for (int64_t t = 0; t < (int64_t)tasks.size(); t++) {
+        const Task task = tasks[t];
+        const Expert& e = experts[task.expert];
+        const W gate(e.gate.data, e.gate.scales, s.dim), up(e.up.data, e.up.scales, s.dim), down(e.down.data, e.down.scales, s.ff);
+        if (task.end - task.begin <= FEW && !hidden)
+            forward_few(s, task, x, ldx, gate, up, down, y);
+        else if (Rounded<S, W>::pays(task.end - task.begin))
+            forward_block<typename Rounded<S, W>::type>(s, task, x, ldx, gate, up, down, hidden, y);
+        else
+            forward_block<Product<S>>(s, task, x, ldx, gate, up, down, hidden, y);
     }
 }
 

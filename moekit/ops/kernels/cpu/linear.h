@@ -3,7 +3,7 @@
 #pragma once
 
 #include "few.h"
-#include "packing.h"
+#include "whole.h"
 
 namespace {
 
@@ -25,33 +25,42 @@ void linear_few(int64_t tokens, int64_t rows, int64_t k, const S* x, int64_t ldx
     }
 }
 
-// The same for any number of tokens, in panels.
-template <class S, class W>
-void linear(int64_t tokens, int64_t rows, int64_t k, const S* x, int64_t ldx, const W& w, S* y, int threads) {
-    if (tokens <= FEW) return linear_few(tokens, rows, k, x, ldx, w, y, threads);
-    typedef Product<S> P;
-    const int64_t kp = Units<P>::padded(k), depth = kp / Units<P>::each;
-    std::vector<P> in((tokens + TILE_ROWS) * kp);
+// The same in panels, multiplied as P.
+template <class P, class S, class W>
+void linear_panels(int64_t tokens, int64_t rows, int64_t k, const S* x, int64_t ldx, const W& w, S* y, int threads) {
+    std::vector<char> memory(Left<P>::bytes(tokens, k) + 64);
+    Left<P> in(memory.data() + 64 - (uintptr_t)memory.data() % 64, tokens, k);
 #pragma omp parallel num_threads(threads)
     {
-        AmxTiles tiles;
-        scratch.reserve(room(kp * PANEL, sizeof(P)) + room(TILE_ROWS * PANEL, 4));
-        P* panel = scratch.take<P>(kp * PANEL);
+        AmxTiles tiles(!std::is_same<P, Product<S>>::value);
+        scratch.reserve(Right<P>::bytes(k) + room(TILE_ROWS * PANEL, 4));
+        Right<P> panel(scratch.bytes(Right<P>::bytes(k)), k);
         float* c = scratch.take<float>(TILE_ROWS * PANEL);
-        const int step = tile_rows<P>();
+        const int64_t step = Left<P>::step();
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++) gather(in.data() + t * kp, x + t * ldx, ldx, (const int64_t*)nullptr, 1, k, kp);
+        for (int64_t t = 0; t < tokens; t++) in.take(t, x + t * ldx, ldx, nullptr, 1, k);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t part = 0; part < (rows + PANEL - 1) / PANEL; part++) {
             const int64_t n = part * PANEL, width = std::min<int64_t>(PANEL, rows - n);
-            pack_transposed(panel, w.rows(n), width);
+            panel.pack(w.rows(n), width);
             for (int64_t t = 0; t < tokens; t += step) {
                 const int64_t taken = std::min<int64_t>(step, tokens - t);
-                multiply<P>(taken, depth, (const unit*)(in.data() + t * kp), depth, 1, (const unit*)panel, c);
+                multiply(in, t, taken, panel, c);
                 for (int64_t i = 0; i < taken; i++) store_row(y + (t + i) * rows + n, c + i * PANEL, width);
             }
         }
     }
+}
+
+// The same for any number of tokens.
+template <class S, class W>
+void linear(int64_t tokens, int64_t rows, int64_t k, const S* x, int64_t ldx, const W& w, S* y, int threads) {
+    if (tokens <= FEW)
+        linear_few(tokens, rows, k, x, ldx, w, y, threads);
+    else if (Rounded<S, W>::pays(tokens))
+        linear_panels<typename Rounded<S, W>::type>(tokens, rows, k, x, ldx, w, y, threads);
+    else
+        linear_panels<Product<S>>(tokens, rows, k, x, ldx, w, y, threads);
 }
 
 }  // namespace

@@ -15,7 +15,7 @@
 #define HAS_BF16 1
 #include <immintrin.h>
 #endif
-#if defined(HAS_BF16) && (defined(__AMX_BF16__) || defined(EMULATE_AMX)) && defined(__linux__)
+#if defined(HAS_BF16) && ((defined(__AMX_BF16__) && defined(__AMX_INT8__)) || defined(EMULATE_AMX)) && defined(__linux__)
 #define HAS_AMX 1
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -155,11 +155,11 @@ struct Scratch {
         size = (bytes + 4095) / 4096 * 4096;
         data = (char*)aligned_alloc(4096, size);
     }
-    template <class T> T* take(int64_t count) {
-        T* p = (T*)(data + used);
-        used += (count * sizeof(T) + 63) / 64 * 64;
-        return p;
+    char* bytes(size_t count) {
+        used += (count + 63) / 64 * 64;
+        return data + used - (count + 63) / 64 * 64;
     }
+    template <class T> T* take(int64_t count) { return (T*)bytes(count * sizeof(T)); }
 };
 thread_local Scratch scratch;
 inline size_t room(int64_t count, size_t size) { return (count * size + 63) / 64 * 64; }

@@ -158,4 +158,35 @@ template <class T> void stream_row(T* to, const float* c, int64_t width) {
     store_row(to, c, width);
 }
 
+// The two sides of a product in numbers P: rows with memory for a tile behind them, and a panel of weights. Each lies in
+// memory that is given, bytes(...) of it.
+
+template <class P> struct Left {
+    P* at;
+    int64_t stride;
+    Left(char* memory, int64_t, int64_t k) : at((P*)memory), stride(Units<P>::padded(k)) {}
+    static int step() { return tile_rows<P>(); }  // rows of a product
+    static size_t bytes(int64_t rows, int64_t k) { return room((rows + TILE_ROWS) * Units<P>::padded(k), sizeof(P)); }
+
+    // Rows `first` on are x's rows[i], or i.
+    template <class S> void take(int64_t first, const S* x, int64_t ld, const int64_t* rows, int64_t count, int64_t k) {
+        gather(at + first * stride, x, ld, rows, count, k, stride);
+    }
+    // PANEL columns of row i from n on.
+    void set(int64_t i, int64_t n, const float* c) { store_row(at + i * stride + n, c, std::min<int64_t>(PANEL, stride - n)); }
+};
+
+template <class P> struct Right {
+    P* at;
+    Right(char* memory, int64_t) : at((P*)memory) {}
+    static size_t bytes(int64_t k) { return room(Units<P>::padded(k) * PANEL, sizeof(P)); }
+    template <class W> void pack(const W& w, int columns) { pack_transposed(at, w, columns); }
+};
+
+// c[rows][PANEL] = rows `first` on of a times the panel.
+template <class P> void multiply(const Left<P>& a, int64_t first, int64_t rows, const Right<P>& panel, float* c, Ahead ahead = {}) {
+    const int64_t depth = a.stride / Units<P>::each;
+    multiply<P>(rows, depth, (const unit*)(a.at + first * a.stride), depth, 1, (const unit*)panel.at, c, ahead);
+}
+
 }  // namespace

@@ -28,20 +28,24 @@ typedef uint32_t unit;
 // ---- the inner products: c[rows][PANEL] = a * panel ----------------------------------------------------------------
 // a's unit (row, k) is at a[row * rs + k * ks]; the panel holds unit k of all its columns side by side.
 
-// Meanwhile the weights of the next panel are asked for, 128 bytes a step: alone, the packing would wait for memory.
+// Meanwhile the weights of the next panel are asked for, 128 bytes a step: alone, the packing would wait for memory. A
+// page's address must be known by then, or the request is dropped: one byte of each is read some steps before.
 
 struct Ahead {
     const char* from;
-    int64_t stride, steps;
+    int64_t stride, steps, all;  // all: steps up to the end of what may be read
     void fetch(int64_t step) const {
-        if (step < steps) {
-            __builtin_prefetch(from + step * stride, 0, 2);
-            __builtin_prefetch(from + step * stride + 64, 0, 2);
-        }
+        if (step >= steps) return;
+        const char* at = from + step * stride;
+        const int64_t early = stride < 1024 ? 4096 / stride : 16;
+        const uintptr_t soon = (uintptr_t)(at + early * stride);
+        if (step + early < all && soon / 4096 != (soon - stride) / 4096) (void)*(volatile const char*)soon;
+        __builtin_prefetch(at, 0, 2);
+        __builtin_prefetch(at + 64, 0, 2);
     }
     Ahead part(int64_t number, int64_t parts) const {
         const int64_t first = steps * number / parts;
-        return {from + first * stride, stride, steps * (number + 1) / parts - first};
+        return {from + first * stride, stride, steps * (number + 1) / parts - first, all - first};
     }
 };
 
@@ -108,8 +112,8 @@ struct Tile {
     uint32_t rows[16][16];
 };
 thread_local Tile tile_registers[8];
-void tile_load(int t, const void* from, int64_t bytes) {
-    for (int i = 0; i < 16; i++) memcpy(tile_registers[t].rows[i], (const char*)from + i * bytes, 64);
+void tile_load(int t, const void* from, int64_t stride, int rows = 16, int bytes = 64) {
+    for (int i = 0; i < rows; i++) memcpy(tile_registers[t].rows[i], (const char*)from + i * stride, bytes);
 }
 void tile_zero(int t) { memset(&tile_registers[t], 0, sizeof(Tile)); }
 void tile_store(int t, void* to, int64_t bytes) {
@@ -129,27 +133,40 @@ void tile_multiply(int c, int a, int b) {
             memcpy(&tile_registers[c].rows[i][j], &sum, 4);
         }
 }
+void tile_multiply_bytes(int c, int a, int b) {  // signed by unsigned, 32 of them
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 16; j++)
+            for (int k = 0; k < 32; k++)
+                tile_registers[c].rows[i][j] += ((const int8_t*)tile_registers[a].rows[i])[k] *
+                                                ((const uint8_t*)&tile_registers[b].rows[k / 4][j])[k % 4];
+}
 #define tile_load_(t, p, s) tile_load(t, p, s)
+#define tile_load_left_(t, p, s) tile_load(t, p, s, 16, 32)
+#define tile_load_right_(t, p, s) tile_load(t, p, s, 8, 64)
 #define tile_zero_(t) tile_zero(t)
 #define tile_store_(t, p, s) tile_store(t, p, s)
 #define tile_multiply_(c, a, b) tile_multiply(c, a, b)
+#define tile_multiply_bytes_(c, a, b) tile_multiply_bytes(c, a, b)
 #else
 #define tile_load_(t, p, s) _tile_loadd(t, p, s)
+#define tile_load_left_(t, p, s) _tile_loadd(t, p, s)
+#define tile_load_right_(t, p, s) _tile_loadd(t, p, s)
 #define tile_zero_(t) _tile_zero(t)
 #define tile_store_(t, p, s) _tile_stored(t, p, s)
 #define tile_multiply_(c, a, b) _tile_dpbf16ps(c, a, b)
+#define tile_multiply_bytes_(c, a, b) _tile_dpbsud(c, a, b)
 #endif
 
 bool use_amx = false;
 
-struct AmxTiles {  // a thread's tiles, all of 16 rows of 64 bytes
-    AmxTiles() {
+struct AmxTiles {  // a thread's tiles, all of 16 rows of 64 bytes; for codes, a group of 32 fills half of those multiplied
+    AmxTiles(bool codes = false) {
 #ifndef EMULATE_AMX
         if (!use_amx) return;
         alignas(64) uint8_t config[64] = {1};
         for (int t = 0; t < 8; t++) {
-            config[16 + 2 * t] = 64;
-            config[48 + t] = 16;
+            config[16 + 2 * t] = codes && (t == 4 || t == 5) ? 32 : 64;
+            config[48 + t] = codes && t > 5 ? 8 : 16;
         }
         _tile_loadconfig(config);
 #endif
@@ -184,7 +201,7 @@ void multiply_amx(int64_t depth, const unit* a, int64_t rs, const unit* panel, f
 }
 #else
 struct AmxTiles {
-    AmxTiles() {}
+    AmxTiles(bool = false) {}
 };
 constexpr bool use_amx = false;
 #endif
@@ -196,7 +213,7 @@ template <class P> int tile_rows() { return is_bf16<P>() && use_amx ? TILE_ROWS 
 // `depth` counts units. Where AMX multiplies, a is contiguous along k (ks 1) and has memory behind its last row.
 template <class P>
 void multiply(int64_t rows, int64_t depth, const unit* a, int64_t rs, int64_t ks, const unit* panel, float* c,
-              Ahead ahead = {nullptr, 0, 0}) {
+              Ahead ahead = {}) {
     if constexpr (is_bf16<P>()) {
 #ifdef HAS_AMX
         if (use_amx) return multiply_amx(depth, a, rs, panel, c, ahead);

@@ -12,6 +12,17 @@
 namespace {
 
 #ifdef HAS_VNNI
+// Rounds a group: its whole numbers, 16 to each place, and the scale that is returned.
+inline float round_group(const float* x, int8_t* first, int8_t* second) {
+    const __m512 a = (__m512)load(x), b = (__m512)load(x + LANES);
+    const float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
+    const __m512 inverse = _mm512_set1_ps(most > 1e-30f ? 127 / most : 0);
+    _mm_storeu_si128((__m128i*)first, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a * inverse)));
+    _mm_storeu_si128((__m128i*)second, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(b * inverse)));
+    const bool finite = !_mm512_fpclass_ps_mask(a, 0x99) && !_mm512_fpclass_ps_mask(b, 0x99);  // nan, inf
+    return finite ? most / 127 : NAN;
+}
+
 // The activations beside 64 bytes of codes, in the order in which they lie there (ops/quantize.py). The unit multiplies
 // unsigned by signed numbers, so codes are taken with 8 or 128 added, and `offset` takes that off each lane's sum again.
 template <int BITS> struct alignas(64) Chunk {
@@ -26,14 +37,8 @@ template <int BITS> struct alignas(64) Chunk {
     void round(const float* x, int64_t left) {
         memset(this, 0, sizeof *this);
         for (int64_t g = 0; g < std::min<int64_t>(left, GROUPS); g++) {
-            const __m512 a = (__m512)load(x + g * GROUP), b = (__m512)load(x + g * GROUP + LANES);
-            const float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
-            const __m512 inverse = _mm512_set1_ps(most > 1e-30f ? 127 / most : 0);
             int8_t* second = BITS == 8 ? &codes[0][g * GROUP + LANES] : &codes[HALVES - 1][g * LANES];
-            _mm_storeu_si128((__m128i*)&codes[0][g * 64 / GROUPS], _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a * inverse)));
-            _mm_storeu_si128((__m128i*)second, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(b * inverse)));
-            const bool finite = !_mm512_fpclass_ps_mask(a, 0x99) && !_mm512_fpclass_ps_mask(b, 0x99);  // nan, inf
-            std::fill_n(scale + g * EACH, EACH, finite ? most / 127 : NAN);
+            std::fill_n(scale + g * EACH, EACH, round_group(x + g * GROUP, &codes[0][g * 64 / GROUPS], second));
         }
         __m512i sum = _mm512_setzero_si512();
         for (int h = 0; h < HALVES; h++)
