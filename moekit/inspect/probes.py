@@ -119,8 +119,8 @@ def _disable_top(fractions: Sequence[float]) -> Question:
         "disable_top",
         "Without the experts that a token would choose first",
         "Each token loses the routed experts of highest score, and the next ones take their places. The steeper the "
-        "loss (nats per token) climbs, the less an expert can be replaced by others. Weights of those that are left are "
-        "as they were, or of a softmax over the rest. Bars: two standard errors of the difference from unaltered.",
+        "loss (nats per token) climbs, the less an expert can be replaced by others. The weights of those left are as "
+        "they were, or of a softmax over the rest. Bars: two standard errors of the difference from unaltered.",
         "fraction of the routed experts masked",
         ("fraction", "masked", "softmax"),
         points,
@@ -282,6 +282,7 @@ def _picture(question: Question, label: str, curves: Sequence[Curve]) -> str:
             at = curve.y[curve.x.index(question.unaltered)]
             axes.axhline(at, color=curve.colour, linestyle=":", linewidth=0.8, alpha=0.6)
     pictures.grid_lines(axes)
+    axes.ticklabel_format(axis="y", useOffset=False)
     if question.ticks:
         axes.set_xticks(range(len(question.ticks)), question.ticks)
         axes.set_xlim(-0.5, len(question.ticks) - 0.5)
