@@ -81,7 +81,7 @@ def table(seeds: Sequence[Analysis]) -> list[str]:
 
 
 def draw(axes: Axes, name: str, seeds: Sequence[Analysis]) -> None:
-    """Draws the ratio of each model, thin by seed, and the paper's own as dotted grey."""
+    """Draws the ratio of each model, thin by seed."""
     for at, model in enumerate(dict.fromkeys(row["model"] for row in rows(seeds[0]))):
         for thin, found in [*((True, rows(one)) for one in seeds), (False, pooled(seeds))]:
             kept = [r for r in found if r["model"] == model and r.get("softmax") != REST and r["loss"] is not None]
@@ -121,7 +121,7 @@ def page(args: argparse.Namespace, words: list[str], answers: dict[str, list[Ana
         f"torch {ran['torch']}, {ran['system']}, {ran['threads']} threads. {seeds} seed{'s' * (seeds > 1)}, "
         f"{first['tokens']:,} tokens in {first['windows']:,} windows of {args.length}, the same for all.", "",
         f"![loss relative to the unaltered model]({args.out.with_suffix('.png').name})", "",
-        "Losses are nats per token, means over domains; the ratio is to the model's own unaltered loss, because the two",
+        "Losses are nats per token, means over domains; the ratio is to the model's own unaltered loss, as the two",
         "do not start at the same. Standard errors are of the difference, windows paired. By seed and domain:",
         f"[the numbers]({args.out.with_suffix('.json').name}).", "",
     ]  # fmt: skip

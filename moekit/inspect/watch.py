@@ -83,7 +83,9 @@ def watch(run: Path, console: Console | None = None, poll: float = 1.0) -> State
     with suppress(KeyboardInterrupt), ExitStack() as screen:
         live = screen.enter_context(Live(console=console, auto_refresh=False)) if console.is_terminal else None
         if live is not None:
-            live.update(Text(f"waiting for {run / FILE}", style="dim"), refresh=True)
+            live.update(_text(f"waiting for {run / FILE}", "dim"), refresh=True)
+        elif not (run / FILE).exists():
+            console.print(f"waiting for {run / FILE}", highlight=False, soft_wrap=True, markup=False)
         while True:
             over = status(run) != "running"  # asked first: what was written before the end is still read
             anew, records = follower.new()

@@ -124,7 +124,8 @@ def test_a_training_process_is_watched_from_before_it_exists_to_its_end(data: Pa
         assert process.wait() == 0
     records = read(run)
     assert len(records) == 3 + 2
-    lines = out.getvalue().splitlines()
+    waiting, *lines = out.getvalue().splitlines()
+    assert waiting == f"waiting for {run / FILE}"
     assert [line.split()[1].split("/")[0] for line in lines] == [str(record["step"]) for record in records]
     assert lines[0].startswith(f"step 2/6  loss {records[0]['loss']:.4f}")
     assert "experts of its own: math_en " in lines[-1]
@@ -172,6 +173,20 @@ def test_in_a_terminal_the_picture_ends_as_the_runs_last_state(data: Path, tmp_p
     assert "waiting for" in out.getvalue()
     assert "done  step 2/2  loss" in out.getvalue()
     assert out.getvalue().count("\x1b[?25h") == 1  # the cursor is given back
+
+
+def test_ctrl_c_ends_the_watching_of_a_run_without_an_end_in_order(data: Path, tmp_path: Path) -> None:
+    train(config(data, steps=2), tmp_path / "run")
+    (tmp_path / "run" / "receipt.json").unlink()  # as if it had been killed
+    code = "from pathlib import Path; from moekit.inspect.watch import watch; state = watch(Path('run'), poll=0.01)"
+    words = [sys.executable, "-u", "-c", f"{code}; print('ended after', state.train['step'])"]
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(2)]
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+    assert [line.split()[1] for line in lines] == ["2/2", "2"]
+    assert (rest, process.returncode) == ("ended after 2\n", 0)
 
 
 def test_what_holds_no_run_is_an_error_and_a_run_that_has_not_begun_has_no_state(tmp_path: Path) -> None:
