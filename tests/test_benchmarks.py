@@ -1,6 +1,9 @@
 """Every benchmark of models runs, at sizes that say nothing about speed, and its result file says what it must."""
 
+import gzip
 import importlib
+import itertools
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +12,11 @@ from types import ModuleType
 
 import pytest
 import torch
+
+import moekit.quickstart
+from moekit.config import load_run_config
+from moekit.data import prepare
+from moekit.errors import ConfigError
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 ARGUMENTS = {
@@ -96,6 +104,38 @@ def test_granularity_keeps_routed_parameters_and_active_width() -> None:
 def test_a_fresh_model_is_not_blamed_for_what_it_has_not_learnt(tmp_path: Path) -> None:
     _module("drawn").main(["--fresh", "1", "--toys", "0", "--out", str(tmp_path / "result.md")])
     assert "| fresh | 1 | 786 | 0 |" in (tmp_path / "result.md").read_text()
+
+
+@pytest.mark.usefixtures("scripts")
+def test_probes_of_two_models_are_a_page_with_the_papers_figures_a_picture_and_the_numbers(tmp_path: Path) -> None:
+    for split, domain in itertools.product(("train", "valid"), ("math_en", "poetry_zh")):
+        with gzip.open(Path(moekit.quickstart.__file__).parent / f"text/{domain}.{split}.jsonl.gz") as file:
+            (tmp_path / f"{domain}.{split}.jsonl").write_bytes(b"".join(itertools.islice(file, 6)))
+    texts = [sorted(tmp_path.glob(f"*.{split}.jsonl")) for split in ("train", "valid")]
+    prepare(texts[0], tmp_path / "data", valid_paths=texts[1], vocab_size=512)
+    folders = []
+    for seed, name in itertools.product(range(2), ("tiny-deepseekmoe", "tiny-gshard")):
+        torch.manual_seed(seed)
+        shrunk = {"model.vocab_size": "512", "model.hidden_size": "32", "model.num_hidden_layers": "2"}
+        model = moekit.Model(load_run_config(name, shrunk, template=True).model)
+        moekit.save(model, tmp_path / f"{name}{seed}", tokenizer=moekit.load_tokenizer(tmp_path / "data"))
+        folders.append(str(tmp_path / f"{name}{seed}"))
+    out, script = tmp_path / "probes.md", _module("probes")
+    words = ["--data", str(tmp_path / "data"), "--tokens", "96", "--length", "32", "--out", str(out)]
+    script.main([*folders, *words])
+    text = out.read_text()
+    for part in ("2 seeds, 192 tokens in 6 windows of 32", "| gshard | 0.25 | 4 |", "| deepseekmoe | 0.0625 | 4 |"):
+        assert part in text
+    assert "n_shared_experts is 0: there is nothing to take away" in text
+    assert "DeepSeekMoE, 0.0625: 7.468 (4.131)" in text
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    numbers = json.loads(out.with_suffix(".json").read_text())
+    assert len(numbers["seeds"]) == 2
+    assert numbers["seeds"][0] != numbers["seeds"][1]
+    script.main([*folders[:2], *words])
+    assert "| difference | standard error |" in out.read_text()
+    with pytest.raises(ConfigError, match="3 models were given; give two, or two for each seed"):
+        script.main([*folders[:3], *words])
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no list of allowed cores")

@@ -136,6 +136,7 @@ def test_positions_that_begin_anew_keep_documents_apart(folder: Path) -> None:
     ("options", "message"),
     [
         ({"inputs_embeds": torch.zeros(1, 1, 1)}, "inputs_embeds is not supported"),
+        ({"probe": (1, False, None, True)}, "probe is not supported"),
         ({"output_hidden_states": True}, "output_hidden_states is not supported"),
         ({"past_key_values": transformers.DynamicCache()}, "past_key_values is a DynamicCache"),
         ({"attention_mask": torch.ones(1, 1, 4, 4)}, "attention_mask has 4 axes"),

@@ -12,7 +12,7 @@ from moekit.nn.linear import Linear
 from moekit.nn.mla import MLA
 from moekit.nn.model import Model
 
-REFUSED = ("inputs_embeds", "output_hidden_states", "output_attentions")
+REFUSED = ("inputs_embeds", "output_hidden_states", "output_attentions", "probe")
 
 
 class Output(MoeModelOutputWithPast):

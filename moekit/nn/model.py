@@ -18,7 +18,7 @@ from moekit.nn.mla import MLA
 from moekit.nn.moe import MoE
 from moekit.nn.norm import RMSNorm
 from moekit.nn.rope import rotation
-from moekit.nn.router import HashRouter, Router, RouterContext
+from moekit.nn.router import HashRouter, Probe, Router, RouterContext
 from moekit.ops.attention import seen
 from moekit.ops.balance import LoadSums, updated_bias
 from moekit.ops.loss import IGNORED, TokenLoss, linear_cross_entropy
@@ -121,6 +121,7 @@ class Model(nn.Module):
         prior_load: Sequence[LoadSums] | None = None,
         return_logits: bool = True,
         logits_to_keep: int | Int[Tensor, " batch"] | None = None,
+        probe: Probe | Sequence[Probe | None] | None = None,
     ) -> ModelOutput:
         """Returns logits, loss, balance terms and routing of a batch.
 
@@ -129,7 +130,8 @@ class Model(nn.Module):
         after them, and counts nowhere. `document_ids` keep attention inside a document. `prior_load` is one sum per
         MoE layer for `global_aux`. With a cache, input_ids continue each sequence at its own length. `return_logits`
         False spares the logits where only the loss is wanted; training on a loss never forms them. `logits_to_keep` is
-        the number of last positions whose logits are formed, or one position per sequence.
+        the number of last positions whose logits are formed, or one position per sequence. `probe` alters the routing
+        of this pass, in all MoE layers or one by one; a cache remembers none, so each pass over it is given its own.
         """
         if padding_mask is not None and bool((padding_mask[:, 1:] & ~padding_mask[:, :-1]).any()):
             raise ConfigError("padding_mask has padding before real tokens; pad on the right")
@@ -145,11 +147,13 @@ class Model(nn.Module):
             raise ConfigError("document_ids cannot be used with a cache; generate one document per sequence")
         context = self._context(input_ids, cache, document_ids)
         real = None if padding_mask is None else padding_mask.flatten()
-        units = RouterContext(input_ids.flatten(), len(input_ids), real)
+        probes = self._probes(probe)
+        plain = RouterContext(input_ids.flatten(), len(input_ids), real)
         x = self.embed_tokens(input_ids)
         routings: list[Routing] = []
         aux: dict[str, Tensor] = {}
         for block in self.layers:
+            units = plain if probes is None else plain._replace(probe=probes[min(len(routings), len(probes) - 1)])
             if self.recompute and self.training and cache is None:
                 x, routing = checkpoint(block, x, context, units, use_reentrant=False)
             else:
@@ -191,6 +195,19 @@ class Model(nn.Module):
         width = attention.head_dim if isinstance(attention, MHAConfig) else attention.qk_rope_head_dim
         visible = seen(positions, reached, document_ids)
         return Context(rotation(attention.rope, width, positions), positions, visible, cache)
+
+    def _probes(self, probe: Probe | Sequence[Probe | None] | None) -> Sequence[Probe | None] | None:
+        """Returns a probe per MoE layer, or None; raises ConfigError where one would have no layer."""
+        if probe is None:
+            return None
+        layers = len(self.config.moe_layers)
+        if not layers:
+            raise ConfigError("probe is given but the model has no MoE layer, so there is no routing to alter")
+        probes = [probe] * layers if isinstance(probe, Probe) else probe
+        if len(probes) != layers:
+            found = f"probe has {len(probes)} entries but the model has {layers} MoE layers"
+            raise ConfigError(f"{found}; give one, or one for each")
+        return probes
 
     def train(self, mode: bool = True) -> "Model":
         """Sets training or evaluation mode; UnsupportedError when weights in codes are to be trained."""

@@ -36,17 +36,19 @@ class MoE(nn.Module):
         self.shared_expert_gate = Linear(dim, 1) if config.shared_expert_gate else None
 
     def forward(self, x: Float[Tensor, "batch length dim"], context: RouterContext) -> MoEOutput:
+        if context.probe is not None and (refused := context.probe.refusal(self.config)):
+            raise refused
         tokens = x.flatten(0, 1)
         routing: Routing = self.router(tokens, context)
         if self.config.capacity_factor is not None and self.training:
-            k, experts = self.config.num_experts_per_tok, self.config.n_routed_experts
+            k, experts = routing.expert_ids.shape[1], self.config.n_routed_experts
             # a tensor: padding takes no capacity, and asking the device for the number of real tokens would wait for it
             capacity = (self.config.capacity_factor * k * routing.units.sum().double() / experts).ceil()
             routing = limit_capacity(routing, capacity, self.config.drop_policy)
         tokens = cast_once(tokens)  # the router has seen it in float32
         plan = dispatch.plan(routing.expert_ids, self.config.n_routed_experts)
         y = self.experts(tokens, plan.tokens_per_expert, plan=plan, weights=routing.weights)
-        if self.shared_experts is not None:
+        if self.shared_experts is not None and (context.probe is None or context.probe.shared):
             shared = self.shared_experts(tokens)
             y = y + (shared if self.shared_expert_gate is None else self.shared_expert_gate(tokens).sigmoid() * shared)
         return MoEOutput(y.view(x.shape), routing)

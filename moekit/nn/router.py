@@ -8,10 +8,47 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moekit.config import MoEConfig
-from moekit.errors import ConfigError
+from moekit.errors import ConfigError, MoekitError, UnsupportedError
 from moekit.ops import routing
 from moekit.ops.autocast import autocast_off
 from moekit.ops.routing import Routing
+
+
+class Probe(NamedTuple):
+    """How a forward pass is to differ from what the model says: what would it be without these experts?
+
+    Fractions of the experts and the paper's figures are `inspect.probes`'. The model itself stays as it is.
+    """
+
+    skip_top: int = 0
+    """Experts taken from each token in each layer: those that it would choose first, selection bias included."""
+    softmax_over_rest: bool = False
+    """Affinities are a softmax over the experts that are left; else they are what they are without a probe."""
+    num_experts_per_tok: int | None = None
+    """Routed experts chosen per token; None: as many as the model says."""
+    shared: bool = True
+    """Whether the shared experts take part."""
+
+    def refusal(self, config: MoEConfig) -> MoekitError | None:
+        """Returns why a layer cannot be probed so, or None. Where it cannot, it must not be run."""
+        experts, size = config.n_routed_experts, config.n_routed_experts // config.n_group
+        skipped, chosen = self.skip_top, self.num_experts_per_tok
+        k = config.num_experts_per_tok if chosen is None else chosen
+        if not self.shared and not config.n_shared_experts:
+            return ConfigError("probe.shared is false but n_shared_experts is 0: there is nothing to take away")
+        if config.topk_method == "hash" and (skipped or chosen is not None or self.softmax_over_rest):
+            return UnsupportedError("topk_method is hash: a table has no scores to take the highest or the next one of")
+        if skipped < 0 or k < 1:
+            return ConfigError(f"probe.skip_top is {skipped} and num_experts_per_tok {k}; allowed from 0 and from 1 on")
+        if k > (left := size * config.topk_group - skipped):
+            of = f"the {experts} routed experts"
+            if config.topk_group < config.n_group:
+                of = f"the {size * config.topk_group} routed experts of topk_group {config.topk_group}"
+            return ConfigError(f"num_experts_per_tok is {k} but {left} of {of} are left; probe.skip_top is {skipped}")
+        if self.softmax_over_rest and (not skipped or config.norm_topk_prob or config.scoring_func != "softmax"):
+            needed = "skip_top above 0, norm_topk_prob false and scoring_func softmax"
+            return ConfigError(f"probe.softmax_over_rest is true but takes effect only with {needed}")
+        return None
 
 
 class RouterContext(NamedTuple):
@@ -22,6 +59,8 @@ class RouterContext(NamedTuple):
     """Equal, contiguous sequences that the tokens form."""
     mask: Bool[Tensor, " tokens"] | None = None
     """True for real tokens; None: there is no padding."""
+    probe: Probe | None = None
+    """None: the layer as it is."""
 
 
 class Router(nn.Module):
@@ -44,12 +83,13 @@ class Router(nn.Module):
         return self
 
     def forward(self, x: Float[Tensor, "tokens dim"], context: RouterContext) -> Routing:
-        config = self.config
+        config, probe = self.config, context.probe or Probe()
+        k = config.num_experts_per_tok if probe.num_experts_per_tok is None else probe.num_experts_per_tok
         with autocast_off(x):
             x = x if x.dtype == torch.float64 else x.float()
             return routing.route(
                 x @ self.weight.to(x.dtype).T,
-                config.num_experts_per_tok,
+                k,
                 scoring_func=config.scoring_func,
                 norm_topk_prob=config.norm_topk_prob,
                 routed_scaling_factor=config.routed_scaling_factor,
@@ -59,6 +99,8 @@ class Router(nn.Module):
                 group_best=2 if config.topk_method == "noaux_tc" else 1,
                 sequences=context.sequences,
                 mask=context.mask,
+                skip_top=probe.skip_top,
+                softmax_over_rest=probe.softmax_over_rest,
             )
 
 

@@ -34,14 +34,20 @@ def chosen_experts(
     n_group: int = 1,
     topk_group: int = 1,
     group_best: int = 1,
+    skip_top: int = 0,
 ) -> list[list[int]]:
-    """Returns the chosen ids per unit, best first, lower id first among equals; group limits by sorting lists."""
+    """Returns the chosen ids per unit, best first, lower id first among equals; group limits by sorting lists.
+
+    The first `skip_top` of all are taken away before.
+    """
     chosen = []
     for row in scores.tolist() if expert_bias is None else (scores + expert_bias).tolist():
         size = len(row) // n_group
+        skipped = sorted(range(len(row)), key=lambda i: (-row[i], i))[:skip_top]
+        row = [-math.inf if i in skipped else one for i, one in enumerate(row)]
         group_score = [sum(sorted(row[g * size : (g + 1) * size])[-group_best:]) for g in range(n_group)]
         groups = sorted(range(n_group), key=lambda g: (-group_score[g], g))[:topk_group]
-        allowed = [i for i in range(len(row)) if i // size in groups]
+        allowed = [i for i in range(len(row)) if i // size in groups and i not in skipped]
         chosen.append(sorted(allowed, key=lambda i: (-row[i], i))[:k])
     return chosen
 
@@ -61,13 +67,20 @@ def moe(
     n_group: int = 1,
     topk_group: int = 1,
     group_best: int = 1,
+    skip_top: int = 0,
+    softmax_over_rest: bool = False,
 ) -> Float[Tensor, "tokens dim"]:
     """Returns the DeepSeekMoE layer without its residual (arXiv 2401.06066, Eq. 9-11), token by token."""
     outputs = []
     for token in x:
         logits = router @ token
         scores = logits.softmax(-1) if scoring_func == "softmax" else logits.sigmoid()
-        ids = chosen_experts(scores.detach()[None], k, expert_bias, n_group, topk_group, group_best)[0]
+        limits = (expert_bias, n_group, topk_group, group_best)
+        ids = chosen_experts(scores.detach()[None], k, *limits, skip_top)[0]
+        if softmax_over_rest:
+            skipped = chosen_experts(scores.detach()[None], skip_top, expert_bias)[0]
+            rest = [i for i in range(len(scores)) if i not in skipped]
+            scores = torch.stack([logits[i].exp() / logits[rest].exp().sum() for i in range(len(scores))])
         total = sum((scores[i] for i in ids), start=torch.zeros_like(scores[0])) if norm_topk_prob else 1.0
         y = torch.zeros_like(token)
         for i in ids:

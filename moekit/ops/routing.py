@@ -68,20 +68,31 @@ def route(
     group_best: int = 1,
     sequences: int = 1,
     mask: Bool[Tensor, " units"] | None = None,
+    skip_top: int = 0,
+    softmax_over_rest: bool = False,
 ) -> Routing:
     """Returns the top-k routing of `units` that form `sequences` equal, contiguous sequences (padding masked false).
 
     DeepSeekMoE (arXiv 2401.06066), Eq. 9-11: affinities are a softmax over all experts (or sigmoids: DeepSeek-V3, Eq.
     15), and the weight is the raw affinity, not renormalised over the chosen, unless `norm_topk_prob`. Switch is k = 1,
     GShard k = 2. `expert_bias` chooses but does not weigh (DeepSeek-V3, Eq. 16).
+    `skip_top` takes from each unit the experts that it would choose first, before groups are limited; k must be left.
+    The paper does not say: whether the softmax is recomputed without them (Figure 4). It is not, unless
+    `softmax_over_rest`; `scores` and the sums are those over all experts either way.
     Differs from the paper: DeepSeek-V2's code scales only weights that are not renormalised; no released model has
     both, and we always scale, as DeepSeek-V3 does.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     scores = logits.softmax(-1) if scoring_func == "softmax" else logits.sigmoid()
     choice = scores.detach() if expert_bias is None else scores.detach() + expert_bias
+    affinities = scores
+    if skip_top:
+        skipped = top_k(choice, skip_top)
+        choice = choice.scatter(1, skipped, -torch.inf)
+        if softmax_over_rest:
+            affinities = logits.scatter(1, skipped, -torch.inf).softmax(-1)
     expert_ids = top_k(limit_groups(choice, n_group, topk_group, group_best), k)
-    weights = scores.gather(1, expert_ids)
+    weights = affinities.gather(1, expert_ids)
     if norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     shares = scores if scoring_func == "softmax" else scores / (scores.sum(-1, keepdim=True) + 1e-20)

@@ -34,35 +34,22 @@ class TerminalProgress:
         self._progress.update(self._task, completed=record["step"])
         if not self._live.is_started or record["kind"] == "alarm":
             style = "bold red" if record["kind"] == "alarm" else None
-            self.console.print(self._line(record), style=style, highlight=False, soft_wrap=True, markup=False)
+            self.console.print(
+                line(record, self.config.steps), style=style, highlight=False, soft_wrap=True, markup=False
+            )
 
     def close(self) -> None:
         self._live.stop()
-
-    def _line(self, record: dict[str, Any]) -> str:
-        step = f"step {record['step']}"
-        if record["kind"] == "alarm":
-            return f"{step}  ALARM {record['text']}"
-        if record["kind"] == "eval":
-            domains = "  ".join(f"{name} {s['bits_per_byte']:.3f}" for name, s in record["domains"].items())
-            return f"{step}  validation loss {record['loss']:.4f}  bits per byte: {domains}"
-        load = record["load"]
-        worst = f"  load +{max(load['max_violation']):.0%}" if load else ""
-        dead = f"  dead {sum(load['dead'])}" if load and sum(load["dead"]) else ""
-        return (
-            f"{step}/{self.config.steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
-            f"{record['tokens_per_second']:,.0f} tokens/s  {record['matmul_share']:.0%} of matmul{worst}{dead}"
-        )
 
     def _picture(self) -> Group:
         parts: list[RenderableType] = [self._progress]
         if train := self._latest.get("train"):
             aux = (f"  {name.replace('_', ' ')} {value:.4f}" for name, value in train["aux"].items())
-            parts.append(Text("".join([self._line(train), *aux]), style="bold"))
+            parts.append(Text("".join([line(train, self.config.steps), *aux]), style="bold"))
             if train["load"]:
                 parts.append(self._load(train))
         if validation := self._latest.get("eval"):
-            parts.append(Text(self._line(validation)))
+            parts.append(Text(line(validation, self.config.steps)))
         return Group(*parts)
 
     def _load(self, record: dict[str, Any]) -> Table:
@@ -76,6 +63,23 @@ class TerminalProgress:
             alive = f"[red]{dead}[/]" if dead else "0"
             table.add_row(str(layers[i]), bars, f"{violation:.2f}", f"{entropy:.3f}", alive)
         return table
+
+
+def line(record: dict[str, Any], steps: int) -> str:
+    """Returns a record in one line."""
+    step = f"step {record['step']}"
+    if record["kind"] == "alarm":
+        return f"{step}  ALARM {record['text']}"
+    if record["kind"] == "eval":
+        domains = "  ".join(f"{name} {s['bits_per_byte']:.3f}" for name, s in record["domains"].items())
+        return f"{step}  validation loss {record['loss']:.4f}  bits per byte: {domains}"
+    load = record["load"]
+    worst = f"  load +{max(load['max_violation']):.0%}" if load else ""
+    dead = f"  dead {sum(load['dead'])}" if load and sum(load["dead"]) else ""
+    return (
+        f"{step}/{steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+        f"{record['tokens_per_second']:,.0f} tokens/s  {record['matmul_share']:.0%} of matmul{worst}{dead}"
+    )
 
 
 def spark(counts: list[int], width: int = 64) -> str:

@@ -19,6 +19,7 @@ from moekit.nn.decoder import decoder
 from moekit.nn.experts import Experts
 from moekit.nn.linear import Linear
 from moekit.nn.model import Model
+from moekit.nn.router import Probe
 from moekit.nn.weights import MappedWeight
 from moekit.ops.experts import BACKENDS, choose
 from moekit.ops.mapped import Mapped
@@ -37,9 +38,9 @@ def folder(request: pytest.FixtureRequest, tiny_config: Callable[..., ModelConfi
     return tmp_path / "model"
 
 
-def logits(model: Model, ids: Tensor) -> Tensor:
+def logits(model: Model, ids: Tensor, probe: Probe | None = None) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(ids).logits
+        found: Tensor = model(ids, probe=probe).logits
     return found
 
 
@@ -56,6 +57,13 @@ def test_a_mapped_model_computes_what_the_loaded_one_does(folder: Path, backend:
     for shape in ((1, 1), (2, 17)):
         ids = torch.randint(loaded.config.vocab_size, shape)
         torch.testing.assert_close(logits(mapped, ids), logits(loaded, ids))  # torch rounds by alignment
+
+
+def test_a_mapped_model_is_probed_as_the_loaded_one_is(folder: Path) -> None:
+    loaded, mapped, ids = load(folder), load(folder, mapped=True), torch.randint(61, (2, 17))
+    probe = Probe(skip_top=2, num_experts_per_tok=4, shared=False)
+    torch.testing.assert_close(logits(mapped, ids, probe), logits(loaded, ids, probe))
+    assert not torch.allclose(logits(mapped, ids, probe), logits(mapped, ids))
 
 
 def test_a_decoding_step_gives_the_same_logits(folder: Path) -> None:

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from moekit import config as moekit_config
 from moekit.config import ModelConfig, MoEConfig
 from moekit.errors import ConfigError
+from moekit.nn.cache import KVCache
 from moekit.nn.ffn import SwiGLU
 from moekit.nn.model import Model
 from moekit.nn.moe import MoE
+from moekit.nn.router import Probe
 from moekit.ops import balance
 from moekit.ops.balance import LoadSums, measure
 
@@ -529,3 +531,63 @@ def test_deepseek_v3_agrees_with_transformers(
     config = tiny_config(hidden_size=24, num_hidden_layers=3, attention=attention, ffn=ffn)
     assert isinstance(config.ffn, MoEConfig)
     _agree(config, theirs, device, None if interleave else _interleave)
+
+
+# probes
+
+PROBE = Probe(skip_top=1, num_experts_per_tok=2, shared=False)
+
+
+def test_a_probe_alters_one_pass_and_leaves_the_model_as_it_was(device: torch.device, tiny_config: Make) -> None:
+    model, ids = build(tiny_config(), device).eval(), tokens(device, 2, 9)
+    before = model(ids, labels=ids, return_routing=True)
+    probed = model(ids, labels=ids, return_routing=True, probe=PROBE)
+    after = model(ids, labels=ids, return_routing=True)
+    assert probed.loss != before.loss
+    assert [routing.expert_ids.shape[1] for routing in probed.routing] == [2, 2]
+    assert torch.equal(before.logits, after.logits)
+    assert torch.equal(before.logits, model(ids, probe=Probe()).logits)
+    assert model.config == tiny_config()
+
+
+def test_each_layer_may_have_a_probe_of_its_own_whatever_layers_are_dense(
+    device: torch.device, tiny_config: Make
+) -> None:
+    ffn = {"first_k_dense_replace": 1, "moe_layer_freq": 2, "intermediate_size": 20}  # dense, dense, MoE, dense, MoE
+    model, ids = build(tiny_config(ffn=ffn, num_hidden_layers=5), device).eval(), tokens(device, 1, 9)
+
+    def chosen(*probe: Probe | None) -> list[int]:
+        return [routing.expert_ids.shape[1] for routing in model(ids, return_routing=True, probe=probe).routing]
+
+    assert chosen(Probe(num_experts_per_tok=1), None) == [1, 3]
+    assert chosen(None, Probe(num_experts_per_tok=2)) == [3, 2]
+    assert torch.equal(model(ids, probe=[PROBE, PROBE]).logits, model(ids, probe=PROBE).logits)
+    with pytest.raises(ConfigError, match="probe has 3 entries but the model has 2 MoE layers; give one, or one for"):
+        chosen(PROBE, PROBE, PROBE)
+
+
+def test_a_dense_model_has_nothing_to_probe(device: torch.device, tiny_config: Make) -> None:
+    model = build(tiny_config(ffn={"kind": "dense"}), device)
+    with pytest.raises(ConfigError, match="the model has no MoE layer, so there is no routing to alter"):
+        model(tokens(device, 1, 3), probe=Probe())
+
+
+@pytest.mark.parametrize("kind", ["mha", "mla"])
+def test_probed_passes_over_a_cache_equal_one_probed_pass(device: torch.device, tiny_config: Make, kind: str) -> None:
+    model, ids = build(tiny_config(attention={"kind": kind}), device).eval(), tokens(device, 2, 9)
+    cache = KVCache(model.config, 2, 9, device, torch.float64)
+    with torch.no_grad():
+        parts = [model(part, cache=cache, probe=PROBE).logits for part in ids.split([4, 1, 3, 1], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, 1), model(ids, probe=PROBE).logits, **TIGHT)
+
+
+def test_recomputation_probes_as_the_forward_pass_did(device: torch.device, tiny_config: Make) -> None:
+    ids, found = tokens(device, 2, 9), []
+    for recompute in (False, True):
+        torch.manual_seed(3)
+        model = build(tiny_config(ffn={"aux_loss_alpha": 0.1}), device).train()
+        model.recompute = recompute
+        out = model(ids, labels=ids, probe=PROBE._replace(shared=True))
+        (out.loss + sum(out.aux.values())).backward()
+        found.append([parameter.grad for name, parameter in model.named_parameters() if "shared" not in name])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -1,6 +1,7 @@
 """The DeepSeekMoE layer: every way to route against the reference, and the identities that need none."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moekit.config import MoEConfig
+from moekit.errors import ConfigError, UnsupportedError
 from moekit.nn.ffn import SwiGLU
 from moekit.nn.moe import MoE
-from moekit.nn.router import RouterContext
+from moekit.nn.router import Probe, RouterContext
 from moekit.ops import reference
 from moekit.ops.routing import DROPPED
 
@@ -32,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "switch": {"num_experts_per_tok": 1, "n_shared_experts": 0},
     "an expert is empty": {"topk_method": "noaux_tc", "num_experts_per_tok": 2},
 }
+UNALTERED = Probe()
 every_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -52,12 +55,12 @@ def of_case(name: str, device: torch.device, dtype: torch.dtype = torch.float64)
     return moe
 
 
-def run(moe: MoE, x: Tensor, mask: Tensor | None = None) -> Any:
+def run(moe: MoE, x: Tensor, mask: Tensor | None = None, probe: Probe | None = None) -> Any:
     ids = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device).flatten()
-    return moe(x, RouterContext(ids, len(x), None if mask is None else mask.flatten()))
+    return moe(x, RouterContext(ids, len(x), None if mask is None else mask.flatten(), probe))
 
 
-def slow(moe: MoE, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+def slow(moe: MoE, x: Tensor, probe: Probe = UNALTERED) -> tuple[Tensor, list[Tensor]]:
     """Returns the reference on the CPU in float64, and its leaves in the order of `leaves`."""
     config, shared = moe.config, moe.shared_experts
     tensors = [t.detach().double().cpu().requires_grad_() for t in leaves(moe, x)]
@@ -68,9 +71,9 @@ def slow(moe: MoE, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         router,
         gate_up,
         down,
-        torch.cat(tensors[4:6]) if shared is not None else None,
-        tensors[6] if shared is not None else None,
-        config.num_experts_per_tok,
+        torch.cat(tensors[4:6]) if shared is not None and probe.shared else None,
+        tensors[6] if shared is not None and probe.shared else None,
+        probe.num_experts_per_tok or config.num_experts_per_tok,
         config.scoring_func,
         config.norm_topk_prob,
         config.routed_scaling_factor,
@@ -78,6 +81,8 @@ def slow(moe: MoE, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         config.n_group,
         config.topk_group,
         2 if config.topk_method == "noaux_tc" else 1,
+        probe.skip_top,
+        probe.softmax_over_rest,
     )
     return out.view(x.shape), tensors
 
@@ -89,13 +94,13 @@ def leaves(moe: MoE, x: Tensor) -> list[Tensor]:
     return tensors
 
 
-def compare(moe: MoE, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+def compare(moe: MoE, x: Tensor, probe: Probe = UNALTERED) -> list[tuple[Tensor, Tensor]]:
     """Returns (ours, reference) for the output and every gradient."""
-    y = run(moe, x).y
-    expected, tensors = slow(moe, x)
-    probe = torch.randn_like(y)
-    ours = torch.autograd.grad(y, leaves(moe, x), probe)
-    theirs = torch.autograd.grad(expected, tensors, probe.double().cpu())
+    y = run(moe, x, probe=probe).y
+    expected, tensors = slow(moe, x, probe)
+    back = torch.randn_like(y)
+    ours = torch.autograd.grad(y, leaves(moe, x), back, materialize_grads=True)
+    theirs = torch.autograd.grad(expected, tensors, back.double().cpu(), materialize_grads=True)
     pairs = zip((y.detach(), *ours), (expected.detach(), *theirs), strict=True)
     return [(a.double().cpu(), b) for a, b in pairs]
 
@@ -375,3 +380,105 @@ def test_each_balance_term_is_its_factor_times_its_loss_and_absent_without_one(d
     for name, key in zip(factors, expected, strict=True):
         one = build(device, seq_aux=name == "z_loss_alpha", **groups, **{name: 0.5})
         assert one.balance_losses(run(one, x).routing, None).keys() == {key}
+
+
+# probes
+
+PROBES = {
+    "one skipped": Probe(skip_top=1),
+    "three skipped, two chosen": Probe(skip_top=3, num_experts_per_tok=2),
+    "softmax over the rest": Probe(skip_top=2, softmax_over_rest=True),
+    "one chosen": Probe(num_experts_per_tok=1),
+    "more chosen than the model says": Probe(num_experts_per_tok=6),
+    "no shared experts": Probe(shared=False),
+    "a routed one for each shared": Probe(num_experts_per_tok=6, shared=False),
+    "all at once": Probe(1, True, 5, shared=False),
+}
+
+
+@every_case
+@pytest.mark.parametrize("probe", PROBES.values(), ids=PROBES.keys())
+def test_a_probed_layer_equals_the_reference_with_every_gradient_or_says_why_not(
+    device: torch.device, case: str, probe: Probe
+) -> None:
+    moe = of_case(case, device)
+    x = torch.randn(2, 7, DIM, dtype=torch.float64, device=device, requires_grad=True)
+    if refused := probe.refusal(moe.config):
+        with pytest.raises(type(refused), match=re.escape(str(refused))):
+            run(moe, x, probe=probe)
+        return
+    for ours, expected in compare(moe, x, probe):
+        torch.testing.assert_close(ours, expected, **TIGHT)
+
+
+def test_most_probes_of_most_layers_are_carried_out() -> None:
+    done = [
+        of_case(case, torch.device("cpu")).config for case in CASES for probe in PROBES.values()
+        if probe.refusal(of_case(case, torch.device("cpu")).config) is None
+    ]  # fmt: skip
+    assert len(done) >= 0.6 * len(CASES) * len(PROBES)
+
+
+def test_the_probe_that_alters_nothing_is_no_probe_to_the_bit(device: torch.device) -> None:
+    moe, x = of_case("groups of V3 with bias", device, torch.float32), torch.randn(2, 7, DIM, device=device)
+    plain, probed = run(moe, x), run(moe, x, probe=Probe())
+    assert torch.equal(plain.y, probed.y)
+    assert all(torch.equal(a, b) for a, b in zip(plain.routing, probed.routing, strict=True))
+
+
+def test_without_shared_experts_their_gate_is_gone_too(device: torch.device) -> None:
+    gated = build(device, shared_expert_gate=True)
+    x = torch.randn(1, 5, DIM, dtype=torch.float64, device=device)
+    tokens, shared = x.flatten(0, 1), gated.shared_experts(x.flatten(0, 1))
+    lost = run(gated, x).y - run(gated, x, probe=Probe(shared=False)).y
+    torch.testing.assert_close(lost[0], gated.shared_expert_gate(tokens).sigmoid() * shared, **TIGHT)
+
+
+def test_padding_is_routed_nowhere_under_a_probe(device: torch.device) -> None:
+    moe, mask = build(device), torch.tensor([[1, 1, 0]], device=device).bool()
+    x = torch.randn(1, 3, DIM, dtype=torch.float64, device=device)
+    routing = run(moe, x, mask, Probe(skip_top=2, num_experts_per_tok=3)).routing
+    assert routing.expert_ids.shape == (3, 3)
+    assert (routing.expert_ids[2] == DROPPED).all()
+    assert routing.tokens_per_expert.sum() == 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "probe", "kind", "message"),
+    [
+        (
+            {},
+            Probe(skip_top=6),
+            ConfigError,
+            "num_experts_per_tok is 4 but 3 of the 9 routed experts are left; probe.s",
+        ),
+        (
+            {},
+            Probe(num_experts_per_tok=10),
+            ConfigError,
+            "is 10 but 9 of the 9 routed experts are left; probe.skip_top",
+        ),
+        (CASES["groups of V2"], Probe(3), ConfigError, "is 4 but 3 of the 6 routed experts of topk_group 2 are left"),
+        ({}, Probe(skip_top=-1), ConfigError, "probe.skip_top is -1 and num_experts_per_tok 4; allowed from 0 and"),
+        ({}, Probe(num_experts_per_tok=0), ConfigError, "probe.skip_top is 0 and num_experts_per_tok 0; allowed fr"),
+        ({"n_shared_experts": 0}, Probe(shared=False), ConfigError, "n_shared_experts is 0: there is nothing to take"),
+        ({"topk_method": "hash"}, Probe(skip_top=1), UnsupportedError, "topk_method is hash: a table has no scores"),
+        ({"topk_method": "hash"}, Probe(num_experts_per_tok=2), UnsupportedError, "topk_method is hash"),
+        ({}, Probe(softmax_over_rest=True), ConfigError, "takes effect only with skip_top above 0"),
+        ({"norm_topk_prob": True}, Probe(1, True), ConfigError, "norm_topk_prob false and scoring_func softmax"),
+        ({"scoring_func": "sigmoid"}, Probe(1, True), ConfigError, "norm_topk_prob false and scoring_func softmax"),
+    ],
+)
+def test_a_probe_that_cannot_be_carried_out_is_an_error_naming_the_numbers(
+    device: torch.device, settings: dict[str, Any], probe: Probe, kind: type[Exception], message: str
+) -> None:
+    moe = build(device, **settings)
+    with pytest.raises(kind, match=message):
+        run(moe, torch.zeros(1, 2, DIM, dtype=torch.float64, device=device), probe=probe)
+
+
+def test_hash_routing_can_lose_its_shared_experts(device: torch.device) -> None:
+    moe, x = build(device, topk_method="hash"), torch.randn(1, 2, DIM, dtype=torch.float64, device=device)
+    moe.router.reset()
+    lost = run(moe, x).y - run(moe, x, probe=Probe(shared=False)).y
+    torch.testing.assert_close(lost[0], moe.shared_experts(x[0]), **TIGHT)

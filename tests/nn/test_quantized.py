@@ -12,6 +12,7 @@ from moekit.errors import UnsupportedError
 from moekit.generate import generate
 from moekit.nn.model import Model
 from moekit.nn.quantized import dequantize_, matrices, quantize_
+from moekit.nn.router import Probe
 from moekit.nn.weights import QuantizedWeight
 from moekit.ops.quantize import Codes
 
@@ -54,6 +55,18 @@ def test_logits_loss_and_cached_logits_are_those_of_the_numbers(model: Model, ki
         torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=1e-5)
         assert not torch.equal(ours.logits, model(ids).logits)
     assert torch.equal(generate(quantized, ids, 8), generate(numbers, ids, 8))
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_experts_in_codes_are_probed_as_the_numbers(
+    tiny_config: Callable[..., ModelConfig], device: torch.device, kind: Codes
+) -> None:
+    ids, probe = torch.randint(61, (2, 17), device=device), Probe(skip_top=2, num_experts_per_tok=4, shared=False)
+    quantized, numbers = coded(Model(tiny_config()).to(device).eval(), kind)
+    with torch.no_grad():
+        ours = quantized(ids, probe=probe).logits
+        torch.testing.assert_close(ours, numbers(ids, probe=probe).logits, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(ours, quantized(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_everything_but_gates_vectors_embedding_and_the_absorbed_projection_is_in_codes(model: Model) -> None:

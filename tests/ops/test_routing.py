@@ -176,6 +176,46 @@ def test_k_equal_to_experts_chooses_everyone_and_weights_sum_to_one(device: torc
     torch.testing.assert_close(routing.weights.sum(1), torch.ones(13, dtype=torch.float64, device=device))
 
 
+# without the experts of highest score
+
+
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS.keys())
+@pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("ties", [False, True])
+def test_choice_without_the_top_experts_equals_the_reference(
+    device: torch.device, scoring_func: str, groups: dict[str, int], biased: bool, ties: bool
+) -> None:
+    x = torch.randint(0, 2, (40, 12), device=device).double() if ties else logits(device, tokens=40)
+    bias = torch.randn(12, device=device) if biased else None
+    for skipped in range(4):  # 2 of 4 groups of 3 hold 6 experts, so 3 can always be chosen of what is left
+        routing = route(x, 3, scoring_func=scoring_func, expert_bias=bias, skip_top=skipped, **groups)
+        assert routing.scores is not None
+        expected = reference.chosen_experts(routing.scores, 3, bias, **groups, skip_top=skipped)
+        assert routing.expert_ids.tolist() == expected
+        assert torch.equal(routing.weights, routing.scores.gather(1, routing.expert_ids))
+
+
+def test_without_its_first_n_a_token_has_the_next_k_at_their_raw_affinities(device: torch.device) -> None:
+    x = logits(device)
+    whole, rest = route(x, 12), route(x, 5, skip_top=4)
+    assert torch.equal(rest.expert_ids, whole.expert_ids[:, 4:9])
+    assert torch.equal(rest.weights, whole.weights[:, 4:9])
+    assert torch.equal(rest.scores, whole.scores)
+    assert torch.equal(rest.score_sums, whole.score_sums)
+    assert rest.tokens_per_expert.sum() == 13 * 5
+
+
+def test_a_softmax_over_the_rest_divides_by_what_the_rest_had(device: torch.device) -> None:
+    x = logits(device)
+    raw, anew = route(x, 5, skip_top=3), route(x, 5, skip_top=3, softmax_over_rest=True)
+    assert torch.equal(anew.expert_ids, raw.expert_ids)
+    left = 1 - route(x, 3).weights.sum(-1, keepdim=True)
+    torch.testing.assert_close(anew.weights, raw.weights / left, rtol=0, atol=1e-14)
+    everyone = route(x, 9, skip_top=3, softmax_over_rest=True)
+    torch.testing.assert_close(everyone.weights.sum(1), torch.ones(13, dtype=torch.float64, device=device))
+
+
 # capacity
 
 
