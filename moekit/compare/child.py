@@ -1,7 +1,7 @@
 """One run in a process of its own: `python -m moekit.compare.child OUT`, its configuration as a line of JSON on stdin.
 
-Standard input stays open for as long as the comparison lives; when it ends, however it ended, the run saves and stops,
-so that no run goes on behind the back of the comparison that continues it.
+Standard input stays open for as long as whoever started it lives; when it ends, however that came, the run saves and
+stops, so that no run goes on behind the back of the process that continues it.
 """
 
 import logging

@@ -7,7 +7,8 @@ from typing import Any
 from moekit import files
 from moekit.compare import runs as of
 from moekit.compare.plan import Plan
-from moekit.compare.results import write_results
+from moekit.compare.report import write_report
+from moekit.compare.results import curve, write_results
 from moekit.compare.runner import Watch, locked, log_of, train_all
 from moekit.config.files import write_yaml
 from moekit.errors import ConfigError
@@ -38,12 +39,19 @@ def compare(
         failed = [status for status in ended if status.state == "failed"]
         if any(status.state == "stopped" for status in ended):
             return {"status": "interrupted", "out": str(folder)}
-        result = write_results(plan, [run for run in runs if of.state(run) == "done"], folder, data)
+        finished = [run for run in runs if of.state(run) == "done"]
+        result = write_results(plan, finished, folder, data) | {
+            "failed": [
+                {"run": status.run.label, "error": status.error, "log": str(log_of(status.run))} for status in failed
+            ]
+        }
+        curves: dict[str, dict[int, list[dict[str, Any]]]] = {}
+        for run in finished:
+            curves.setdefault(run.name, {})[run.seed] = curve(run)
+        report = write_report(folder, result, curves, plan.comparison.model_dump())
     return result | {
         "status": "failed" if failed else "done",
         "out": str(folder),
+        "report": str(report),
         "seconds": round(time.monotonic() - start, 1),
-        "failed": [
-            {"run": status.run.label, "error": status.error, "log": str(log_of(status.run))} for status in failed
-        ],
     }

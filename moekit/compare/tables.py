@@ -26,19 +26,76 @@ def plan_tables(document: dict[str, Any]) -> list[Table | str]:
         note = "baseline" if name == document["baseline"] else ""
         note += f" taken from {escape(row['run'])}" if row["run"] else ""
         counts = (short(row[key]) for key in ("parameters", "active_parameters", "flops_per_token"))
-        spent = (short(row[key]) for key in ("tokens", "training_flops"))
-        listed.add_row(name, *counts, f"{row['steps']:,}", *spent, note.strip())
+        spent = f"{row['steps']:,}", short(row["tokens"]), flops(row["training_flops"])
+        listed.add_row(name, *counts, *spent, note.strip())
     rule = f"budget: {budget['rule']}, within {budget['tolerance']:.1%} of the baseline"
     if budget["rule"] == "equal_data":
         rule = "budget: equal_data, the same steps and batches for all"
-    count = f"{document['runs']} runs (seeds {', '.join(map(str, seeds))}), {short(document['training_flops'])} FLOPs"
+    count = f"{document['runs']} runs (seeds {', '.join(map(str, seeds))}), {flops(document['training_flops'])} FLOPs"
     return [f"[bold]{escape(document['title'])}[/bold]", listed, rule, count]
 
 
 def result_tables(result: dict[str, Any]) -> list[Table | str]:
-    """Returns the losses."""
-    listed = table("architecture", "loss of each seed")
-    for name, row in result["architectures"].items():
-        listed.add_row(name, ", ".join(f"{one['loss']:.4f}" for one in row["seeds"].values()))
-    failed = [f"{one['run']} failed: {escape(one['error'])} ({one['log']})" for one in result["failed"]]
-    return [listed, *failed]
+    """Returns losses and differences, all pairs, domains, costs, somebody else's figures, and what failed."""
+    baseline, rows = result["baseline"], result["architectures"]
+    overall, bits = result["loss"]["mean"], result["bits_per_byte"]
+    names = [*overall["summaries"]]
+    scores = table("architecture", ">loss", ">sd", ">bits/byte", f">less {baseline}", ">95% interval", "reading")
+    for name, one in overall["summaries"].items():
+        gap = overall["differences"].get(name)
+        shown = _number(one["mean"]), _number(one["sd"]), _number(bits["mean"]["summaries"][name]["mean"])
+        if gap:
+            between = "none" if gap["low"] is None else f"{_signed(gap['low'])} to {_signed(gap['high'])}"
+            scores.add_row(name, *shown, _signed(gap["mean"]), between, gap["verdict"])
+        else:
+            scores.add_row(name, *shown, "", "", "baseline" if name == baseline else "no seed in common")
+
+    spent = table("architecture", ">total", ">active", ">FLOPs/token", ">tokens", ">training FLOPs", ">s", ">tokens/s")
+    for name in names:
+        row, timing = rows[name], rows[name]["timing"]
+        counts = (short(row[key]) for key in ("parameters", "active_parameters", "flops_per_token", "tokens"))
+        times = f"{timing['seconds']:,.1f}", f"{timing['tokens_per_second']:,.0f}"
+        spent.add_row(name, *counts, flops(row["training_flops"]), *times)
+
+    domains = table("bits per byte", *(f">{name}" for name in names))
+    for domain, one in bits["domains"].items():
+        domains.add_row(escape(domain), *(_number(one["summaries"][name]["mean"]) for name in names))
+
+    pairs = table("loss, row less column", *(f">{name}" for name in names))
+    for row in names:
+        cells = (result["loss"]["pairs"][row].get(column) for column in names)
+        pairs.add_row(row, *(_pair(cell) for cell in cells))
+    marked = "a star: the 95% interval excludes 0; each stands by itself, of twenty that mean nothing one would too"
+
+    failed = [f"{one['run']} failed: {escape(one['error'])} ({escape(one['log'])})" for one in result["failed"]]
+    parts: list[Table | str] = [f"[bold]{escape(result['title'])}[/bold]", scores, spent, domains, pairs, marked]
+    return [*parts, *(_expected(one, baseline, overall) for one in result["expected"]), *failed, result["report"]]
+
+
+def _expected(one: dict[str, Any], baseline: str, ours: dict[str, Any]) -> Table:
+    listed = table(escape(one["measure"]), ">printed", f">less {baseline}", ">our loss less it", "direction")
+    for name, value in one["values"].items():
+        gap, theirs = ours["differences"].get(name), one["differences"].get(name)
+        shown = f"{value:g}", "" if theirs is None else f"{theirs:+.3f}", _signed(gap["mean"]) if gap else ""
+        listed.add_row(name, *shown, one["agreement"].get(name, ""))
+    return listed
+
+
+def flops(count: float) -> str:
+    """Returns 346.37T, or from 10^15 on 3.46e+15."""
+    return short(count) if count < 1e15 else f"{count:.2e}"
+
+
+def _pair(one: dict[str, Any] | None) -> str:
+    if one is None:
+        return ""
+    clear = one["low"] is not None and (one["low"] > 0 or one["high"] < 0)
+    return _signed(one["mean"]) + ("*" if clear else " ")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}"
