@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from moekit.compare.config import Architecture, Budget, Comparison
-from moekit.config import RunConfig, family_name, preset_names, run_tree, validate
+from moekit.config import ModelConfig, RunConfig, family_name, preset_names, run_tree, validate
 from moekit.config.files import Tree
 from moekit.errors import ConfigError, nearest
 
@@ -31,8 +31,10 @@ def resolve(comparison: Comparison, *, template: bool = False) -> Plan:
     that names no data gets the text DATA for it.
     """
     trees = {name: _tree(comparison, name) for name in comparison.architectures}
-    base = run_tree(SHARED, trees[comparison.baseline], comparison.recipe, {"seed": comparison.seeds[0]})
-    base["seed"] = comparison.seeds[0]
+    for name, tree in trees.items():  # first: what is wrong with a model is not to be blamed on the recipe
+        validate(ModelConfig, tree.get("model", {}), f"architectures.{name}: ")
+    seed = {"seed": comparison.seeds[0]}
+    base = run_tree(SHARED, trees[comparison.baseline], comparison.recipe, seed)
     if template and "path" not in base.get("data", {}):
         base = run_tree({"data": {"path": "DATA"}}, base)
     shared = validate(RunConfig, base, "recipe: ")
@@ -40,7 +42,7 @@ def resolve(comparison: Comparison, *, template: bool = False) -> Plan:
     configs = {
         name: validate(
             RunConfig,
-            run_tree(recipe, one.recipe, {"model": trees[name].get("model", {}), "seed": comparison.seeds[0]}),
+            run_tree(recipe, one.recipe, {"model": trees[name]["model"]}, seed),
             f"architectures.{name}: ",
         )
         for name, one in comparison.architectures.items()

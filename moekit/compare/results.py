@@ -49,7 +49,7 @@ def write_results(plan: Plan, runs: list[Run], out: Path, data: dict[str, Any]) 
     }
     for measure in MEASURES:
         result[measure] = analysis({name: row["seeds"] for name, row in rows.items()}, measure, comparison.baseline)
-    result["expected"] = [_beside(one.model_dump(), result["loss"], comparison.baseline) for one in comparison.expected]
+    result["expected"] = [beside(one.model_dump(), result["loss"], comparison.baseline) for one in comparison.expected]
     files.write_json(out / FILE, result)
     files.write(out / CURVES, curves_csv(runs))
     return result
@@ -83,7 +83,7 @@ def _less_all(scores: Scores, name: str) -> dict[str, Any]:
     return {other: one.document() for other, one in found.items() if one}
 
 
-def _beside(expected: dict[str, Any], ours: dict[str, Any], baseline: str) -> dict[str, Any]:
+def beside(expected: dict[str, Any], ours: dict[str, Any], baseline: str) -> dict[str, Any]:
     """Returns somebody else's figures with their differences to the baseline, and whether ours point the same way.
 
     `agreement` is same or opposite where our interval excludes 0 and theirs is not 0, else why it cannot be said.
