@@ -40,35 +40,38 @@ def result_tables(result: dict[str, Any]) -> list[Table | str]:
     baseline, rows = result["baseline"], result["architectures"]
     overall, bits = result["loss"]["mean"], result["bits_per_byte"]
     names = [*overall["summaries"]]
-    scores = table("architecture", ">loss", ">sd", ">bits/byte", f">less {baseline}", ">95% interval", "reading")
+    scores = table("architecture", ">loss", ">sd", ">bits/byte", f">less {baseline}", ">95% interval")
     for name, one in overall["summaries"].items():
         gap = overall["differences"].get(name)
         shown = _number(one["mean"]), _number(one["sd"]), _number(bits["mean"]["summaries"][name]["mean"])
-        if gap:
-            between = "none" if gap["low"] is None else f"{_signed(gap['low'])} to {_signed(gap['high'])}"
-            scores.add_row(name, *shown, _signed(gap["mean"]), between, gap["verdict"])
-        else:
-            scores.add_row(name, *shown, "", "", "baseline" if name == baseline else "no seed in common")
+        between = f"{_signed(gap['low'])} to {_signed(gap['high'])}" if gap and gap["low"] is not None else ""
+        scores.add_row(name, *shown, "baseline " if name == baseline else _gap(gap), between)
 
-    spent = table("architecture", ">total", ">active", ">FLOPs/token", ">tokens", ">training FLOPs", ">s", ">tokens/s")
+    spent = table("architecture", ">total", ">active", ">tokens", ">FLOPs", ">FLOPs/token", ">s", ">tokens/s")
     for name in names:
         row, timing = rows[name], rows[name]["timing"]
-        counts = (short(row[key]) for key in ("parameters", "active_parameters", "flops_per_token", "tokens"))
-        times = f"{timing['seconds']:,.1f}", f"{timing['tokens_per_second']:,.0f}"
-        spent.add_row(name, *counts, flops(row["training_flops"]), *times)
+        counts = (short(row[key]) for key in ("parameters", "active_parameters", "tokens"))
+        times = f"{timing['seconds']:,.0f}", f"{timing['tokens_per_second']:,.0f}"
+        spent.add_row(name, *counts, flops(row["training_flops"]), short(row["flops_per_token"]), *times)
 
     domains = table("bits per byte", *(f">{name}" for name in names))
     for domain, one in bits["domains"].items():
         domains.add_row(escape(domain), *(_number(one["summaries"][name]["mean"]) for name in names))
 
-    pairs = table("loss, row less column", *(f">{name}" for name in names))
+    pairs = table("row less column", *(f">{name}" for name in names))
     for row in names:
         cells = (result["loss"]["pairs"][row].get(column) for column in names)
-        pairs.add_row(row, *(_pair(cell) for cell in cells))
-    marked = "a star: the 95% interval excludes 0; each stands by itself, of twenty that mean nothing one would too"
+        pairs.add_row(row, *(_gap(cell) for cell in cells))
+    seeds = ", ".join(map(str, result["seeds"]))
+    marked = (
+        f"seeds {seeds}; a star: the 95% interval of the paired difference excludes 0, each by itself: "
+        "of twenty differences that mean nothing, one would too"
+    )
+    if len(result["seeds"]) == 1:
+        marked = f"seed {seeds} alone: no interval, and nothing can be concluded"
 
     failed = [f"{one['run']} failed: {escape(one['error'])} ({escape(one['log'])})" for one in result["failed"]]
-    parts: list[Table | str] = [f"[bold]{escape(result['title'])}[/bold]", scores, spent, domains, pairs, marked]
+    parts: list[Table | str] = [f"[bold]{escape(result['title'])}[/bold]", scores, pairs, marked, domains, spent]
     return [*parts, *(_expected(one, baseline, overall) for one in result["expected"]), *failed, result["report"]]
 
 
@@ -86,7 +89,7 @@ def flops(count: float) -> str:
     return short(count) if count < 1e15 else f"{count:.2e}"
 
 
-def _pair(one: dict[str, Any] | None) -> str:
+def _gap(one: dict[str, Any] | None) -> str:
     if one is None:
         return ""
     clear = one["low"] is not None and (one["low"] > 0 or one["high"] < 0)

@@ -86,9 +86,9 @@ def test_the_curves_have_every_logged_and_validated_loss(done: Path) -> None:
     assert seconds == sorted(seconds)
 
 
-def _start(folder: Path, out: Path) -> subprocess.Popen[bytes]:
+def _start(words: list[str]) -> subprocess.Popen[bytes]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.Popen([sys.executable, "-m", "moekit", *_words(folder, out)], env=environment)
+    return subprocess.Popen([sys.executable, "-m", "moekit", *words], env=environment)
 
 
 def _wait_for(out: Path, pattern: str, process: subprocess.Popen[bytes]) -> None:
@@ -98,23 +98,25 @@ def _wait_for(out: Path, pattern: str, process: subprocess.Popen[bytes]) -> None
 
 
 def test_a_comparison_that_is_killed_interrupted_and_continued_gives_the_same_result(
-    done: Path, compared: Path
+    done: Path, compared: Path, tmp_path: Path
 ) -> None:
-    out = compared / "again"
-    process = _start(compared, out)
-    _wait_for(out, "runs/dense/seed-0/checkpoints/step-*", process)
+    words, out = [*_words(compared, tmp_path / "out"), "--seeds", "1"], tmp_path / "out"
+    process = _start(words)
+    _wait_for(out, "runs/dense/seed-1/checkpoints/step-*", process)
     process.kill()
     process.wait()
-    process = _start(compared, out)
-    _wait_for(out, "runs/moe/seed-0/checkpoints/step-*", process)
+    process = _start(words)
+    _wait_for(out, "runs/moe/seed-1/checkpoints/step-*", process)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130
     assert not (out / "result.json").exists()
-    first = (out / "runs" / "dense" / "seed-0.log").read_text(encoding="utf-8")
-    assert "resuming after step" in first
-    assert main(["compare", "--out", str(out), "--jobs", "2", "--quiet"]) == 0
-    assert _untimed(_result(out)) == _untimed(_result(done))
-    assert (out / "compare.yaml").read_bytes() == (done / "compare.yaml").read_bytes()
+    assert main(["compare", "--out", str(out), "--quiet"]) == 0
+    log = "".join(path.read_text(encoding="utf-8") for path in sorted(out.glob("runs/*/*.log")))
+    assert log.count("resuming after step") == 2
+
+    shutil.copytree(done, tmp_path / "undisturbed")
+    assert main([*_words(compared, tmp_path / "undisturbed"), "--seeds", "1", "--report"]) == 0
+    assert _untimed(_result(out)) == _untimed(_result(tmp_path / "undisturbed"))
 
 
 def test_a_run_that_fails_is_named_with_its_log_and_the_others_go_on(
