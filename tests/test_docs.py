@@ -32,8 +32,8 @@ REDUCED = {
     "moekit quickstart": "--steps 1",
     "moekit train": "--steps 2 --schedule.warmup_steps 0 --data.batch_size 4 --data.sequence_length 32 --eval_tokens 64"
     " --eval_every 2 --save_every 1",
-    "moekit compare shared-ratio": "--seeds 0 --recipe.steps 2 --recipe.schedule.warmup_steps 0 --recipe.data.batch_size 4"
-    " --recipe.data.sequence_length 32 --recipe.eval_tokens 64",
+    "moekit compare shared-ratio": "--seeds 0 --recipe.steps 2 --recipe.schedule.warmup_steps 0"
+    " --recipe.data.batch_size 4 --recipe.data.sequence_length 32 --recipe.eval_tokens 64",
     "python examples/train_loop.py": "2",
 }
 """Added to commands that would take minutes. A resumed run keeps its settings, so there nothing is added."""

@@ -1,7 +1,7 @@
 """What a comparison is: a file that names architectures, a budget, seeds, and what they are trained with."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,8 +109,10 @@ def load_comparison(
     path = FILES / f"{source}.yaml" if str(source) in comparison_names() else Path(source)
     if not path.is_file() and path.suffix not in (".yaml", ".yml"):
         known = comparison_names()
-        raise ConfigError(f"there is no comparison or file {str(source)!r}{nearest(str(source), known)}; ready-made "
-                          f"comparisons: {', '.join(known)}")  # fmt: skip
+        raise ConfigError(
+            f"there is no comparison or file {str(source)!r}{nearest(str(source), known)}; ready-made "
+            f"comparisons: {', '.join(known)}"
+        )
     over = parse_overrides(overrides or {})
     fixed = {key: value for key, value in given.items() if value is not None}
     tree = run_tree(read_yaml(path), over, fixed, {"recipe": {"data": {"path": data}}} if data else {})
@@ -119,10 +121,12 @@ def load_comparison(
 
 def _valid(tree: Any, origin: str) -> Comparison:
     """Returns the comparison, or raises ConfigError with the first thing that is wrong."""
-    level: Sequence[str] = [*Comparison.model_fields]
+    level = [*Comparison.model_fields]
     for key in tree.keys() - {*level}:
-        raise ConfigError(f"{origin}{key} is not a setting of a comparison{nearest(key, level)}; {', '.join(level)} are"
-                          " (settings of training stand under recipe)")  # fmt: skip
+        raise ConfigError(
+            f"{origin}{key} is not a setting of a comparison{nearest(key, level)}; {', '.join(level)} are"
+            " (settings of training stand under recipe)"
+        )
     try:
         return Comparison.model_validate(tree)
     except ValidationError as problem:

@@ -30,6 +30,11 @@ def resolve(comparison: Comparison, *, template: bool = False) -> Plan:
     The recipe is that of the baseline's preset or run, with `recipe` on top, for all. With `template` a comparison
     that names no data gets the text DATA for it.
     """
+    named = [
+        one.preset or name for name, one in comparison.architectures.items() if one.preset or not (one.model or one.run)
+    ]
+    if comparison.size is not None and not {*named} - {*preset_names()}:
+        raise ConfigError(f"size is {comparison.size} but no architecture is a variant of a family")
     trees = {name: _tree(comparison, name) for name in comparison.architectures}
     for name, tree in trees.items():  # first: what is wrong with a model is not to be blamed on the recipe
         validate(ModelConfig, tree.get("model", {}), f"architectures.{name}: ")
@@ -68,13 +73,14 @@ def _tree(comparison: Comparison, name: str) -> Tree:
         return {key: value for key, value in tree.items() if key != "keep_checkpoints"}
     if one.model is not None and not one.preset:
         return {"model": one.model}
-    source, known = one.preset or name, preset_names()
-    if size is not None and source not in known:
+    source = one.preset or name
+    if size is not None and source not in preset_names():
         variants = {variant: family_name(size, variant) for variant in _variants(size)}
         if source not in variants and not source.endswith((".yaml", ".yml")):
             hint = nearest(source, variants)
-            raise ConfigError(f"architectures.{name}: size {size} has no variant {source!r}{hint}; "
-                              f"variants: {', '.join(variants)}")  # fmt: skip
+            raise ConfigError(
+                f"architectures.{name}: size {size} has no variant {source!r}{hint}; variants: {', '.join(variants)}"
+            )
         source = variants.get(source, source)
     return run_tree(run_tree(source), {"model": one.model or {}})
 

@@ -15,9 +15,8 @@ class TerminalProgress:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
-        self._bars = Progress(
-            *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console
-        )
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self._bars = Progress(*columns, *times, console=self.console, speed_estimate_period=600)
         self._all: TaskID | None = None
         self._tasks: dict[str, TaskID] = {}
         self._told: dict[str, str] = {}

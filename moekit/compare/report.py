@@ -89,9 +89,13 @@ def band(seeds: Mapping[int, Sequence[Mapping[str, Any]]], kind: str, measure: s
     return Band(steps, x, values.min(0), values.mean(0), values.max(0))
 
 
+def _raised(number: int) -> str:
+    return str(number).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
 AXES: dict[str, tuple[str, dict[float, str]]] = {
     "tokens": ("tokens read", {1e9: "billion ", 1e6: "million ", 1e3: "thousand "}),
-    "flops": ("training FLOPs", {10.0**n: f"10^{n} " for n in range(27, 2, -3)}),
+    "flops": ("training FLOPs", {10.0**n: f"10{_raised(n)} " for n in range(27, 2, -3)}),
     "seconds": ("of training", {3600: "hours ", 60: "minutes ", 1: "seconds "}),
 }
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from moekit.compare.runs import Run, last_record, state
-from moekit.errors import ConfigError
+from moekit.errors import ConfigError, UnsupportedError
 from moekit.train import process
 
 POLL = 0.1
@@ -130,7 +130,9 @@ def _ended(run: Run, code: int, stopping: bool, log: Path) -> Status:
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[int]:
     """Yields a file that only one comparison at a time, and the runs that it started, can hold open and locked."""
-    import fcntl  # there is none on Windows
+    if os.name != "posix":
+        raise UnsupportedError("comparisons need file locks and signals as Linux and macOS have them")
+    import fcntl
 
     out.mkdir(parents=True, exist_ok=True)
     lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)

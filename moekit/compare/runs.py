@@ -68,30 +68,31 @@ def check(runs: list[Run]) -> tuple[str, dict[int, str]]:
     for run in runs:
         room = run.config.model.vocab_size
         if room < dataset.vocab_size:
-            raise ConfigError(f"architectures.{run.name}: model.vocab_size is {room} but the tokenizer of {data} has "
-                              f"{dataset.vocab_size} entries")  # fmt: skip
+            raise ConfigError(
+                f"architectures.{run.name}: model.vocab_size is {room} but the tokenizer of {data} has "
+                f"{dataset.vocab_size} entries"
+            )
         reached = state(run)
+        if reached != "new":
+            _check_settings(run)
         if run.taken and reached != "done":
             what = "is not finished" if reached == "begun" else "is not a run (it has no config.yaml)"
             raise ConfigError(f"architectures.{run.name}.run: {run.path} {what}; only a finished run can be taken")
-        if reached != "new":
-            _check_settings(run)
         if reached == "done" and receipt_of(run)["inputs"]["data"]["sha256"] != dataset.fingerprint:
-            raise ConfigError(f"{run.path} was trained on other text than {data} holds; compare on that text, or "
-                              + ("take another run" if run.taken else "choose another --out"))  # fmt: skip
+            raise ConfigError(
+                f"{run.path} was trained on other text than {data} holds; compare on that text, or "
+                + ("take another run" if run.taken else "choose another --out")
+            )
     return dataset.fingerprint, {run.seed: _order(runs, run.seed, dataset) for run in runs}
 
 
 def _check_settings(run: Run) -> None:
-    there, wanted = (
-        one.model_dump(include=COMPARED) for one in (load_run_config(run.path / "config.yaml"), run.config)
-    )
+    file = run.path / "config.yaml"
+    there, wanted = (one.model_dump(include=COMPARED) for one in (load_run_config(file), run.config))
     if there != wanted:
+        taken, own = "only a run that was trained as the others are can be taken", "choose another --out, or remove it"
         change = directory.difference(there, wanted)
-        raise ConfigError(f"{run.label}: {change} in {run.path / 'config.yaml'}; " + (
-            "a run that is taken must have been trained as the others are" if run.taken
-            else "choose another --out, or remove that run"
-        ))  # fmt: skip
+        raise ConfigError(f"{run.label}: {change} in {file}; {taken if run.taken else own}")
 
 
 def _order(runs: list[Run], seed: int, dataset: TokenDataset) -> str:

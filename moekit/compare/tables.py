@@ -13,7 +13,7 @@ def list_tables(rows: list[dict[str, Any]]) -> list[Table | str]:
     listed = table("comparison", "question", "architectures")
     for row in rows:
         listed.add_row(row["name"], row["title"], ", ".join(row["architectures"]))
-    return [listed, "each at --size tiny, mini or 2b; next: moekit compare NAME --size tiny --data DATA --out DIR"]
+    return [listed, "next: moekit compare NAME --size tiny --data DATA --out DIR"]
 
 
 def plan_tables(document: dict[str, Any]) -> list[Table | str]:

@@ -165,7 +165,7 @@ def test_finished_runs_can_be_taken_and_give_the_same_figures(
     ("changes", "message"),
     [
         ({"seeds": [0, 7]}, "seed-7 is not a run (it has no config.yaml); only a finished run can be taken"),
-        ({"recipe": {"steps": 44}}, "is not finished; only a finished run can be taken"),
+        ({"recipe": {"steps": 44}}, "dense/seed-0: steps is 44 but 40 in"),
         ({"recipe": {"optimizer": {"lr": 0.5}}}, "dense/seed-0: optimizer.lr is 0.5 but 0.003 in"),
         ({"recipe": {"eval_tokens": 99}}, "dense/seed-0: eval_tokens is 99 but 256 in"),
     ],
@@ -179,6 +179,18 @@ def test_a_run_that_does_not_agree_is_not_taken(
 ) -> None:
     assert main(take(tmp_path / "taken", **changes)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_run_that_is_not_finished_is_not_taken(
+    done: Path, two: dict[str, Any], compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(done / "runs" / "moe" / "seed-0", tmp_path / "half")
+    (tmp_path / "half" / "receipt.json").unlink()
+    runs = {**two["architectures"], "moe": {"run": str(tmp_path / "half")}}
+    (tmp_path / "c.yaml").write_text(write_yaml({**two, "architectures": runs, "seeds": [0]}), encoding="utf-8")
+    words = ["compare", str(tmp_path / "c.yaml"), "--data", str(compared / "data"), "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "half is not finished; only a finished run can be taken" in capsys.readouterr().err
 
 
 def test_runs_on_other_text_are_refused_taken_or_not(

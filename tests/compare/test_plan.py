@@ -139,6 +139,11 @@ def test_a_plan_counts_what_it_would_train(tmp_path: Path) -> None:
         ({"architectures": {"a/b": "dense"}, "baseline": "a/b"}, "architectures has the name 'a/b'"),
         ({"architectures": {"dense": None, "gshrd": None}}, "size tiny has no variant 'gshrd' (did you mean gshard"),
         ({"size": "huge"}, "size is 'huge' but there are the families 2b, tiny and mini"),
+        ({"architectures": {"dense": "mini-dense"}}, "size is tiny but no architecture is a variant of a family"),
+        (
+            {"size": None, "architectures": {"dense": {"run": "r"}}},
+            "architectures.dense.run is r, one run, but seeds are [0, 1, 2]",
+        ),
         ({"recipe": {"lr": 3}}, "recipe: lr is not a setting; lr is optimizer.lr"),
         ({"recipe": {"seed": 3}}, "recipe.seed is given, but seeds says that"),
         ({"recipe": {"model": {}}}, "recipe.model is given, but architectures says that"),

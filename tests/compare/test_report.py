@@ -155,7 +155,7 @@ def test_a_band_is_the_mean_and_the_extremes_over_seeds() -> None:
 
 def test_axes_choose_a_unit_that_fits() -> None:
     assert axis("tokens", 9.8e6) == (1e6, "million tokens read")
-    assert axis("flops", 3.4e14) == (1e12, "10^12 training FLOPs")
+    assert axis("flops", 3.4e14) == (1e12, "10¹² training FLOPs")
     assert axis("seconds", 90) == (1, "seconds of training")
     assert axis("seconds", 9000) == (3600, "hours of training")
     assert axis("tokens", 500) == (1.0, "tokens read")
