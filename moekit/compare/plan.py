@@ -30,14 +30,13 @@ def resolve(comparison: Comparison, *, template: bool = False) -> Plan:
     The recipe is that of the baseline's preset or run, with `recipe` on top, for all. With `template` a comparison
     that names no data gets the text DATA for it.
     """
-    named = [
-        one.preset or name for name, one in comparison.architectures.items() if one.preset or not (one.model or one.run)
-    ]
-    if comparison.size is not None and not {*named} - {*preset_names()}:
-        raise ConfigError(f"size is {comparison.size} but no architecture is a variant of a family")
     trees = {name: _tree(comparison, name) for name in comparison.architectures}
     for name, tree in trees.items():  # first: what is wrong with a model is not to be blamed on the recipe
         validate(ModelConfig, tree.get("model", {}), f"architectures.{name}: ")
+    named = {one.preset or name for name, one in comparison.architectures.items() if not (one.model or one.run)}
+    named |= {one.preset for one in comparison.architectures.values() if one.preset}
+    if comparison.size is not None and named <= {*preset_names()}:
+        raise ConfigError(f"size is {comparison.size} but no architecture is a variant of a family")
     seed = {"seed": comparison.seeds[0]}
     base = run_tree(SHARED, trees[comparison.baseline], comparison.recipe, seed)
     if template and "path" not in base.get("data", {}):
