@@ -32,10 +32,12 @@ REDUCED = {
     "moekit quickstart": "--steps 1",
     "moekit train": "--steps 2 --schedule.warmup_steps 0 --data.batch_size 4 --data.sequence_length 32 --eval_tokens 64"
     " --eval_every 2 --save_every 1",
+    "moekit compare shared-ratio": "--seeds 0 --recipe.steps 2 --recipe.schedule.warmup_steps 0"
+    " --recipe.data.batch_size 4 --recipe.data.sequence_length 32 --recipe.eval_tokens 64",
     "python examples/train_loop.py": "2",
 }
 """Added to commands that would take minutes. A resumed run keeps its settings, so there nothing is added."""
-COMPARED = ("moekit plan", "moekit presets", "moekit prepare")
+COMPARED = ("moekit plan", "moekit presets", "moekit prepare", "moekit compare table1")
 """Their output is the same everywhere, so it is held against the page; so is every error."""
 NOT_RUN = {
     "git clone": "needs a network",
@@ -188,7 +190,7 @@ def test_names_of_code_exist(page: Path) -> None:
     settings = {key.key for key in describe_keys()}
     packages = "|".join(path.stem for path in (ROOT / "moekit").iterdir() if path.is_dir() or path.suffix == ".py")
     for name in re.findall(rf"`((?:{packages})(?:\.[a-zA-Z_]\w*)+)", page.read_text(encoding="utf-8")):
-        if name not in settings and not name.endswith((".py", ".json")):
+        if name not in settings and not name.endswith((".py", ".json", ".yaml")):
             pkgutil.resolve_name(f"moekit.{name}")
 
 

@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "moekit"
 LAYERS: list[set[str]] = [
-    {"config", "errors", "files", "pictures", "shapes", "version"},
+    {"config", "errors", "files", "page", "pictures", "shapes", "tables", "version"},
     {"ops"},
     {"nn"},
     {"receipts"},
@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"evaluate"},
     {"inspect"},
     {"compare"},
-    {"doctor", "tables"},
+    {"doctor"},
     {"quickstart"},
     {"cli"},
     {"__main__", "__init__"},

@@ -54,12 +54,19 @@ def _check_override(verb: Parser, option: str, known: Mapping[str, Any]) -> None
 
 
 def settings_help(root: str) -> str:
-    """Returns all settings below `root`, by part, each as the option that changes it."""
+    """Returns all settings below `root`, by part, each as the option that changes it.
+
+    `recipe` is that of a comparison: all but the model and the seed, under that name.
+    """
     from moekit.config import describe_keys
 
     lines = ["settings, each changed by --NAME VALUE, (default):"]
-    part = None
-    for key, kind, default, description in describe_keys():
+    keys, part = describe_keys(), None
+    if root == "recipe":
+        keys = [
+            key._replace(key=f"recipe.{key.key}") for key in keys if key.key.partition(".")[0] not in ("model", "seed")
+        ]
+    for key, kind, default, description in keys:
         if not key.startswith(root):
             continue
         if part != (part := key.rpartition(".")[0]):

@@ -9,6 +9,7 @@ from moekit.config.load import describe_keys as describe_keys
 from moekit.config.load import dump as dump
 from moekit.config.load import load_model_config as load_model_config
 from moekit.config.load import load_run_config as load_run_config
+from moekit.config.load import run_tree as run_tree
 from moekit.config.load import validate as validate
 from moekit.config.load import where as where
 from moekit.config.model import DenseConfig as DenseConfig
@@ -20,6 +21,7 @@ from moekit.config.model import MoEConfig as MoEConfig
 from moekit.config.model import RopeConfig as RopeConfig
 from moekit.config.model import Strict as Strict
 from moekit.config.model import YarnConfig as YarnConfig
+from moekit.config.presets import family_name as family_name
 from moekit.config.presets import preset as preset
 from moekit.config.presets import preset_names as preset_names
 from moekit.config.presets import recipe as recipe

@@ -9,6 +9,7 @@ new kind has too.
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import reduce
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
@@ -57,6 +58,11 @@ def load_run_config(
     for tree in (_source(source), parse_overrides(overrides or {}), _nest(fixed)):
         base = _merge(base, tree)
     return validate(RunConfig, base, _origin(source))
+
+
+def run_tree(source: str | Path | Tree, *over: Tree) -> Tree:
+    """Returns the tree of a preset, of a file, or of a tree that may name presets, with `over` on top, part by part."""
+    return reduce(_merge, over, _expand(source) if isinstance(source, dict) else _source(source))
 
 
 def load_model_config(source: str | Path, overrides: Mapping[str, str] | None = None) -> ModelConfig:

@@ -29,10 +29,14 @@ def _family(size: str, run: Tree, variants: dict[str, Tree]) -> dict[str, Tree]:
         if ffn["nominal_size"] in (1.2, 1.5):  # these apply to 8/3 hidden_size, like the counts that the paper prints
             width = 4 * round(2 / 3 * model["hidden_size"] * ffn["nominal_size"])
         key = "intermediate_size" if ffn.get("kind") == "dense" else "moe_intermediate_size"
-        kind, *rest = variant.split("-")
-        name = "-".join([kind, size, *rest] if size == "2b" else [size, variant])
-        family[name] = {**run, "model": {**model, "ffn": {**ffn, key: width}}}
+        family[family_name(size, variant)] = {**run, "model": {**model, "ffn": {**ffn, key: width}}}
     return family
+
+
+def family_name(size: str, variant: str) -> str:
+    """Returns the preset's name of a variant at a size: tiny-gshard-x1.5, but gshard-2b-x1.5 for the paper's own."""
+    kind, *rest = variant.split("-")
+    return "-".join([kind, size, *rest] if size == "2b" else [size, variant])
 
 
 def preset_names() -> list[str]:

@@ -34,13 +34,16 @@ class Sampler:
                 f"{dataset.directory}: split {dataset.split} has {dataset.num_tokens} tokens, fewer than one window "
                 f"of sequence_length + 1 = {sequence_length + 1}; add text or shorten data.sequence_length"
             )
-        self._order = lru_cache(maxsize=2)(self._shuffled)
+        self._shuffle = lru_cache(maxsize=2)(self._shuffled)
 
     def batch(self, step: int) -> Batch:
         """Returns the batch of a step, counted from 0."""
+        return self.windows(self.order(step))
+
+    def order(self, step: int) -> list[int]:
+        """Returns the numbers of the windows that a step's batch consists of."""
         places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        windows = [int(self._order(place // self.num_windows)[place % self.num_windows]) for place in places]
-        return self.windows(windows)
+        return [int(self._shuffle(place // self.num_windows)[place % self.num_windows]) for place in places]
 
     def windows(self, windows: list[int]) -> Batch:
         """Returns the windows of the stream with these numbers, 0 to num_windows - 1, as one batch."""

@@ -240,6 +240,12 @@ class TokenDataset:
         number = self.domains.index(domain)
         return int(self._domain_starts[number]), int(self._domain_starts[number + 1])
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what training depends on: the tokenizer and every file of tokens of every split."""
+        text = self.manifest.model_dump_json(include={"tokenizer", "domains", "splits"})
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def token_counts(self) -> np.ndarray:
         """Returns int64 (vocab,): how often each id occurs in the split, end-of-text included."""
         path = self.directory / self.split / "token_counts.npy"

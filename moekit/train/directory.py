@@ -20,17 +20,17 @@ def check(run: Path, config: RunConfig, resume: bool) -> None:
             raise ConfigError(f"{run} has no config.yaml, so there is no run to resume; leave out --resume")
         before, now = (one.model_dump(include=KEPT) for one in (load_run_config(file), config))
         if before != now:
-            change = _difference(before, now)
+            change = difference(before, now)
             raise ConfigError(f"{change} in {file}; a resumed run must keep it, start a new one instead")
     elif run.exists() and (not run.is_dir() or any(not entry.name.startswith(".") for entry in run.iterdir())):
         raise ConfigError(f"{run} exists already; use --resume to continue it, or choose another --out")
 
 
-def _difference(before: Any, now: Any, name: str = "") -> str:
+def difference(before: Any, now: Any, name: str = "") -> str:
     """Returns the first setting that differs, with both values."""
     if isinstance(before, dict) and isinstance(now, dict):
         key = next(key for key in before | now if before.get(key) != now.get(key))
-        return _difference(before.get(key), now.get(key), f"{name}.{key}")
+        return difference(before.get(key), now.get(key), f"{name}.{key}")
     return f"{name.removeprefix('.')} is {now} but {before}"
 
 

@@ -1,6 +1,5 @@
 """The training loop. A step is a function of weights, optimiser state and (seed, step): resuming is exact."""
 
-import hashlib
 import logging
 import math
 import time
@@ -67,8 +66,7 @@ class _Run:
                 f"{self.dataset.vocab_size} entries; use --model.vocab_size {self.dataset.vocab_size}"
             )
         self.token_bytes = self.tokenizer.token_bytes()
-        text = self.dataset.manifest.model_dump_json(include={"tokenizer", "domains", "splits"})
-        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()  # of the tokenizer and of every file of tokens
+        self.fingerprint = self.dataset.fingerprint
         self.sampler = Sampler(self.dataset, data.sequence_length, data.batch_size, config.seed)
         torch.manual_seed(config.seed)
         self.model = Model(config.model)
