@@ -1,6 +1,7 @@
 """Trains the runs of a comparison, several at once, each in a process of its own."""
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from moekit.compare.runs import Run, last_record, state
-from moekit.errors import ConfigError, UnsupportedError
+from moekit.errors import ConfigError
 from moekit.train import process
 
 POLL = 0.1
@@ -107,7 +108,7 @@ def _start(run: Run, environment: dict[str, str], lock: int) -> _Child:
             stdout=log,
             stderr=log,
             env=environment,
-            pass_fds=[lock],
+            pass_fds=[lock] if os.name == "posix" else (),
             start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the others in order
         )
     assert child.stdin is not None
@@ -130,22 +131,32 @@ def _ended(run: Run, code: int, stopping: bool, log: Path) -> Status:
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[int]:
     """Yields a file that only one comparison at a time, and the runs that it started, can hold open and locked."""
-    if os.name != "posix":
-        raise UnsupportedError("comparisons need file locks and signals as Linux and macOS have them")
-    import fcntl
-
     out.mkdir(parents=True, exist_ok=True)
     lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
     try:
         until = time.monotonic() + PATIENCE
         while True:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(lock)
                 break
-            except BlockingIOError:
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
                 if time.monotonic() > until:
                     raise ConfigError(f"another process is at work in {out}; wait for it, or end it") from None
                 time.sleep(POLL)
         yield lock
     finally:
         os.close(lock)
+
+
+def _lock(file: int) -> None:
+    """Locks an open file, or raises OSError at once. On Windows the runs do not inherit it; their parent alone holds it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
