@@ -151,7 +151,7 @@ def locked(out: Path) -> Iterator[int]:
 
 
 def _lock(file: int) -> None:
-    """Locks an open file, or raises OSError at once. On Windows only the parent holds it, its runs do not inherit it."""
+    """Locks an open file, or raises OSError at once. On Windows its runs do not inherit it."""
     if sys.platform == "win32":
         import msvcrt
 
