@@ -153,13 +153,15 @@ def evaluate_tables(record: dict[str, Any]) -> list[Table | str]:
     if tasks := record.get("tasks"):
         listed = table("task", "metric", ">value", ">+/-", ">shots", ">items", "note")
         for name, task in tasks.items():
-            note = f"{task['truncated']:,} prompts cut from the left" if task["truncated"] else ""
+            note = f"{task['truncated']:,} requests cut" if task["truncated"] else ""
             for row, (metric, found) in enumerate(task["metrics"].items()):
                 error = "" if found["stderr"] is None else f"{found['stderr']:.4f}"
                 about = ("", "", "") if row else (f"{task['shots']}", f"{task['n']:,}", note)
                 listed.add_row("" if row else name, metric, f"{found['value']:.4f}", error, *about)
         parts.append(listed)
-    return [*parts, *record["notes"]]
+        if any(task["truncated"] for task in tasks.values()):
+            parts.append("cut: the prompt lost its beginning, because the model sees too few tokens for it")
+    return parts
 
 
 def _text_scores(score: dict[str, Any]) -> list[str]:

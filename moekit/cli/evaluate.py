@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moekit.cli.output import bars, emit, model_folder
 from moekit.cli.parser import DEVICE, Add, positive
-from moekit.errors import ConfigError
+from moekit.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from moekit.formats.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ def options(add: Add) -> None:
     add("model", type=Path, metavar="DIR", help="a model directory or a run")
     add("--text", nargs="+", metavar="FILE", help="jsonl, txt or parquet, plain, .gz or .zst; or folders of them")
     add("--data", type=Path, metavar="DATA", help="prepared data, of which the validation text is taken")
-    add("--tasks", metavar="NAMES", help="benchmark tasks, between commas; `list` names them")
+    add("--tasks", metavar="NAMES", help="benchmark tasks, between commas, or all")
     add("--task-data", nargs="+", type=Path, default=[], metavar="FOLDER", help="where the tasks' files are")
     add("--limit", type=positive, metavar="N", help="the first N items of each task only")
     add("--allow-code-execution", action="store_true", help="run the programs that the model writes, within limits")
@@ -40,6 +40,8 @@ def options(add: Add) -> None:
 def run(args: argparse.Namespace) -> int:
     if not (args.text or args.data or args.tasks):
         raise ConfigError("--text, --data or --tasks is missing: what to evaluate on")
+    if args.tasks:
+        names = _task_names(args.tasks)
     if args.text and args.data:
         raise ConfigError("--text and --data are both given; leave one of them out")
     import torch
@@ -60,6 +62,13 @@ def run(args: argparse.Namespace) -> int:
     record = about(folder, model, tokenizer)
     if args.text or args.data:
         record["text"] = _text(args, model, tokenizer)
+    if args.tasks:
+        from moekit.evaluate.benchmarks import run_tasks
+        from moekit.evaluate.harness import MoekitLM
+
+        harness = MoekitLM(model, tokenizer, args.batch_size, max_length=args.sequence_length)
+        allowed = args.allow_code_execution
+        record["tasks"] = run_tasks(harness, names, args.task_data, limit=args.limit, allow_code_execution=allowed)
     record["seconds"] = round(time.perf_counter() - start, 1)
     if args.out is not None:
         write_json(args.out, record)
@@ -80,3 +89,14 @@ def _text(args: argparse.Namespace, model: "Model", tokenizer: "Tokenizer") -> d
             source = [str(args.data)]
         windows = {"sequence_length": args.sequence_length, "stride": args.stride}
         return text_record(model, documents, tokenizer, source, batch_size=args.batch_size, **windows)
+
+
+def _task_names(given: str) -> list[str]:
+    """Returns the names between commas; raises before the model is loaded where lm_eval is missing."""
+    try:
+        from moekit.evaluate.benchmarks import names
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("lm_eval", "datasets"):
+            raise
+        raise UnsupportedError("--tasks needs lm-evaluation-harness; pip install 'moekit[eval]'") from None
+    return names() if given == "all" else [name.strip() for name in given.split(",") if name.strip()]

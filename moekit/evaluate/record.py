@@ -31,7 +31,6 @@ def about(folder: Path, model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
         },
         "time": receipts.now(),
         "versions": receipts.versions(),
-        "notes": [],
     }
 
 

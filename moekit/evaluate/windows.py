@@ -53,34 +53,40 @@ def score_windows(model: Model, windows: Sequence[Window], batch_size: int) -> l
     The model computes in its own precision; log-probabilities are float32 and their sums float64. Padding is masked, so
     that batches differ from single windows by rounding only.
     """
+    largest, vocabulary = max((max(window.tokens) for window in windows), default=0), model.config.vocab_size
+    if largest >= vocabulary:
+        raise ConfigError(f"the text holds token {largest} but the vocabulary has {vocabulary}; whose tokenizer?")
     was_training, device = model.training, model.embed_tokens.weight.device
     model.eval()
     found: list[WindowScore] = [WindowScore(0.0, True)] * len(windows)
-    order = sorted(range(len(windows)), key=lambda number: len(windows[number].tokens), reverse=True)
+    alike: dict[tuple[int, ...], list[int]] = {}  # windows that see the same, as the answers of one letter do
+    for number, window in enumerate(windows):
+        alike.setdefault(tuple(window.tokens[:-1]), []).append(number)
+    order = sorted(alike.items(), key=lambda group: len(group[0]), reverse=True)
     for first in range(0, len(order), batch_size):
-        numbers = order[first : first + batch_size]
-        longest = len(windows[numbers[0]].tokens) - 1
-        ids = torch.zeros(len(numbers), longest + 1, dtype=torch.int64)
-        lengths, starts = torch.empty(2, len(numbers), 1, dtype=torch.int64)
-        for row, window in enumerate(windows[number] for number in numbers):
-            ids[row, : len(window.tokens)] = torch.as_tensor(window.tokens)
-            lengths[row] = len(window.tokens) - 1
-            starts[row] = lengths[row] - window.predicted
-        if (largest := int(ids.max())) >= (vocabulary := model.config.vocab_size):
-            raise ConfigError(f"the text holds token {largest} but the vocabulary has {vocabulary}; whose tokenizer?")
-        places = torch.arange(longest)
-        real, wanted = (mask.to(device) for mask in (places < lengths, (places >= starts) & (places < lengths)))
-        ids = ids.to(device)
-        hidden = model(ids[:, :-1], padding_mask=real, return_logits=False).hidden[wanted]
-        targets, rows = ids[:, 1:][wanted], wanted.nonzero()[:, 0]
+        batch = order[first : first + batch_size]
+        longest = len(batch[0][0])
+        ids = torch.tensor([[*seen, *[0] * (longest - len(seen))] for seen, _ in batch], device=device)
+        lengths = torch.tensor([[len(seen)] for seen, _ in batch], device=device)
+        real = torch.arange(longest, device=device) < lengths
+        hidden = model(ids, padding_mask=real, return_logits=False).hidden
+        numbers = [number for _, group in batch for number in group]
+        rows, columns, targets, owners = list[int](), list[int](), list[int](), list[int]()
+        for owner, (row, number) in enumerate((row, n) for row, (_, group) in enumerate(batch) for n in group):
+            tokens, predicted = windows[number]
+            rows += [row] * predicted
+            columns += range(len(tokens) - 1 - predicted, len(tokens) - 1)
+            targets += tokens[-predicted:]
+            owners += [owner] * predicted
         sums = torch.zeros(len(numbers), dtype=torch.float64, device=device)
         misses = torch.zeros(len(numbers), dtype=torch.int64, device=device)
         size = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
-        for chunk, target, row in zip(hidden.split(size), targets.split(size), rows.split(size), strict=True):
-            logits = model.lm_head(chunk).float()
+        places = torch.tensor([rows, columns, targets, owners], device=device)
+        for row, column, target, owner in (chunk.unbind() for chunk in places.split(size, dim=1)):
+            logits = model.lm_head(hidden[row, column]).float()
             log_probabilities = logits.gather(1, target.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
-            sums.index_add_(0, row, log_probabilities.double())
-            misses.index_add_(0, row, (logits.argmax(1) != target).long())
+            sums.index_add_(0, owner, log_probabilities.double())
+            misses.index_add_(0, owner, (logits.argmax(1) != target).long())
         for number, total, missed in zip(numbers, sums.tolist(), misses.tolist(), strict=True):
             found[number] = WindowScore(total, not missed)
     model.train(was_training)

@@ -1,0 +1,116 @@
+"""Benchmark tasks: the files in `tasks`, run by lm-evaluation-harness, and what of it goes into the record.
+
+With the harness's own command, or in Python: `TaskManager(include_path=FOLDER, metadata={"task_data": [...]})`.
+"""
+
+import logging
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.tasks import TaskManager
+
+from moekit import files
+from moekit.errors import ConfigError, nearest
+from moekit.evaluate import sandbox
+from moekit.evaluate.data import find
+from moekit.evaluate.harness import MoekitLM
+
+FOLDER = Path(__file__).parent / "tasks"
+PREFIX = "moekit_"
+"""Before a task's name in the harness, which has some of the same names."""
+PROMPT = (
+    "description", "doc_to_text", "doc_to_choice", "doc_to_target", "target_delimiter", "fewshot_delimiter",
+    "generation_kwargs",
+)  # fmt: skip
+
+
+def names() -> list[str]:
+    """Returns the names of the tasks."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def run_tasks(
+    harness: MoekitLM,
+    tasks: Sequence[str],
+    task_data: Sequence[str | Path],
+    *,
+    limit: int | None = None,
+    allow_code_execution: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Returns, for each task, its metrics with their standard errors, and all that they depend on.
+
+    `task_data` is the folders with the tasks' files; `limit` takes the first items of each task only. What is wrong
+    with any of the tasks is an error before the first of them runs.
+    """
+    known = names()
+    for name in tasks:
+        if name not in known:
+            raise ConfigError(f"there is no task {name!r}{nearest(name, known)}; tasks: {', '.join(known)}")
+    folders = [str(folder) for folder in task_data]
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what the task files are meant to say
+    manager = TaskManager(include_path=FOLDER, include_defaults=False, metadata={"task_data": folders})
+    loaded = {}
+    for name in tasks:
+        (task,) = manager.load([PREFIX + name])["tasks"].values()
+        if task.config.unsafe_code:
+            if not allow_code_execution:
+                raise ConfigError(f"task {name} runs what the model writes; --allow-code-execution allows it")
+            sandbox.isolation()
+        loaded[name] = task
+    return {name: _run(harness, name, task, folders, limit) for name, task in loaded.items()}
+
+
+def _run(harness: MoekitLM, name: str, task: Any, folders: list[str], limit: int | None) -> dict[str, Any]:
+    before = harness.truncated
+    found = lm_eval.simple_evaluate(harness, tasks=[task], limit=limit, confirm_run_unsafe_code=True)
+    assert found is not None
+    results, samples = found["results"][PREFIX + name], found["samples"][PREFIX + name]
+    values = {key.removesuffix(",none"): value for key, value in results.items() if key.endswith(",none")}
+    metrics = {
+        metric: {"value": value, "stderr": _number(values.get(f"{metric}_stderr"))}
+        for metric, value in values.items()
+        if not metric.endswith("_stderr")
+    }
+    config, first = task.config, task.instances[0]
+    paths = [find(folders, file) for file in config.dataset_kwargs["files"].values()]
+    return {
+        "metrics": metrics,
+        "n": len({sample["doc_id"] for sample in samples}),
+        "limit": limit,
+        "shots": config.metadata["shots"],
+        "style": config.metadata["style"],
+        "max_length": harness.max_length,
+        "max_new_tokens": harness.generation(config.generation_kwargs)[1] if config.generation_kwargs else None,
+        "truncated": harness.truncated - before,
+        "by_subject": _by_subject(samples, list(metrics)),
+        "prompt": {key: value for key in PROMPT if (value := getattr(config, key)) not in (None, "")},
+        "example": {"prompt": first.args[0], **_expected(first)},
+        "files": {path.name: files.sha256(path) for path in paths},
+        "isolation": sandbox.isolation().note if config.unsafe_code else None,
+        "lm_eval": version("lm_eval"),
+    }
+
+
+def _expected(request: Any) -> dict[str, Any]:
+    """Returns what is scored after the example's prompt, or how it is continued."""
+    given = request.args[1]
+    return {"continuation": given} if isinstance(given, str) else {"generation": given}
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, float) else None  # "N/A" of a single item
+
+
+def _by_subject(samples: list[dict[str, Any]], metrics: list[str]) -> dict[str, dict[str, float]] | None:
+    """Returns number of items and means of each subject, where the items have one."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for sample in samples:
+        if "subject" in sample["doc"]:
+            groups.setdefault(sample["doc"]["subject"], []).append(sample)
+    return {
+        subject: {"n": len(group), **{name: sum(one[name] for one in group) / len(group) for name in metrics}}
+        for subject, group in sorted(groups.items())
+    } or None
