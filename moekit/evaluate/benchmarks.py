@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import lm_eval
+from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from moekit import files
@@ -65,7 +65,8 @@ def run_tasks(
 
 def _run(harness: MoekitLM, name: str, task: Any, folders: list[str], limit: int | None) -> dict[str, Any]:
     before = harness.truncated
-    found = lm_eval.simple_evaluate(harness, tasks=[task], limit=limit, confirm_run_unsafe_code=True)
+    # not simple_evaluate, which asks pip and the system for versions, for seconds
+    found = evaluate(harness, {"tasks": {PREFIX + name: task}}, limit=limit, confirm_run_unsafe_code=True)
     assert found is not None
     results, samples = found["results"][PREFIX + name], found["samples"][PREFIX + name]
     values = {key.removesuffix(",none"): value for key, value in results.items() if key.endswith(",none")}
@@ -86,7 +87,7 @@ def _run(harness: MoekitLM, name: str, task: Any, folders: list[str], limit: int
         "max_new_tokens": harness.generation(config.generation_kwargs)[1] if config.generation_kwargs else None,
         "truncated": harness.truncated - before,
         "by_subject": _by_subject(samples, list(metrics)),
-        "prompt": {key: value for key in PROMPT if (value := getattr(config, key)) not in (None, "")},
+        "prompt": {key: value for key in PROMPT if (value := getattr(config, key)) is not None},
         "example": {"prompt": first.args[0], **_expected(first)},
         "files": {path.name: files.sha256(path) for path in paths},
         "isolation": sandbox.isolation().note if config.unsafe_code else None,
