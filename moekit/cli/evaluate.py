@@ -38,12 +38,8 @@ def options(add: Add) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if not (args.text or args.data or args.tasks):
-        raise ConfigError("--text, --data or --tasks is missing: what to evaluate on")
-    if args.tasks:
-        names = _task_names(args.tasks)
-    if args.text and args.data:
-        raise ConfigError("--text and --data are both given; leave one of them out")
+    _check(args)
+    tasks = _tasks(args) if args.tasks else {}
     import torch
 
     from moekit.evaluate.record import about
@@ -62,17 +58,41 @@ def run(args: argparse.Namespace) -> int:
     record = about(folder, model, tokenizer)
     if args.text or args.data:
         record["text"] = _text(args, model, tokenizer)
-    if args.tasks:
+    if tasks:
         from moekit.evaluate.benchmarks import run_tasks
         from moekit.evaluate.harness import MoekitLM
 
         harness = MoekitLM(model, tokenizer, args.batch_size, max_length=args.sequence_length)
-        allowed = args.allow_code_execution
-        record["tasks"] = run_tasks(harness, names, args.task_data, limit=args.limit, allow_code_execution=allowed)
+        record["tasks"] = run_tasks(harness, tasks, args.limit)
     record["seconds"] = round(time.perf_counter() - start, 1)
     if args.out is not None:
         write_json(args.out, record)
     return emit(args, record, lambda: evaluate_tables(record))
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises unless there is something to evaluate on and every option has an effect."""
+    if not (args.text or args.data or args.tasks):
+        raise ConfigError("--text, --data or --tasks is missing: what to evaluate on")
+    if args.text and args.data:
+        raise ConfigError("--text and --data are both given; leave one of them out")
+    if args.stride and not (args.text or args.data):
+        raise ConfigError("--stride has no effect without --text or --data; leave it out")
+    for name in ("task_data", "limit", "allow_code_execution"):
+        if getattr(args, name) and not args.tasks:
+            raise ConfigError(f"--{name.replace('_', '-')} has no effect without --tasks; leave it out")
+
+
+def _tasks(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the tasks with their items, read before the model is."""
+    try:
+        from moekit.evaluate.benchmarks import load_tasks, names
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("lm_eval", "datasets"):
+            raise
+        raise UnsupportedError("--tasks needs lm-evaluation-harness; pip install 'moekit[eval]'") from None
+    given = names() if args.tasks == "all" else args.tasks.replace(",", " ").split()
+    return load_tasks(given, args.task_data, allow_code_execution=args.allow_code_execution)
 
 
 def _text(args: argparse.Namespace, model: "Model", tokenizer: "Tokenizer") -> dict[str, Any]:
@@ -89,14 +109,3 @@ def _text(args: argparse.Namespace, model: "Model", tokenizer: "Tokenizer") -> d
             source = [str(args.data)]
         windows = {"sequence_length": args.sequence_length, "stride": args.stride}
         return text_record(model, documents, tokenizer, source, batch_size=args.batch_size, **windows)
-
-
-def _task_names(given: str) -> list[str]:
-    """Returns the names between commas; raises before the model is loaded where lm_eval is missing."""
-    try:
-        from moekit.evaluate.benchmarks import names
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] not in ("lm_eval", "datasets"):
-            raise
-        raise UnsupportedError("--tasks needs lm-evaluation-harness; pip install 'moekit[eval]'") from None
-    return names() if given == "all" else [name.strip() for name in given.split(",") if name.strip()]

@@ -4,7 +4,7 @@ With the harness's own command, or in Python: `TaskManager(include_path=FOLDER, 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from moekit.evaluate.harness import MoekitLM
 FOLDER = Path(__file__).parent / "tasks"
 PREFIX = "moekit_"
 """Before a task's name in the harness, which has some of the same names."""
+UNSAFE = "unsafe_code: true"
+"""In the file of a task that runs what the model writes; the harness's own key."""
 PROMPT = (
     "description", "doc_to_text", "doc_to_choice", "doc_to_target", "target_delimiter", "fewshot_delimiter",
     "generation_kwargs",
@@ -32,38 +34,37 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def run_tasks(
-    harness: MoekitLM,
-    tasks: Sequence[str],
-    task_data: Sequence[str | Path],
-    *,
-    limit: int | None = None,
-    allow_code_execution: bool = False,
-) -> dict[str, dict[str, Any]]:
-    """Returns, for each task, its metrics with their standard errors, and all that they depend on.
+def load_tasks(
+    tasks: Sequence[str], task_data: Sequence[str | Path], *, allow_code_execution: bool = False
+) -> dict[str, Any]:
+    """Returns the harness's tasks of these names, their files read from the folders `task_data`.
 
-    `task_data` is the folders with the tasks' files; `limit` takes the first items of each task only. What is wrong
-    with any of the tasks is an error before the first of them runs.
+    Raises ConfigError for a name that is none and for a task that would run programs without leave to do so, DataError
+    for a file that is missing or of another form, UnsupportedError where programs cannot be contained.
     """
     known = names()
     for name in tasks:
         if name not in known:
             raise ConfigError(f"there is no task {name!r}{nearest(name, known)}; tasks: {', '.join(known)}")
-    folders = [str(folder) for folder in task_data]
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what the task files are meant to say
-    manager = TaskManager(include_path=FOLDER, include_defaults=False, metadata={"task_data": folders})
-    loaded = {}
-    for name in tasks:
-        (task,) = manager.load([PREFIX + name])["tasks"].values()
-        if task.config.unsafe_code:
+        if UNSAFE in (FOLDER / f"{name}.yaml").read_text(encoding="utf-8"):
             if not allow_code_execution:
                 raise ConfigError(f"task {name} runs what the model writes; --allow-code-execution allows it")
             sandbox.isolation()
-        loaded[name] = task
-    return {name: _run(harness, name, task, folders, limit) for name, task in loaded.items()}
+    folders = [str(folder) for folder in task_data]
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what the task files are meant to say
+    manager = TaskManager(include_path=FOLDER, include_defaults=False, metadata={"task_data": folders})
+    return {name: manager.load([PREFIX + name])["tasks"][PREFIX + name] for name in tasks}
 
 
-def _run(harness: MoekitLM, name: str, task: Any, folders: list[str], limit: int | None) -> dict[str, Any]:
+def run_tasks(harness: MoekitLM, tasks: Mapping[str, Any], limit: int | None = None) -> dict[str, dict[str, Any]]:
+    """Returns, for each task, its metrics with their standard errors, and all that they depend on.
+
+    `limit` takes the first items of each task only.
+    """
+    return {name: _run(harness, name, task, limit) for name, task in tasks.items()}
+
+
+def _run(harness: MoekitLM, name: str, task: Any, limit: int | None) -> dict[str, Any]:
     before = harness.truncated
     # not simple_evaluate, which asks pip and the system for versions, for seconds
     found = evaluate(harness, {"tasks": {PREFIX + name: task}}, limit=limit, confirm_run_unsafe_code=True)
@@ -76,13 +77,14 @@ def _run(harness: MoekitLM, name: str, task: Any, folders: list[str], limit: int
         if not metric.endswith("_stderr")
     }
     config, first = task.config, task.instances[0]
-    paths = [find(folders, file) for file in config.dataset_kwargs["files"].values()]
+    paths = [find(config.metadata["task_data"], file) for file in config.dataset_kwargs["files"].values()]
     return {
         "metrics": metrics,
         "n": len({sample["doc_id"] for sample in samples}),
         "limit": limit,
         "shots": config.metadata["shots"],
         "style": config.metadata["style"],
+        "batch_size": harness.batch_size,
         "max_length": harness.max_length,
         "max_new_tokens": harness.generation(config.generation_kwargs)[1] if config.generation_kwargs else None,
         "truncated": harness.truncated - before,

@@ -78,6 +78,8 @@ def score_documents(
     if not 1 <= length <= limit:
         raise ConfigError(f"sequence_length is {length} but must be 1 to {limit}, the model's max_position_embeddings")
     stride = length if stride is None else stride
+    if not 1 <= stride <= length:
+        raise ConfigError(f"stride is {stride} but must be 1 to {length}, the tokens that a window sees")
     sums: dict[str, list[float]] = {}  # nats, tokens, bytes, documents
 
     def cut() -> Iterator[tuple[str, Window]]:
@@ -145,12 +147,13 @@ def read_files(
     files = text_files(paths)
     done, total = 0, sum(file.stat().st_size for file in files)
     for path, folder in files.items():
+        size = path.stat().st_size
         with path.open("rb") as raw:
             for document in file_documents(path, raw, text_field, domain_field, folder):
                 yield document
                 if progress is not None:
-                    progress("text", done + raw.tell(), total)
-        done += path.stat().st_size
+                    progress("text", done + (size if raw.closed else raw.tell()), total)  # closed once read to its end
+        done += size
 
 
 def read_dataset(dataset: TokenDataset, tokenizer: Tokenizer, progress: Progress | None = None) -> Iterator[Encoded]:

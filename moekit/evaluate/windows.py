@@ -34,8 +34,7 @@ def rolling(tokens: Sequence[int], prefix: int, length: int, stride: int) -> Ite
     many before them as fit. stride = length is lm-evaluation-harness's convention: windows of new tokens, and a last
     one that is full too. A smaller stride gives tokens more to see, at least length - stride + 1, for more compute.
     """
-    if not 1 <= stride <= length:
-        raise ConfigError(f"stride is {stride} but must be 1 to {length}, the tokens that a window sees")
+    assert 1 <= stride <= length
     if not len(tokens):
         return
     done = min(length, len(tokens))

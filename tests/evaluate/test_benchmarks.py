@@ -13,7 +13,7 @@ from moekit.nn.model import Model
 pytest.importorskip("lm_eval")
 
 from moekit.evaluate import answers, sandbox
-from moekit.evaluate.benchmarks import names, run_tasks
+from moekit.evaluate.benchmarks import load_tasks, names, run_tasks
 from moekit.evaluate.harness import MoekitLM
 
 SHOTS = {"gsm8k": 8, "mbpp": 3, "nq": 5, "mmlu": 5, "cluewsc": 5, "cmmlu": 5, "bbh": 3}
@@ -34,7 +34,8 @@ ONE_SHOT = {
 @pytest.fixture(scope="module")
 def found(model: Model, tokenizer: Tokenizer, task_data: Path) -> dict[str, dict[str, Any]]:
     """All tasks, one item at a time."""
-    return run_tasks(MoekitLM(model, tokenizer, 1), names(), [task_data], allow_code_execution=True)
+    tasks = load_tasks(names(), [task_data], allow_code_execution=True)
+    return run_tasks(MoekitLM(model, tokenizer, 1), tasks)
 
 
 @pytest.mark.parametrize("name", names())
@@ -72,8 +73,9 @@ def test_what_is_scored_is_what_the_paper_scores(found: dict[str, dict[str, Any]
 def test_scores_do_not_depend_on_the_batch_size(
     size: int, found: dict[str, dict[str, Any]], model: Model, tokenizer: Tokenizer, task_data: Path
 ) -> None:
-    again = run_tasks(MoekitLM(model, tokenizer, size), names(), [task_data], allow_code_execution=True)
-    assert again == found
+    tasks = load_tasks(names(), [task_data], allow_code_execution=True)
+    again = run_tasks(MoekitLM(model, tokenizer, size), tasks)
+    assert again == {name: {**task, "batch_size": size} for name, task in found.items()}
 
 
 def test_the_examples_of_a_question_are_of_its_subject(model: Model, tokenizer: Tokenizer, task_data: Path) -> None:
@@ -84,14 +86,14 @@ def test_the_examples_of_a_question_are_of_its_subject(model: Model, tokenizer: 
             seen.extend(request.args[0] for request in requests)
             return super().loglikelihood(requests, disable_tqdm)
 
-    run_tasks(Listening(model, tokenizer), ["mmlu"], [task_data])
+    run_tasks(Listening(model, tokenizer), load_tasks(["mmlu"], [task_data]))
     assert len(seen) == 24
     for prompt in seen:
         assert ("about law.\n\nWhat is law 0" in prompt) == ("fine_art" not in prompt)
 
 
 def test_a_limit_takes_the_first_items(model: Model, tokenizer: Tokenizer, task_data: Path) -> None:
-    found = run_tasks(MoekitLM(model, tokenizer), ["piqa"], [task_data], limit=2)["piqa"]
+    found = run_tasks(MoekitLM(model, tokenizer), load_tasks(["piqa"], [task_data]), 2)["piqa"]
     assert (found["n"], found["limit"]) == (2, 2)
     assert found["files"].keys() == {"piqa_valid.jsonl", "piqa_valid-labels.lst"}
 
@@ -113,7 +115,8 @@ def test_a_model_that_knows_the_answers_gets_them_all(model: Model, tokenizer: T
                 return f" So the answer is {item['target']}."
             return f" {item['answer'][1] if isinstance(item['answer'], list) else item['answer']}\n"
 
-    found = run_tasks(Knowing(model, tokenizer), names(), [task_data], allow_code_execution=True)
+    tasks = load_tasks(names(), [task_data], allow_code_execution=True)
+    found = run_tasks(Knowing(model, tokenizer), tasks)
     assert {name: {key: one["value"] for key, one in task["metrics"].items()} for name, task in found.items()} == {
         name: dict.fromkeys(task["metrics"], 1.0) for name, task in found.items()
     }
@@ -131,7 +134,7 @@ def test_what_cannot_run_is_refused_before_anything_does(
     tasks: list[str], folders: bool, error: type[Exception], message: str, task_data: Path
 ) -> None:
     with pytest.raises(error, match=message):
-        run_tasks(None, tasks, [task_data] if folders else [])  # type: ignore[arg-type]
+        load_tasks(tasks, [task_data] if folders else [])
 
 
 @pytest.mark.parametrize(
@@ -150,7 +153,7 @@ def test_a_file_of_another_form_is_named(
     if file is not None:
         (tmp_path / file).write_text(content)
     with pytest.raises(DataError, match=message):
-        run_tasks(None, [name], [tmp_path, task_data] if file else [tmp_path])  # type: ignore[arg-type]
+        load_tasks([name], [tmp_path, task_data] if file else [tmp_path])
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,13 @@ def test_log_likelihoods_of_answers_are_the_harness_s(pair: Pair) -> None:
         assert harness.truncated == 3
 
 
+def test_log_likelihoods_do_not_depend_on_the_batch_size(pair: Pair) -> None:
+    asked = requests("loglikelihood", *((question, answer) for question, group in QUESTIONS for answer in group))
+    one, *others = (pair.ours(size).loglikelihood(asked) for size in (1, 3, 8))
+    for other in others:
+        assert [log for log, _ in other] == pytest.approx([log for log, _ in one], rel=1e-6)
+
+
 def test_what_is_written_is_the_harness_s(pair: Pair) -> None:
     settings = {"until": ["\n", "of"], "max_gen_toks": 12, "do_sample": False}
     asked = requests("generate_until", *((question or "The", settings) for question, _ in QUESTIONS))

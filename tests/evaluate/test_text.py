@@ -143,6 +143,8 @@ def test_windows_that_the_model_has_no_room_for_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=f"sequence_length is 49 but must be 1 to {CONTEXT}"):
         score_text(model, tokenizer, documents, sequence_length=49)
+    with pytest.raises(ConfigError, match="stride is 9 but must be 1 to 8"):  # tokens between windows would be lost
+        score_text(model, tokenizer, documents, sequence_length=8, stride=9)
 
 
 def test_a_loss_that_is_not_a_number_is_an_error(model: Model, tokenizer: Tokenizer, documents: list[Document]) -> None:
