@@ -134,6 +134,40 @@ def _checks(checks: list[dict[str, Any]]) -> Table:
     return listed
 
 
+def evaluate_tables(record: dict[str, Any]) -> list[Table | str]:
+    """Returns one row per domain of text and one per task."""
+    model = record["model"]
+    parts: list[Table | str] = [
+        f"[bold]{escape(model['path'])}[/bold]: {short(model['parameters'])} parameters, "
+        f"{short(model['active_parameters'])} active, in {model['dtype']} on {model['device']}"
+    ]
+    if text := record.get("text"):
+        columns = (">bits per byte", ">nats per token", ">perplexity", ">tokens", ">bytes", ">documents")
+        listed = table("text", *columns)
+        for domain, score in text["domains"].items():
+            counts = (f"{score[name]:,}" for name in ("tokens", "bytes", "documents"))
+            listed.add_row(escape(domain), *_text_scores(score), *counts)
+        if len(text["domains"]) > 1:
+            listed.add_row("mean of domains", *_text_scores(text["mean"]), style="bold")
+        parts.append(listed)
+    if tasks := record.get("tasks"):
+        listed = table("task", "metric", ">value", ">+/-", ">shots", ">items", "note")
+        for name, task in tasks.items():
+            note = f"{task['truncated']:,} requests cut" if task["truncated"] else ""
+            for row, (metric, found) in enumerate(task["metrics"].items()):
+                error = "" if found["stderr"] is None else f"{found['stderr']:.4f}"
+                about = ("", "", "") if row else (f"{task['shots']}", f"{task['n']:,}", note)
+                listed.add_row("" if row else name, metric, f"{found['value']:.4f}", error, *about)
+        parts.append(listed)
+        if any(task["truncated"] for task in tasks.values()):
+            parts.append("cut: the prompt lost its beginning, because the model sees too few tokens for it")
+    return parts
+
+
+def _text_scores(score: dict[str, Any]) -> list[str]:
+    return [f"{score['bits_per_byte']:.4f}", f"{score['loss']:.4f}", f"{score['perplexity']:,.2f}"]
+
+
 def quickstart_tables(result: dict[str, Any]) -> list[Table | str]:
     """Returns bits per byte by domain and model, a sample, and what to try next."""
     scores = result["bits_per_byte"]

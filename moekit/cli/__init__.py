@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from moekit.cli import compare, convert, doctor, generate, plan, prepare, presets, quickstart, train, verify
+from moekit.cli import compare, convert, doctor, evaluate, generate, plan, prepare, presets, quickstart, train, verify
 from moekit.cli.parser import Parser, settings_help, take_overrides
 from moekit.errors import ConfigError, MoekitError, nearest
 from moekit.version import __version__
@@ -29,6 +29,7 @@ VERBS: dict[str, ModuleType] = {
     "train": train,
     "compare": compare,
     "generate": generate,
+    "evaluate": evaluate,
     "convert": convert,
     "verify": verify,
 }

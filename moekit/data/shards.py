@@ -10,6 +10,7 @@ DATA/valid/...
 
 import hashlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -210,6 +211,7 @@ class TokenDataset:
         self._starts = np.concatenate([[0], np.cumsum(index[:, TOKENS])])  # of each document, and the end
         if not self._starts[-1] == sum(map(len, self._shards)) == self.num_tokens:
             raise DataError(f"{directory / MANIFEST}: the {split} shards do not add up to its totals")
+        self._sizes = index[:, BYTES]
         self._domain_starts = self._starts[np.searchsorted(rank, np.arange(len(self.domains) + 1))]
         # A run is a stretch of the stream that is contiguous in one shard, `shift` tokens further on.
         shift = index[:, START] - self._starts[:-1]
@@ -231,6 +233,13 @@ class TokenDataset:
     def document_ids(self, start: int, length: int) -> np.ndarray:
         """Returns int64 (length,): the number, counted along the stream, of the document that each token belongs to."""
         return np.searchsorted(self._starts, np.arange(start, self._stop(start, length)), side="right") - 1
+
+    def documents(self, domain: str) -> Iterator[tuple[np.ndarray, int]]:
+        """Yields the tokens of each document of a domain, without end-of-text, and the UTF-8 bytes of its text."""
+        first, last = np.searchsorted(self._starts, self.domain_range(domain))
+        for number in range(first, last):
+            start, stop = self._starts[number : number + 2]
+            yield self.read(start, stop - start - 1), int(self._sizes[number])
 
     def domain_range(self, domain: str) -> tuple[int, int]:
         """Returns the positions (start, stop) of a domain; equal when this split has nothing of it."""

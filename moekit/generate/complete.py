@@ -30,10 +30,12 @@ def complete(
     *,
     max_new_tokens: int = 64,
     stop: Sequence[str] = (),
+    max_length: int | None = None,
     stream: Callable[[int, str], None] | None = None,
 ) -> list[Completion]:
     """Returns one completion per prompt. An empty prompt starts a new document.
 
+    `max_length` is what a prompt and its new tokens may fill; longer prompts then lose their beginning.
     `stream` gets (prompt number, new text) as it becomes certain: whole characters, and nothing of a stop string.
     """
 
@@ -44,6 +46,10 @@ def complete(
     if "" in stop:
         raise ConfigError("a stop string is empty; leave it out")
     encoded = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+    if max_length is not None:
+        if max_length <= max_new_tokens:
+            raise ConfigError(f"max_length is {max_length} but must exceed max_new_tokens, {max_new_tokens}")
+        encoded = [prompt[max_new_tokens - max_length :] for prompt in encoded]
     texts = [_Text(tokenizer, stop) for _ in prompts]
     for chosen in tokens(model, encoded, settings or SamplingSettings(), max_new_tokens, tokenizer.vocab_size):
         for number, (token, text) in enumerate(zip(chosen.tolist(), texts, strict=True)):

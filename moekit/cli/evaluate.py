@@ -1,0 +1,111 @@
+"""how well a model predicts text, and how it does on benchmark tasks
+
+example:
+  moekit evaluate run --text books/ news.jsonl.gz
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moekit.cli.output import bars, emit, model_folder
+from moekit.cli.parser import DEVICE, Add, positive
+from moekit.errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    from moekit.formats.tokenizer import Tokenizer
+    from moekit.nn.model import Model
+
+
+def options(add: Add) -> None:
+    add("model", type=Path, metavar="DIR", help="a model directory or a run")
+    add("--text", nargs="+", metavar="FILE", help="jsonl, txt or parquet, plain, .gz or .zst; or folders of them")
+    add("--data", type=Path, metavar="DATA", help="prepared data, of which the validation text is taken")
+    add("--tasks", metavar="NAMES", help="benchmark tasks, between commas, or all")
+    add("--task-data", nargs="+", type=Path, default=[], metavar="FOLDER", help="where the tasks' files are")
+    add("--limit", type=positive, metavar="N", help="the first N items of each task only")
+    add("--allow-code-execution", action="store_true", help="run the programs that the model writes, within limits")
+    add("--batch-size", type=positive, default=8, metavar="N", help="sequences at once; no score depends on it (8)")
+    add("--sequence-length", type=positive, metavar="N", help="tokens that the model sees at once (all its positions)")
+    add("--stride", type=positive, metavar="N", help="tokens that each window of text adds (--sequence-length)")
+    add("--text-field", default="text", help="field of a record that holds its text (text)")
+    add("--domain-field", default="domain", help="field that names its domain (domain)")
+    add("--device", **DEVICE)
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (as saved)")
+    add("--backend", default="auto", metavar="NAME", help="of the experts' products; see `moekit doctor` (auto)")
+    add("--out", type=Path, metavar="FILE", help="write the record there too, as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    _check(args)
+    tasks = _tasks(args) if args.tasks else {}
+    import torch
+
+    from moekit.evaluate.record import about
+    from moekit.files import write_json
+    from moekit.formats.checkpoint import load
+    from moekit.formats.tokenizer import load_tokenizer
+    from moekit.tables import evaluate_tables
+    from moekit.train.hardware import choose_device
+
+    start = time.perf_counter()
+    folder = model_folder(args.model)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    model = load(folder, choose_device(args.device), dtype, check_hashes=folder is args.model)
+    model.set_experts_backend(args.backend)
+    tokenizer = load_tokenizer(folder)
+    record = about(folder, model, tokenizer)
+    if args.text or args.data:
+        record["text"] = _text(args, model, tokenizer)
+    if tasks:
+        from moekit.evaluate.benchmarks import run_tasks
+        from moekit.evaluate.harness import MoekitLM
+
+        harness = MoekitLM(model, tokenizer, args.batch_size, max_length=args.sequence_length)
+        record["tasks"] = run_tasks(harness, tasks, args.limit)
+    record["seconds"] = round(time.perf_counter() - start, 1)
+    if args.out is not None:
+        write_json(args.out, record)
+    return emit(args, record, lambda: evaluate_tables(record))
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises unless there is something to evaluate on and every option has an effect."""
+    if not (args.text or args.data or args.tasks):
+        raise ConfigError("--text, --data or --tasks is missing: what to evaluate on")
+    if args.text and args.data:
+        raise ConfigError("--text and --data are both given; leave one of them out")
+    if args.stride and not (args.text or args.data):
+        raise ConfigError("--stride has no effect without --text or --data; leave it out")
+    for name in ("task_data", "limit", "allow_code_execution"):
+        if getattr(args, name) and not args.tasks:
+            raise ConfigError(f"--{name.replace('_', '-')} has no effect without --tasks; leave it out")
+
+
+def _tasks(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the tasks with their items, read before the model is."""
+    try:
+        from moekit.evaluate.benchmarks import load_tasks, names
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("lm_eval", "datasets"):
+            raise
+        raise UnsupportedError("--tasks needs lm-evaluation-harness; pip install 'moekit[eval]'") from None
+    given = names() if args.tasks == "all" else args.tasks.replace(",", " ").split()
+    return load_tasks(given, args.task_data, allow_code_execution=args.allow_code_execution)
+
+
+def _text(args: argparse.Namespace, model: "Model", tokenizer: "Tokenizer") -> dict[str, Any]:
+    from moekit.data import open_dataset
+    from moekit.evaluate.record import text_record
+    from moekit.evaluate.text import encoded, read_dataset, read_files
+
+    with bars() as progress:
+        if args.text:
+            read = read_files(args.text, args.text_field, args.domain_field, progress)
+            documents, source = encoded(tokenizer, read), [*args.text]
+        else:
+            documents = read_dataset(open_dataset(args.data, "valid"), tokenizer, progress)
+            source = [str(args.data)]
+        windows = {"sequence_length": args.sequence_length, "stride": args.stride}
+        return text_record(model, documents, tokenizer, source, batch_size=args.batch_size, **windows)
