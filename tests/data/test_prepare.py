@@ -346,3 +346,9 @@ def test_a_full_disk_is_an_error_and_the_run_can_be_finished_later(texts: Path, 
     assert start(texts, tmp_path / "out").wait() == 0
     prepare([texts], tmp_path / "straight", valid_fraction=0.1, vocab_size=400, shard_tokens=2000)
     assert content(tmp_path / "out") == content(tmp_path / "straight")
+
+
+def test_a_long_text_may_end_where_progress_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n\n".join(["ab " * 5334] * 256))  # the reader closes the file with its last piece
+    manifest = make(tmp_path / "a.txt", tmp_path / "out", tokenizer_bytes=10_000, shard_tokens=10**7)
+    assert sum(split["documents"] for split in manifest["splits"].values()) == 256
