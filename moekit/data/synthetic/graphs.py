@@ -67,24 +67,22 @@ def from_prompt(prompt: str) -> tuple[Graph, str, str]:
     return Graph("".join(sorted({*"".join(edges), s, t})), edges), s, t
 
 
-def shortest_path(graph: Graph, s: str, t: str) -> str | None:
-    """Returns a shortest path, the first in the order of letters, or None: breadth first."""
-    paths, seen = [s], {s}
-    for path in paths:  # grows while it is read
-        if path[-1] == t:
-            return path
+def shortest_paths(graph: Graph, s: str) -> dict[str, str]:
+    """Returns a shortest path from s to each vertex that can be reached, the first in the order of letters."""
+    paths, found = [s], {s: s}
+    for path in paths:  # grows while it is read: breadth first
         for vertex in graph.neighbours(path[-1]):
-            if vertex not in seen:
-                seen.add(vertex)
+            if vertex not in found:
+                found[vertex] = path + vertex
                 paths.append(path + vertex)
-    return None
+    return found
 
 
 def distance(graph: Graph, s: str, t: str) -> int | None:
     """Returns the length of a shortest path, or None: the first power of the matrix of neighbours that joins them."""
     place = {vertex: number for number, vertex in enumerate(graph.vertices)}
     joined = np.zeros((len(place), len(place)), dtype=np.int64)
-    for a, b in graph.edges:
+    for a, b in map(tuple, graph.edges):
         joined[place[a], place[b]] = joined[place[b], place[a]] = 1
     reached = np.eye(len(place), dtype=np.int64)
     for length in range(len(place)):
@@ -100,7 +98,7 @@ def disjoint_paths(graph: Graph, s: str, t: str) -> int:
     Every vertex is two, joined by an arc of capacity 1; a search in what is left of the capacities adds a path a time.
     """
     left = {((v, "in"), (v, "out")): 1 for v in graph.vertices}
-    for a, b in graph.edges:
+    for a, b in map(tuple, graph.edges):
         left |= {((a, "out"), (b, "in")): 1, ((b, "out"), (a, "in")): 1}
     nodes, flow = [(vertex, side) for vertex in graph.vertices for side in ("in", "out")], 0
     while True:

@@ -1,6 +1,7 @@
 """A task's text and questions, and the dataset made of them."""
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from moekit.data.prepare import Progress, prepare
 from moekit.data.synthetic.tasks import TASKS, Question
 from moekit.errors import ConfigError, DataError, nearest
 from moekit.formats.tokenizer import MIN_VOCAB_SIZE
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES, QUESTIONS, SEED = 10_000, 1_000, 0
 
@@ -32,6 +35,7 @@ def prepare_synthetic(
     if task not in TASKS:
         raise ConfigError(f"there is no synthetic task {task!r}{nearest(task, TASKS)}; tasks: {', '.join(TASKS)}")
     folder = Path(out) / shards.SYNTHETIC
+    logger.info("drawing %s examples and %s questions of %s", f"{examples:,}", f"{questions:,}", task)
     drawn = TASKS[task].draw(seed, examples, questions)
     files = {folder / "train.jsonl": _lines(drawn[0]), folder / "questions.jsonl": _lines(drawn[1])}
     for file, content in files.items():
@@ -42,8 +46,10 @@ def prepare_synthetic(
     for file, content in files.items():
         shards.write(file, content)
     train, asked = files
-    fields = {"text_field": "text", "domain_field": "domain", "prompt_field": "prompt"}
-    return prepare([train], out, valid_paths=[asked], vocab_size=MIN_VOCAB_SIZE, progress=progress, **fields)
+    made: dict[str, Any] = prepare(
+        [train], out, valid_paths=[asked], vocab_size=MIN_VOCAB_SIZE, prompt_field="prompt", progress=progress
+    )
+    return made
 
 
 def _lines(questions: Sequence[Question]) -> bytes:

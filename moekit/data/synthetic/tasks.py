@@ -72,10 +72,10 @@ def draw_shortest_path(draw: random.Random, group: str) -> Question:
         vertices = graphs.random_vertices(draw)
         count = len(vertices) + graphs.below(len(vertices) // 2, draw)
         graph = Graph(vertices, frozenset(graphs.shuffled(graphs.pairs(vertices), draw)[:count]))
-        for s, t in graphs.shuffled(itertools.permutations(vertices, 2), draw):
-            path = graphs.shortest_path(graph, s, t)
-            if path is not None and len(path) - 1 == int(group):
-                prompt = graphs.as_prompt(graph, s, t, draw)
+        for s in graphs.shuffled(vertices, draw):
+            if paths := [path for path in graphs.shortest_paths(graph, s).values() if len(path) - 1 == int(group)]:
+                path = paths[graphs.below(len(paths), draw)]
+                prompt = graphs.as_prompt(graph, s, path[-1], draw)
                 return Question(prompt=prompt, text=f" {path}", domain="shortest-path")
 
 
@@ -136,9 +136,9 @@ def is_held_out(graph: Graph) -> bool:
 def is_shortest(question: Question, answer: str) -> bool:
     """Returns whether the answer is a path between the two vertices, along edges, and as short as any."""
     graph, s, t = graphs.from_prompt(question.prompt)
-    path, shortest = answer.strip(), graphs.shortest_path(graph, s, t)
+    path, shortest = answer.strip(), graphs.shortest_paths(graph, s)[t]
     along = all(graphs.edge(a, b) in graph.edges for a, b in itertools.pairwise(path))
-    return shortest is not None and along and (path[:1], path[-1:], len(path)) == (s, t, len(shortest))
+    return along and (path[:1], path[-1:], len(path)) == (s, t, len(shortest))
 
 
 def is_same(question: Question, answer: str) -> bool:
