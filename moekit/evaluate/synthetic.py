@@ -47,8 +47,8 @@ def score(
     """Returns the score of each task that the questions are of.
 
     An answer is the likeliest token, one after the other, up to the end of the text, with one token of room beyond the
-    longest right answer. A number and yes or no must be exact, a path may be any of the shortest. The batch size changes
-    no answer. `progress` gets how many questions are answered, of how many.
+    longest right answer. A number and yes or no must be exact, a path may be any of the shortest. The batch size
+    changes no answer. `progress` gets how many questions are answered, of how many.
     """
     if not questions:
         raise ConfigError("there is no question")
