@@ -40,7 +40,7 @@ def prompted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared dataset, in the vocabulary of `data`, of prompts and texts of many lengths."""
     folder = tmp_path_factory.mktemp("prompted")
     for split, count in (("train", 60), ("valid", 11)):
-        rows = [{"prompt": "What comes " * (n % 4), "text": "after " * (1 + n % 3) + str(n)} for n in range(count)]
+        rows = [{"prompt": "What is " * (n % 4), "text": "after " * (1 + n % 3) + str(n)} for n in range(count)]
         rows = [{**row, "domain": "asked"} for row in rows]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     valid = [folder / "valid.jsonl"]

@@ -139,6 +139,7 @@ def test_the_model_is_left_in_its_mode_and_without_gradients(
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("packing", ["stream", "documents"])
 def test_prompts_are_context_but_not_scored(
     packing: Packing, prompted: Path, run_config: Callable[..., RunConfig]
@@ -149,10 +150,10 @@ def test_prompts_are_context_but_not_scored(
         Model(run_config(model={"initializer_range": 0.3}).model).double(),
         Hardware(torch.device("cpu"), False),
     )
-    data = run_config(data_packing=packing, data_sequence_length=24, data_batch_size=3).data
+    data = run_config(data_packing=packing, data_sequence_length=32, data_batch_size=3).data
     (score,) = validate(model, dataset, tokenizer.token_bytes(), hardware, data, 10**6).values()
     nats, count = 0.0, 0
-    for batch in validation_windows(dataset, "asked", 24, 10**6, 1, packing):
+    for batch in validation_windows(dataset, "asked", 32, 10**6, 1, packing):
         ids, labels, documents = (torch.from_numpy(part) for part in batch)
         real = (documents >= 0)[0]
         logits, labels = model(ids[:, real]).logits[0], labels[0, real]
