@@ -5,14 +5,18 @@ The first of the two writes the answers. The second goes another way, so that a 
 
 import itertools
 import random
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from moekit.errors import DataError
+
 T = TypeVar("T")
 NAMES = "abcdefghijkl"
 """Of vertices: one character, and one token, each."""
+PROMPT = re.compile(f"((?:[{NAMES}]{{2}} )*[{NAMES}]{{2}}); ([{NAMES}])([{NAMES}]):")
 
 
 class Graph(NamedTuple):
@@ -60,9 +64,14 @@ def as_prompt(graph: Graph, s: str, t: str, draw: random.Random) -> str:
 
 
 def from_prompt(prompt: str) -> tuple[Graph, str, str]:
-    """Returns the graph and the two vertices. A vertex without an edge is not in the text, nor in the graph."""
-    listed, _, asked = prompt.rpartition("; ")
-    s, t = asked[0], asked[1]
+    """Returns the graph and the two vertices. A vertex without an edge is not in the text, nor in the graph.
+
+    Raises DataError for other text.
+    """
+    found = PROMPT.fullmatch(prompt)
+    if found is None:
+        raise DataError(f"prompt is {prompt[:40]!r}, which is not edges and two vertices, like 'ab bc; ac:'")
+    listed, s, t = found.groups()
     edges = frozenset(edge(*one) for one in listed.split())
     return Graph("".join(sorted({*"".join(edges), s, t})), edges), s, t
 

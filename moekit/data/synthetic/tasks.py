@@ -109,21 +109,18 @@ def of_graphs(
     """Returns what draws examples and questions, as many of each group as of any other; no graph is in both."""
 
     def draw(seed: int, examples: int, questions: int) -> Examples:
-        wanted = {side: {group: -(-count // len(groups)) for group in groups} for side, count in
-                  (("train", examples), ("asked", questions))}  # fmt: skip
-        found: dict[str, list[Question]] = {side: [] for side in wanted}
-        for number in itertools.count():
-            group = groups[number % len(groups)]
-            if not any(wanted[side][group] for side in wanted):
-                if not any(sum(left.values()) for left in wanted.values()):
-                    return found["train"][:examples], found["asked"][:questions]
-                continue
+        counts = {"train": examples, "asked": questions}
+        wanted = {(side, group): -(-count // len(groups)) for side, count in counts.items() for group in groups}
+        found: dict[str, list[Question]] = {side: [] for side in counts}
+        for number, group in enumerate(itertools.cycle(groups)):
+            if not any(wanted.values()):
+                break
             question = one(random.Random(f"{name} {seed} {number}"), group)
             side = "asked" if is_held_out(graphs.from_prompt(question.prompt)[0]) else "train"
-            if wanted[side][group]:
-                wanted[side][group] -= 1
+            if wanted[side, group]:
+                wanted[side, group] -= 1
                 found[side].append(question)
-        raise AssertionError("numbers do not end")
+        return found["train"][:examples], found["asked"][:questions]
 
     return draw
 
@@ -136,9 +133,9 @@ def is_held_out(graph: Graph) -> bool:
 def is_shortest(question: Question, answer: str) -> bool:
     """Returns whether the answer is a path between the two vertices, along edges, and as short as any."""
     graph, s, t = graphs.from_prompt(question.prompt)
-    path, shortest = answer.strip(), graphs.shortest_paths(graph, s)[t]
+    path, shortest = answer.strip(), graphs.shortest_paths(graph, s).get(t)
     along = all(graphs.edge(a, b) in graph.edges for a, b in itertools.pairwise(path))
-    return along and (path[:1], path[-1:], len(path)) == (s, t, len(shortest))
+    return shortest is not None and along and (path[:1], path[-1:], len(path)) == (s, t, len(shortest))
 
 
 def is_same(question: Question, answer: str) -> bool:
@@ -177,7 +174,7 @@ TASKS = {
 
 
 def read_questions(file: Path) -> list[Question]:
-    """Returns the questions of a file that `prepare` has written; DataError for any other file."""
+    """Returns the questions of a file that `prepare` has written; DataError for other text, or a wrong answer."""
     found, line = list[Question](), TypeAdapter(Question)
     for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -187,6 +184,12 @@ def read_questions(file: Path) -> list[Question]:
         if (task := found[-1].domain) not in TASKS:
             known = ", ".join(TASKS)
             raise DataError(f"{file}:{number}: domain is {task!r}{nearest(task, TASKS)}; known tasks: {known}")
+        try:
+            right = TASKS[task].is_right(found[-1], found[-1].text)
+        except DataError as error:
+            raise DataError(f"{file}:{number}: {error}") from None
+        if not right:
+            raise DataError(f"{file}:{number}: text is {found[-1].text!r}, which does not answer the prompt")
     if not found:
         raise DataError(f"{file} holds no question")
     return found

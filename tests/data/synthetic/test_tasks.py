@@ -109,6 +109,8 @@ def test_a_path_along_edges_that_is_longer_is_wrong() -> None:
         ("{", "bad.jsonl:2: Invalid JSON"),
         ('{"prompt": "a"}', "bad.jsonl:2: text: Field required"),
         ('{"prompt": "a", "text": "b", "domain": "phonebook"}', "did you mean phone-book"),
+        ('{"prompt": "ab; ab", "text": " ab", "domain": "shortest-path"}', "bad.jsonl:2: prompt is 'ab; ab'"),
+        ('{"prompt": "ab cd; ac:", "text": " ac", "domain": "shortest-path"}', "text is ' ac', which does not answer"),
     ],
 )
 def test_a_file_of_something_else_is_an_error_that_names_the_line(line: str, message: str, tmp_path: Path) -> None:
