@@ -26,7 +26,7 @@ def prepare_synthetic(
     seed: int = SEED,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Returns the manifest of a dataset of a task, after `out`/synthetic/train.jsonl and questions.jsonl are written.
+    """Returns the manifest of a dataset of a task, after `out`/synthetic/examples.jsonl and questions.jsonl are written.
 
     The questions are the validation text too. A token is a byte: every digit and every vertex is one. The same call
     gives the same bytes; on a finished `out` it changes nothing. Raises ConfigError for a task that is not known, and
@@ -37,7 +37,7 @@ def prepare_synthetic(
     folder = Path(out) / shards.SYNTHETIC
     logger.info("drawing %s examples and %s questions of %s", f"{examples:,}", f"{questions:,}", task)
     drawn = TASKS[task].draw(seed, examples, questions)
-    files = {folder / "train.jsonl": _lines(drawn[0]), folder / "questions.jsonl": _lines(drawn[1])}
+    files = {folder / "examples.jsonl": _lines(drawn[0]), folder / "questions.jsonl": _lines(drawn[1])}
     for file, content in files.items():
         if file.exists() and file.read_bytes() != content:
             raise DataError(f"{file} holds other examples than these arguments give; choose another --out")

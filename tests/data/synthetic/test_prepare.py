@@ -50,7 +50,7 @@ def test_a_run_that_was_killed_after_its_text_goes_on(tmp_path: Path) -> None:
     whole = prepare_synthetic("phone-book", tmp_path / "data", examples=20, questions=5)
     half = tmp_path / "half" / "synthetic"
     half.mkdir(parents=True)
-    (half / "train.jsonl").write_bytes((tmp_path / "data" / "synthetic" / "train.jsonl").read_bytes())
+    (half / "examples.jsonl").write_bytes((tmp_path / "data" / "synthetic" / "examples.jsonl").read_bytes())
     assert prepare_synthetic("phone-book", half.parent, examples=20, questions=5)["splits"] == whole["splits"]
 
 
