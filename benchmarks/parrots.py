@@ -70,7 +70,11 @@ def main(argv: Sequence[str]) -> None:
     folder = args.folder / args.task
     data = folder / "data"
     prepare_synthetic(args.task, data, examples=args.examples, questions=args.questions)
-    changes = {"device": str(args.device)} | ({"steps": args.steps} if args.steps else {})
+    changes: dict[str, Any] = {"device": str(args.device)}
+    if args.steps:
+        schedule = plan["recipe"]["schedule"]
+        warmup = min(schedule["warmup_steps"], args.steps)
+        changes |= {"steps": args.steps, "schedule": {**schedule, "warmup_steps": warmup}}
     rows, groups = [], list[str]()
     for name in args.architectures or plan["architectures"]:
         found = [
