@@ -26,7 +26,7 @@ def prepare_synthetic(
     seed: int = SEED,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Returns the manifest of a dataset of a task, made of `out`/synthetic/examples.jsonl; questions.jsonl is beside it.
+    """Returns the manifest of a dataset of a task; its text is `out`/synthetic/examples.jsonl and questions.jsonl.
 
     The questions are the validation text too. A token is a byte: every digit and every vertex is one. The same call
     gives the same bytes; on a finished `out` it changes nothing. Raises ConfigError for a task that is not known, and
