@@ -91,7 +91,9 @@ def prepare_tables(manifest: dict[str, Any], out: str) -> list[Table | str]:
             counts.add_row(split, domain, *(f"{count[name]:,}" for name in ("documents", "tokens", "bytes")))
     vocabulary = manifest["vocab_size"]
     larger = f" --model.vocab_size {vocabulary}" if vocabulary > preset("tiny-deepseekmoe").vocab_size else ""
-    return [counts, f"next: moekit train tiny-deepseekmoe{larger} --data {out} --out run"]
+    prompts = manifest["arguments"]["prompt_field"] is not None
+    whole = " --data.packing documents --data.cross_document_attention false" if prompts else ""
+    return [counts, f"next: moekit train tiny-deepseekmoe{larger} --data {out} --out run{whole}"]
 
 
 def convert_tables(receipt: dict[str, Any], out: str) -> list[Table | str]:

@@ -158,3 +158,30 @@ def test_a_script_binds_its_threads_but_not_what_it_starts(tmp_path: Path) -> No
     binding, word, cores = done.stdout.split()
     assert (binding, word) == ("close", "word")
     assert int(cores) >= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.usefixtures("scripts")
+def test_samples_of_paths_share_one_vertex_or_none() -> None:
+    x, labels = _module("parrots_miniature").path_samples(4000, torch.Generator().manual_seed(0))
+    from_s, to_t = x.chunk(2, dim=1)
+    assert torch.equal((from_s * to_t).sum(1), labels.float())
+    assert 0.45 < labels.float().mean() < 0.55
+
+
+@pytest.mark.usefixtures("scripts")
+@pytest.mark.parametrize(
+    ("name", "words", "columns"),
+    [
+        ("parrots_miniature", "--steps 2 --seeds 1 --rates 1 --layers plain narrow", ("layer", "dense x16")),
+        ("parrots", "--task connectivity --examples 8 --questions 4 --steps 2", ("architecture", "right")),
+    ],
+)
+def test_what_experts_add_has_a_row_for_each_layer_and_architecture(
+    name: str, words: str, columns: tuple[str, str], tmp_path: Path
+) -> None:
+    extra = ["--folder", str(tmp_path), "--architectures", "experts-4", "dense-x4"] if name == "parrots" else []
+    _module(name).main([*words.split(), *extra, "--out", str(tmp_path / "result.md")])
+    found = _rows((tmp_path / "result.md").read_text().split("\n\n| layer | rates")[0])
+    who = {"plain", "narrow", "reference"} if name == "parrots_miniature" else {"experts-4", "dense-x4"}
+    assert {row[columns[0]] for row in found} == who
+    assert all(0 <= float(row[columns[1]].split()[0]) <= 1 for row in found)

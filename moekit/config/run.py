@@ -14,6 +14,9 @@ class DataConfig(Strict):
     sequence_length: int = Field(256, gt=1, description="tokens per sequence")
     batch_size: int = Field(16, gt=0, description="sequences per optimiser step, the global batch")
     micro_batch_size: int | None = Field(None, gt=0, description="sequences per forward pass; null: batch_size")
+    packing: Literal["stream", "documents"] = Field(
+        "stream", description="stream: windows run over document ends; documents: whole documents only, then padding"
+    )
     cross_document_attention: bool = Field(True, description="tokens may attend to earlier documents of their sequence")
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ import numpy as np
 
 from moekit.config import validate
 from moekit.data import shards
-from moekit.data.shards import Arguments, Journal, Manifest, Side, Source
+from moekit.data.shards import Arguments, Encoded, Journal, Manifest, Side, Source
 from moekit.data.text import Document, file_documents, text_files
 from moekit.errors import ConfigError, DataError
 from moekit.files import read_json, sha256
@@ -47,6 +47,7 @@ def prepare(
     tokenizer: str | Path | None = None,
     text_field: str = "text",
     domain_field: str = "domain",
+    prompt_field: str | None = None,
     tokenizer_bytes: int = 50_000_000,
     shard_tokens: int = 16_000_000,
     progress: Progress | None = None,
@@ -56,8 +57,10 @@ def prepare(
     Without `valid_paths` a hash of its text makes a document validation text, `valid_fraction` of all (0.01), in
     whatever order the files come. Without `tokenizer` (a tokenizer.json or a directory with one) a vocabulary of
     `vocab_size` (4096) is trained on at most `tokenizer_bytes` of training text: the beginning of every file, in shares
-    as equal as the files allow. A shard ends with the document that fills `shard_tokens`. `progress` gets a phase, how
-    much is done and how much there is: "hash" and "tokenise" in bytes of files, "tokenizer" in bytes of text, at most.
+    as equal as the files allow. With `prompt_field` a document is that field and then its text, tokenised each by
+    itself; the prompt's tokens are read but not learned. A shard ends with the document that fills `shard_tokens`.
+    `progress` gets a phase, how much is done and how much there is: "hash" and "tokenise" in bytes of files,
+    "tokenizer" in bytes of text, at most.
 
     The same call on an unfinished `out` completes it; on a finished one it returns at once. Raises DataError for text
     that cannot be read, for other arguments or sources than `out` was begun with, and for a folder of something else.
@@ -79,6 +82,7 @@ def prepare(
         "tokenizer_bytes": None if given else tokenizer_bytes,
         "text_field": text_field,
         "domain_field": domain_field,
+        "prompt_field": prompt_field,
         "shard_tokens": shard_tokens,
     }
     new = Journal(arguments=validate(Arguments, arguments), sources=_sources(paths, valid_paths, report))
@@ -144,7 +148,7 @@ def _begin(out: Path, new: Journal) -> Journal:
         if out.exists() and not out.is_dir():
             raise DataError(f"{out} is a file; --out must be a new or empty directory")
         for path in sorted(out.glob("*")):
-            if path.name != f".{shards.JOURNAL}.writing":  # a run was killed before it began
+            if path.name not in (f".{shards.JOURNAL}.writing", shards.SYNTHETIC):  # a run was killed before it began
                 raise DataError(f"{out} holds something else ({path.name}); choose another --out")
         return _save(out, new)
     journal = read_json(out / shards.JOURNAL, Journal, DataError, f"delete {out} and start again")
@@ -166,17 +170,21 @@ def _pieces(journal: Journal, numbers: Iterable[int], report: Progress) -> Itera
     arguments, ends = journal.arguments, list(itertools.accumulate(source.size for source in journal.sources))
     for file in numbers:
         source = journal.sources[file]
-        path, fields = Path(source.path), (arguments.text_field, arguments.domain_field)
+        path, fields = Path(source.path), (arguments.text_field, arguments.domain_field, source.folder)
         with path.open("rb") as raw:
-            for number, document in enumerate(file_documents(path, raw, *fields, source.folder)):
+            for number, document in enumerate(file_documents(path, raw, *fields, arguments.prompt_field)):
                 split = source.split
                 if split == "both":
-                    draw = int.from_bytes(hashlib.sha256(document.text.encode()).digest()[:8]) / 2**64
+                    draw = int.from_bytes(hashlib.sha256(_whole(document).encode()).digest()[:8]) / 2**64
                     split = "valid" if draw < (arguments.valid_fraction or 0) else "train"
                 yield Piece(document, split, file, number)
                 if number % 256 == 255:
                     report("tokenise", ends[file] - (0 if raw.closed else max(source.size - raw.tell(), 0)), ends[-1])
         report("tokenise", ends[file], ends[-1])
+
+
+def _whole(document: Document) -> str:
+    return document.prompt + document.text
 
 
 def _sample(journal: Journal, budget: int, report: Progress) -> Iterator[str]:
@@ -189,7 +197,7 @@ def _sample(journal: Journal, budget: int, report: Progress) -> Iterator[str]:
         share = budget // (len(order) - place)
         for piece in _pieces(journal, [file], lambda *_: None):
             if piece.split == "train":
-                text = piece.document.text.encode()[:share]
+                text = _whole(piece.document).encode()[:share]
                 share, budget = share - len(text), budget - len(text)
                 yield text.decode(errors="ignore")
                 if not share:
@@ -200,7 +208,7 @@ def _sample(journal: Journal, budget: int, report: Progress) -> Iterator[str]:
 def _tokenise(out: Path, journal: Journal, vocabulary: Tokenizer, report: Progress) -> Journal:
     """Returns the journal with every shard written."""
     domains = {name: number for number, name in enumerate(journal.domains)}
-    unit: dict[str, list[tuple[int, np.ndarray, int]]] = {"train": [], "valid": []}
+    unit: dict[str, list[Encoded]] = {"train": [], "valid": []}
     tokens, dtype = 0, shards.token_dtype(vocabulary.vocab_size)
 
     def flush(file: int, document: int) -> Journal:
@@ -214,11 +222,13 @@ def _tokenise(out: Path, journal: Journal, vocabulary: Tokenizer, report: Progre
     pieces = _pieces(journal, range(journal.file, len(journal.sources)), report)
     begin = journal.file, journal.document
     for batch in _batches(piece for piece in pieces if (piece.file, piece.number) >= begin):
-        texts = [piece.document.text for piece in batch]
-        for piece, text, ids in zip(batch, texts, vocabulary.encode_batch(texts), strict=True):
+        prompts = vocabulary.encode_batch([piece.document.prompt for piece in batch])
+        texts = vocabulary.encode_batch([piece.document.text for piece in batch])
+        for piece, prompt, text in zip(batch, prompts, texts, strict=True):
             domain = domains.setdefault(piece.document.domain, len(domains))
-            unit[piece.split].append((domain, np.array([*ids, vocabulary.eos_id], dtype), len(text.encode())))
-            tokens += len(ids) + 1
+            ids = np.array([*prompt, *text, vocabulary.eos_id], dtype)
+            unit[piece.split].append(Encoded(domain, ids, len(_whole(piece.document).encode()), len(prompt)))
+            tokens += len(ids)
             if tokens >= journal.arguments.shard_tokens:
                 journal = flush(piece.file, piece.number + 1)
                 unit, tokens = {"train": [], "valid": []}, 0
@@ -230,7 +240,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     batch, size = list[Piece](), 0
     for piece in pieces:
         batch.append(piece)
-        size += len(piece.document.text) + BATCH_CHARACTERS // 1024  # so a batch has at most 1024 documents
+        size += len(_whole(piece.document)) + BATCH_CHARACTERS // 1024  # so a batch has at most 1024 documents
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

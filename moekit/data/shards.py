@@ -3,7 +3,7 @@
 DATA/manifest.json                        written last: a folder without it is not a dataset
 DATA/tokenizer.json, tokenizer_config.json
 DATA/train/00000.bin                      uint16 or uint32 token ids, every document followed by end-of-text
-DATA/train/00000.npy                      int64 (documents, 4): first token, tokens, UTF-8 bytes, domain
+DATA/train/00000.npy                      int64 (documents, 5): first token, tokens, UTF-8 bytes, domain, prompt tokens
 DATA/train/token_counts.npy               int64 (vocab,)
 DATA/valid/...
 """
@@ -12,7 +12,7 @@ import hashlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -23,7 +23,8 @@ from moekit.errors import DataError, nearest
 from moekit.formats.tokenizer import MIN_VOCAB_SIZE
 
 MANIFEST, JOURNAL = "manifest.json", "progress.json"
-START, TOKENS, BYTES, DOMAIN = range(4)  # columns of the index
+SYNTHETIC = "synthetic"  # folder of the text and questions of a synthetic task
+START, TOKENS, BYTES, DOMAIN, PROMPT = range(5)  # columns of the index
 Side = Literal["train", "valid", "both"]  # where a file's documents go; "both": the hash of each decides
 
 
@@ -78,6 +79,7 @@ class Arguments(Strict):
     tokenizer_bytes: int | None = Field(gt=0)
     text_field: str
     domain_field: str
+    prompt_field: str | None = None
     shard_tokens: int = Field(gt=0)
 
 
@@ -131,14 +133,26 @@ def write_array(path: Path, array: np.ndarray) -> FileEntry:
     return write(path, buffer.getvalue())
 
 
-def write_shard(directory: Path, name: str, documents: list[tuple[int, np.ndarray, int]]) -> Shard:
-    """Returns the entry of a shard written from (domain, ids with end-of-text, UTF-8 bytes of text) in source order.
+class Encoded(NamedTuple):
+    """A document as tokens."""
+
+    domain: int
+    ids: np.ndarray
+    """With end-of-text."""
+    size: int
+    """UTF-8 bytes of its text, prompt included."""
+    prompt: int
+    """How many of the ids, the first ones, are the prompt."""
+
+
+def write_shard(directory: Path, name: str, documents: list[Encoded]) -> Shard:
+    """Returns the entry of a shard written from documents in source order.
 
     Documents of one domain are put together, so that the stream, which goes domain by domain, reads long runs.
     """
-    documents = sorted(documents, key=lambda document: document[0])
-    tokens = np.concatenate([ids for _, ids, _ in documents])
-    index = np.array([(0, len(ids), size, domain) for domain, ids, size in documents], dtype="<i8")
+    documents = sorted(documents, key=lambda document: document.domain)
+    tokens = np.concatenate([document.ids for document in documents])
+    index = np.array([(0, len(d.ids), d.size, d.domain, d.prompt) for d in documents], dtype="<i8")
     index[:, START] = np.cumsum(index[:, TOKENS]) - index[:, TOKENS]
     return Shard(
         name=name,
@@ -161,13 +175,15 @@ def check_file(path: Path, entry: FileEntry, verify: bool = False) -> Path:
 
 
 def open_shard(directory: Path, shard: Shard, vocab_size: int, verify: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the tokens, which stay on disk, and the index, int64 (documents, 4), of a shard.
+    """Returns the tokens, which stay on disk, and the index, int64 (documents, 5), of a shard.
 
     Raises DataError unless the index is what was written, and the tokens are: by size, with `verify` by sha256.
     """
     tokens = check_file(directory / f"{shard.name}.bin", shard.data, verify)
     index = check_file(directory / f"{shard.name}.npy", shard.index, verify=True)
-    return np.memmap(tokens, token_dtype(vocab_size), mode="r"), np.load(index, allow_pickle=False)
+    columns = np.load(index, allow_pickle=False)
+    columns = np.pad(columns, ((0, 0), (0, PROMPT + 1 - columns.shape[1])))  # the first datasets knew no prompts
+    return np.memmap(tokens, token_dtype(vocab_size), mode="r"), columns
 
 
 def split_entry(directory: Path, split: str, shards: list[Shard], domains: list[str], vocab_size: int) -> Split:
@@ -209,6 +225,7 @@ class TokenDataset:
         order = np.argsort(rank, kind="stable")
         index, rank, shard_of = index[order], rank[order], shard_of[order]
         self._starts = np.concatenate([[0], np.cumsum(index[:, TOKENS])])  # of each document, and the end
+        self._prompts: np.ndarray = index[:, PROMPT]
         if not self._starts[-1] == sum(map(len, self._shards)) == self.num_tokens:
             raise DataError(f"{directory / MANIFEST}: the {split} shards do not add up to its totals")
         self._sizes = index[:, BYTES]
@@ -240,6 +257,30 @@ class TokenDataset:
         for number in range(first, last):
             start, stop = self._starts[number : number + 2]
             yield self.read(start, stop - start - 1), int(self._sizes[number])
+
+    def is_prompt(self, start: int, length: int) -> np.ndarray:
+        """Returns bool (length,): whether each token belongs to a prompt, which is read but not learned."""
+        documents = self.document_ids(start, length)
+        ends = self._starts[documents] + self._prompts[documents]
+        inside: np.ndarray = np.arange(start, start + length) < ends
+        return inside
+
+    def whole_documents(self, start: int, stop: int, most: int) -> np.ndarray:
+        """Returns int64 (windows + 1,): `start` and the ends of windows of whole documents, as many as `most`
+        tokens hold. `start` and `stop` are positions at which documents begin. DataError for a longer document.
+        """
+        cuts = [start]
+        while cuts[-1] < stop:
+            end = int(self._starts[np.searchsorted(self._starts, min(cuts[-1] + most, stop), "right") - 1])
+            if end == cuts[-1]:
+                document = int(np.searchsorted(self._starts, end))
+                tokens = self._starts[document + 1] - end
+                raise DataError(
+                    f"{self.directory}: document {document} of split {self.split} has {tokens} tokens, but with "
+                    f"data.packing documents a window holds at most {most}; raise data.sequence_length to {tokens - 1}"
+                )
+            cuts.append(end)
+        return np.array(cuts)
 
     def domain_range(self, domain: str) -> tuple[int, int]:
         """Returns the positions (start, stop) of a domain; equal when this split has nothing of it."""

@@ -28,6 +28,8 @@ class Document(NamedTuple):
     text: str
     domain: str
     source: str
+    prompt: str = ""
+    """What stands before the text and is given: read, but not learned."""
 
 
 def text_files(paths: Iterable[str | Path]) -> dict[Path, str | None]:
@@ -57,21 +59,26 @@ def text_files(paths: Iterable[str | Path]) -> dict[Path, str | None]:
 
 
 def file_documents(
-    path: Path, raw: IO[bytes], text_field: str = "text", domain_field: str = "domain", folder: str | None = None
+    path: Path,
+    raw: IO[bytes],
+    text_field: str = "text",
+    domain_field: str = "domain",
+    folder: str | None = None,
+    prompt_field: str | None = None,
 ) -> Iterator[Document]:
     """Yields the documents of one file, opened as `raw` (whose position tells how far the reading is).
 
     jsonl: an object a line. parquet: a row each. txt: the whole file, or documents of about 16 thousand characters cut
     at blank lines when it is larger than 1 MiB; there CRLF becomes LF. The domain is the field, else the name of the
-    `folder`, else that of the file without suffixes; a last `.train` or `.valid` is no part of it. Texts of white space
-    alone are left out, and the log says how many. Raises DataError with file and line (or row) for anything that is not
-    such a document.
+    `folder`, else that of the file without suffixes; a last `.train` or `.valid` is no part of it. With `prompt_field`
+    every record must have it. Texts of white space alone are left out, and the log says how many. Raises DataError with
+    file and line (or row) for anything that is not such a document.
     """
     suffix = _suffix(path)
     name = folder or path.name[: -len(suffix)]
     name = name.removesuffix(".train").removesuffix(".valid") or name
     if suffix == ".parquet":
-        records = _numbered(path, _parquet_rows(raw, text_field, domain_field))
+        records = _numbered(path, _parquet_rows(raw, text_field, domain_field, prompt_field))
     else:
         stream = pa.input_stream(raw, compression=COMPRESSION.get(path.suffix.lower()))
         lines = _numbered(path, _lines(io.BufferedReader(stream, 1 << 16)))
@@ -80,6 +87,8 @@ def file_documents(
         else:
             records = ((number, {text_field: text}) for number, text in _cut(lines))
     fields: Any = {"text": (str, Field(alias=text_field)), "domain": (str | None, Field(None, alias=domain_field))}
+    if prompt_field is not None:
+        fields["prompt"] = (str, Field(alias=prompt_field))
     schema: Any = create_model("Record", __config__=ConfigDict(strict=True), **fields)
     documents = blank = 0
     for number, record in records:
@@ -90,7 +99,7 @@ def file_documents(
             raise DataError(f"{path}:{number}: {explain(error).replace('at line 1 column', 'at column')}") from None
         if found.text.strip():
             documents += 1
-            yield Document(found.text, found.domain or name, f"{path}:{number}")
+            yield Document(found.text, found.domain or name, f"{path}:{number}", getattr(found, "prompt", ""))
         else:
             blank += 1
     if not documents:
@@ -150,9 +159,10 @@ def _cut(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
         yield first, piece.strip("\n")
 
 
-def _parquet_rows(raw: IO[bytes], text_field: str, domain_field: str) -> Iterator[dict[str, Any]]:
+def _parquet_rows(raw: IO[bytes], text_field: str, *others: str | None) -> Iterator[dict[str, Any]]:
     file = pq.ParquetFile(raw)
-    columns = [text_field, domain_field] if text_field in file.schema_arrow.names else None  # all: the error shows them
+    known = text_field in file.schema_arrow.names
+    columns = [text_field, *filter(None, others)] if known else None  # all: the error shows them
     for batch in file.iter_batches(batch_size=256, columns=columns):
         for row in batch.to_struct_array():
             yield row.as_py()

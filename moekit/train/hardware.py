@@ -51,8 +51,10 @@ def has_bfloat16(device: torch.device) -> bool:
 def forward(
     model: torch.nn.Module, batch: Batch, hardware: Hardware, cross_document_attention: bool, **options: Any
 ) -> Any:
-    """Returns the model's output, routing included, for a batch that is brought to the device."""
+    """Returns the model's output, routing included, for a batch that is brought to the device; padding is masked."""
     parts = {"input_ids": batch.input_ids, "targets": batch.labels}
+    if not (real := batch.document_ids >= 0).all():
+        parts["padding_mask"] = real
     if not cross_document_attention:
         parts["document_ids"] = batch.document_ids
     tensors = {name: torch.from_numpy(part).to(hardware.device) for name, part in parts.items()}

@@ -17,6 +17,7 @@ from moekit.errors import CheckpointError, ConfigError, TrainingError
 from moekit.formats.tokenizer import load_tokenizer
 from moekit.nn.model import Model
 from moekit.ops.balance import LoadSums
+from moekit.ops.loss import IGNORED
 from moekit.train import directory, health, metrics, optimizer, process, schedule, state
 from moekit.train import hardware as machine
 from moekit.train.validation import validate
@@ -67,7 +68,7 @@ class _Run:
             )
         self.token_bytes = self.tokenizer.token_bytes()
         self.fingerprint = self.dataset.fingerprint
-        self.sampler = Sampler(self.dataset, data.sequence_length, data.batch_size, config.seed)
+        self.sampler = Sampler(self.dataset, data.sequence_length, data.batch_size, config.seed, data.packing)
         torch.manual_seed(config.seed)
         self.model = Model(config.model)
         self.model.balance_hash(F.pad(torch.from_numpy(self.dataset.token_counts()), (0, room)))
@@ -121,6 +122,7 @@ class _Run:
         optimizer.set_factor(self.optimizers, schedule.factor(config.schedule, self.step, config.steps))
         size = config.data.micro_batch_size or config.data.batch_size
         parts = config.data.batch_size // size
+        predicted = max(1, int((batch.labels != IGNORED).sum()))
         load = health.no_load(config.model, self.hardware.device)
         measured: dict[str, torch.Tensor] = {}
         for first in range(0, config.data.batch_size, size):
@@ -128,7 +130,7 @@ class _Run:
             prior = [LoadSums(*sums) for sums in zip(load.tokens_per_expert, load.units, strict=True)]
             across = config.data.cross_document_attention
             out = machine.forward(self.model, part, self.hardware, across, prior_load=prior)
-            share = {"loss": out.token_loss.total / batch.labels.size}
+            share = {"loss": out.token_loss.total / predicted}
             share |= {name: term / parts for name, term in out.aux.items()}
             torch.stack(list(share.values())).sum().backward()
             health.add_routing(load, out.routing)

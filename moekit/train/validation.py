@@ -44,15 +44,12 @@ def validate(
         nats = bytes_seen = 0.0
         tokens = 0
         load = health.no_load(model.config, hardware.device)
-        for batch in validation_windows(dataset, domain, data.sequence_length, max_tokens, size):
-            real = batch.labels != IGNORED
-            mask = torch.from_numpy(real).to(hardware.device)
-            across = data.cross_document_attention
-            out = forward(model, batch, hardware, across, padding_mask=mask, return_logits=False)
+        for batch in validation_windows(dataset, domain, data.sequence_length, max_tokens, size, data.packing):
+            out = forward(model, batch, hardware, data.cross_document_attention, return_logits=False)
             health.add_routing(load, out.routing)
             nats += float(out.token_loss.total)
             tokens += int(out.token_loss.tokens)
-            bytes_seen += float(token_bytes[batch.labels[real]].sum())
+            bytes_seen += float(token_bytes[batch.labels[batch.labels != IGNORED]].sum())
         if tokens:
             bits = nats / math.log(2) / max(bytes_seen, 1.0)  # end-of-text alone has no byte
             scores[domain] = DomainScore(nats / tokens, bits, tokens, load.tokens_per_expert.tolist())

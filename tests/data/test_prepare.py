@@ -14,6 +14,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from moekit.data import open_dataset, prepare
@@ -352,3 +354,35 @@ def test_a_long_text_may_end_where_progress_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n\n".join(["ab " * 5334] * 256))  # the reader closes the file with its last piece
     manifest = make(tmp_path / "a.txt", tmp_path / "out", tokenizer_bytes=10_000, shard_tokens=10**7)
     assert sum(split["documents"] for split in manifest["splits"].values()) == 256
+
+
+def test_a_prompt_is_tokenised_by_itself_and_counted_with_its_text(tmp_path: Path) -> None:
+    rows = [{"question": "one two ", "text": "three four"}, {"question": "", "text": "five"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 40))
+    made = prepare([tmp_path / "a.jsonl"], tmp_path / "out", valid_fraction=0, prompt_field="question", vocab_size=300)
+    dataset, vocabulary = open_dataset(tmp_path / "out", "train"), load_tokenizer(tmp_path / "out")
+    ids = [(vocabulary.encode(row["question"]), [*vocabulary.encode(row["text"]), vocabulary.eos_id]) for row in rows]
+    tokens = [token for prompt, text in ids * 40 for token in prompt + text]
+    assert dataset.read(0, dataset.num_tokens).tolist() == tokens
+    expected = [place < len(prompt) for prompt, text in ids * 40 for place in range(len(prompt) + len(text))]
+    assert dataset.is_prompt(0, dataset.num_tokens).tolist() == expected
+    assert made["splits"]["train"]["bytes"] == 40 * len("one two three fourfive")
+    assert made["arguments"]["prompt_field"] == "question"
+
+
+def test_a_record_without_the_prompt_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "question": "b"}\n{"text": "a"}\n')
+    with pytest.raises(DataError, match=r"a.jsonl:2: question: Field required"):
+        prepare([tmp_path / "a.jsonl"], tmp_path / "out", prompt_field="question")
+
+
+def test_prompts_come_from_parquet_too(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["ab"] * 9, "asked": ["xyz"] * 9}), tmp_path / "a.parquet")
+    prepare([tmp_path / "a.parquet"], tmp_path / "out", valid_fraction=0, prompt_field="asked", vocab_size=257)
+    assert open_dataset(tmp_path / "out", "train").is_prompt(0, 6).tolist() == [True] * 3 + [False] * 3
+
+
+def test_texts_with_other_prompts_are_held_out_each_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "same", "q": str(i)}) + "\n" for i in range(200)))
+    made = prepare([tmp_path / "a.jsonl"], tmp_path / "out", valid_fraction=0.5, prompt_field="q", vocab_size=257)
+    assert 60 < made["splits"]["valid"]["documents"] < 140

@@ -1,6 +1,7 @@
 """Sampling: a pure function of (seed, step) that shows every window once per epoch."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 from moekit.data import Batch, Sampler, TokenDataset, open_dataset, prepare, validation_windows
-from moekit.data.sampler import IGNORE
+from moekit.data.sampler import IGNORE, Packing
 from moekit.errors import DataError
+from moekit.formats.tokenizer import load_tokenizer
 from moekit.ops.loss import IGNORED
 
 LENGTH = 7
@@ -160,3 +162,73 @@ def test_validation_of_a_domain_without_text_yields_nothing_and_of_an_unknown_on
     assert len(list(validation_windows(dataset, "prose", LENGTH, 99, 2))) > 0
     with pytest.raises(DataError, match="domain 'poem'"):
         list(validation_windows(dataset, "poem", LENGTH, 99, 2))
+
+
+@pytest.fixture(scope="module")
+def prompted(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
+    """Two domains, one token a byte; prompts of 0 to 6 bytes before texts of 1 to 5."""
+    folder = tmp_path_factory.mktemp("prompted")
+    for split in ("train", "valid"):
+        rows = [{"prompt": "pqrstu"[: i % 7], "text": "ABCDE"[: 1 + i % 5], "domain": "xy"[i % 2]} for i in range(60)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    valid = [folder / "valid.jsonl"]
+    prepare([folder / "train.jsonl"], folder / "data", valid_paths=valid, vocab_size=257, prompt_field="prompt")
+    return open_dataset(folder / "data", "train")
+
+
+def letters(dataset: TokenDataset, ids: np.ndarray) -> str:
+    """The text of tokens, `.` at the end of a document and `_` where nothing is predicted."""
+    vocabulary = load_tokenizer(dataset.directory)
+    return "".join("_" if i == IGNORE else "." if i == dataset.eos_id else vocabulary.decode([i]) for i in ids)
+
+
+def test_labels_are_left_out_exactly_at_prompts_and_across_window_borders(prompted: TokenDataset) -> None:
+    sampler = Sampler(prompted, LENGTH, 1, seed=0)
+    batch = sampler.windows(list(range(sampler.num_windows)))
+    inputs, labels = letters(prompted, batch.input_ids.ravel()), letters(prompted, batch.labels.ravel())
+    followed = letters(prompted, prompted.read(1, len(labels)))
+    assert labels == re.sub("[pqrstu]", "_", followed)
+    assert inputs[1:] == followed[:-1]
+    assert 0.3 < labels.count("_") / len(labels) < 0.6
+
+
+def test_windows_of_whole_documents_cut_none_and_show_each_once(prompted: TokenDataset) -> None:
+    sampler = Sampler(prompted, 20, 1, seed=0, packing="documents")
+    batch = sampler.windows(list(range(sampler.num_windows)))
+    stream = letters(prompted, prompted.read(0, prompted.num_tokens))
+    rows = []
+    for inputs, labels, documents in zip(*batch, strict=True):
+        count = int((documents >= 0).sum())
+        row = letters(prompted, inputs[:count]) + "."
+        assert letters(prompted, labels[:count]) == re.sub("[pqrstu]", "_", row[1:])
+        assert (labels[count:] == IGNORE).all()
+        assert (inputs[count:] == prompted.eos_id).all()
+        rows.append(row)
+    assert "".join(rows) == stream
+    following = [row.index(".") + 1 for row in rows[1:]]
+    assert all(len(row) + more > 21 for row, more in zip(rows, following, strict=False)), "there was room for another"
+
+
+def test_a_document_that_no_window_holds_is_an_error_that_says_how_long_it_is(prompted: TokenDataset) -> None:
+    with pytest.raises(DataError, match=r"document 2 .* 10 tokens, .* at most 9; raise data.sequence_length to 9"):
+        Sampler(prompted, 8, 1, seed=0, packing="documents")
+
+
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+def test_validation_predicts_each_answer_token_of_a_domain_once(prompted: TokenDataset, packing: Packing) -> None:
+    for domain in "xy":
+        start, stop = prompted.domain_range(domain)
+        answers = re.sub("[pqrstu]", "", letters(prompted, prompted.read(start, stop - start)))
+        batches = list(validation_windows(prompted, domain, 20, 10**6, 3, packing))
+        found = "".join(letters(prompted, row[row != IGNORE]) for batch in batches for row in batch.labels)
+        missed = sum(not prompted.is_prompt(first, 1)[0] for first in _firsts(prompted, batches, packing, start))
+        assert len(found) == len(answers) - missed
+        assert packing == "documents" or found == answers[missed:]
+        limited = list(validation_windows(prompted, domain, 20, 30, 3, packing))
+        assert 30 <= sum((batch.document_ids >= 0).sum() + (packing == "documents") for batch in limited) <= 50
+
+
+def _firsts(dataset: TokenDataset, batches: list[Batch], packing: Packing, start: int) -> list[int]:
+    """The positions that no window predicts: the first of the domain, or of each window of whole documents."""
+    counts = [int((row >= 0).sum()) + 1 for batch in batches for row in batch.document_ids]
+    return [start] if packing == "stream" else [start + sum(counts[:window]) for window in range(len(counts))]

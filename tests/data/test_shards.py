@@ -1,6 +1,8 @@
 """The dataset on disk: the stream holds every document once, domain by domain, and damage is an error that names it."""
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -167,3 +169,20 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot write"):
         write(tmp_path / "folder", b"content")
     assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+
+
+def test_a_dataset_from_before_there_were_prompts_is_read_as_one_without(data: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(data, old)
+    manifest = json.loads((old / "manifest.json").read_text())
+    del manifest["arguments"]["prompt_field"]
+    for split in manifest["splits"].values():
+        for shard in split["shards"]:
+            index = old / f"{shard['name']}.npy"
+            np.save(index, np.load(index)[:, :4])
+            shard["index"] = {"size": index.stat().st_size, "sha256": hashlib.sha256(index.read_bytes()).hexdigest()}
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    before, now = open_dataset(old, "train", verify=True), open_dataset(data, "train")
+    assert np.array_equal(before.read(0, before.num_tokens), now.read(0, now.num_tokens))
+    assert np.array_equal(before.document_ids(0, before.num_tokens), now.document_ids(0, now.num_tokens))
+    assert not before.is_prompt(0, before.num_tokens).any()

@@ -1,6 +1,7 @@
 """A small dataset of the package's own text, and runs on it."""
 
 import gzip
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / f"{domain}.{split}.jsonl").write_bytes(b"".join(kept or lines[:1]))
     trains, valids = (sorted(folder.glob(f"*.{split}.jsonl")) for split in BYTES)
     prepare(trains, folder / "data", valid_paths=valids, vocab_size=512)
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def prompted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared dataset, in the vocabulary of `data`, of prompts and texts of many lengths."""
+    folder = tmp_path_factory.mktemp("prompted")
+    for split, count in (("train", 60), ("valid", 11)):
+        rows = [{"prompt": "What is " * (n % 4), "text": "after " * (1 + n % 3) + str(n)} for n in range(count)]
+        rows = [{**row, "domain": "asked"} for row in rows]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    valid = [folder / "valid.jsonl"]
+    prepare([folder / "train.jsonl"], folder / "data", valid_paths=valid, tokenizer=data, prompt_field="prompt")
     return folder / "data"
 
 

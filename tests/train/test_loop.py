@@ -424,3 +424,37 @@ def test_data_without_validation_text_trains_without_evals(run_config: Configs, 
     receipt = train(run_config(steps=2, eval_every=1, data_path=str(tmp_path / "d")), tmp_path / "run")
     assert receipt["health"]["validation"] == {}
     assert of_kind(tmp_path / "run", "eval") == []
+
+
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+@pytest.mark.parametrize("across", [True, False])
+def test_the_loss_is_the_mean_over_answers_whatever_the_micro_batches(
+    packing: str, across: bool, prompted: Path, run_config: Configs, tmp_path: Path
+) -> None:
+    settings = {"data_path": str(prompted), "data_packing": packing, "data_cross_document_attention": across}
+    losses = []
+    for size in (4, 1):
+        config = run_config(steps=1, log_every=1, data_micro_batch_size=size, **settings)
+        train(config, tmp_path / str(size))
+        losses.append(of_kind(tmp_path / str(size), "train")[0]["loss"])
+    torch.manual_seed(config.seed)
+    model = Model(config.model)
+    batch = Sampler(open_dataset(prompted, "train"), 32, 4, config.seed, config.data.packing).batch(0)
+    total, count = 0.0, 0
+    for ids, labels, documents in zip(*map(torch.from_numpy, batch), strict=True):
+        real = documents >= 0  # a sequence by itself, without its padding
+        document_ids = None if across else documents[real][None]
+        logits = model(ids[real][None], document_ids=document_ids).logits[0]
+        answers = labels[real] != -100
+        nats = torch.nn.functional.cross_entropy(logits[answers].detach(), labels[real][answers], reduction="sum")
+        total, count = total + float(nats), count + int(answers.sum())
+    assert count < 0.8 * batch.labels.size
+    assert losses == pytest.approx([total / count] * 2, rel=1e-5)
+
+
+def test_a_batch_of_prompts_alone_is_survived(run_config: Configs, data: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "a long question without end, " * 40, "text": "no"}] * 3
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare([tmp_path / "a.jsonl"], tmp_path / "data", valid_fraction=0, tokenizer=data, prompt_field="prompt")
+    receipt = train(run_config(data_path=str(tmp_path / "data"), data_batch_size=1, steps=4), tmp_path / "run")
+    assert receipt["status"] == "done"

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from moekit.config import DataConfig, RunConfig
-from moekit.data import TokenDataset, open_dataset, prepare
+from moekit.data import TokenDataset, open_dataset, prepare, validation_windows
+from moekit.data.sampler import Packing
 from moekit.formats.tokenizer import Tokenizer, load_tokenizer
 from moekit.nn.model import Model
 from moekit.ops import reference
@@ -136,3 +137,28 @@ def test_the_model_is_left_in_its_mode_and_without_gradients(
     score(model.train(training), small, tokenizer)
     assert model.training is training
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+def test_prompts_are_context_but_not_scored(
+    packing: Packing, prompted: Path, run_config: Callable[..., RunConfig]
+) -> None:
+    dataset, tokenizer = open_dataset(prompted, "valid"), load_tokenizer(prompted)
+    torch.manual_seed(3)
+    model, hardware = (
+        Model(run_config(model={"initializer_range": 0.3}).model).double(),
+        Hardware(torch.device("cpu"), False),
+    )
+    data = run_config(data_packing=packing, data_sequence_length=32, data_batch_size=3).data
+    (score,) = validate(model, dataset, tokenizer.token_bytes(), hardware, data, 10**6).values()
+    nats, count = 0.0, 0
+    for batch in validation_windows(dataset, "asked", 32, 10**6, 1, packing):
+        ids, labels, documents = (torch.from_numpy(part) for part in batch)
+        real = (documents >= 0)[0]
+        logits, labels = model(ids[:, real]).logits[0], labels[0, real]
+        answers = labels != -100
+        nats += float(torch.nn.functional.cross_entropy(logits[answers], labels[answers], reduction="sum"))
+        count += int(answers.sum())
+    assert score.tokens == count < dataset.num_tokens - 11
+    assert score.loss == pytest.approx(nats / count, rel=1e-9)
