@@ -25,7 +25,7 @@ from moekit.version import __version__
 
 FILE = "report.html"
 TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    loader=jinja2.FileSystemLoader([Path(__file__).parent, Path(pictures.__file__).parent]),
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
