@@ -1,4 +1,4 @@
-"""Curves, heat maps and tiles of them as SVG for the inside of a page; page.css beside this file is the page's style.
+"""Curves, heat maps and tiles of them as SVG for the inside of a page.
 
 matplotlib draws with stand-in colours, and the page's own variables take their places, so that pictures follow a light
 or a dark theme; text stays text, in the page's font. Heat maps are PNG inside the SVG, one pixel a value.
@@ -18,7 +18,7 @@ import matplotlib.image
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_hex
+from matplotlib.colors import Colormap, LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 
 Array = Float[np.ndarray, "..."]
@@ -71,7 +71,7 @@ def heat_map(axes: Axes, values: Array, extent: tuple[float, float, float, float
 
 
 Scale = Literal["ratio", "share", "cosine"]
-_SCALES: dict[Scale, tuple[LinearSegmentedColormap, float, float, tuple[str, str, str]]] = {
+_SCALES: dict[Scale, tuple[Colormap, float, float, tuple[str, str, str]]] = {
     "ratio": (_LOAD, -2, 2, ("¼ or less", "1", "4 or more; grey: none")),
     "share": (_LEVEL, 0, 1, ("0", "", "1")),
     "cosine": (_LOAD, -1, 1, ("-1", "0", "1")),
@@ -101,7 +101,7 @@ def tiles(
     width = (_WIDTH - wide - (across - 1) * _GAP) / across
     parts, y, x = list[str](), 0.0, wide
     for number, (title, values) in enumerate(maps.items()):
-        high, broad = values.shape
+        high = len(values)
         height = width if square else high * min(22.0, max(9.0, 300 / high))
         if number and number % across == 0:
             y, x = y + height + _GAP + (_HEAD if title else 0), wide
@@ -134,8 +134,10 @@ def tiles(
     low, middle, high_word = _SCALES[scale][3]
     _, least, most, _ = _SCALES[scale]
     ramp = np.linspace(least, most, 64)[None]
-    ramp = _png(_coloured(2**ramp if scale == "ratio" else ramp, scale))
-    parts.append(f'<image x="{wide:.1f}" y="{y:.1f}" width="180" height="8" preserveAspectRatio="none" href="{ramp}"/>')
+    picture = _png(_coloured(2**ramp if scale == "ratio" else ramp, scale))
+    parts.append(
+        f'<image x="{wide:.1f}" y="{y:.1f}" width="180" height="8" preserveAspectRatio="none" href="{picture}"/>'
+    )
     for place, word, anchor in ((0, low, "start"), (90, middle, "middle"), (180, high_word, "start")):
         at = wide + place + (-18 if place == 180 else 0)
         parts.append(
@@ -156,7 +158,7 @@ def _coloured(values: Array, scale: Scale) -> np.ndarray:
 def _png(pixels: np.ndarray) -> str:
     """Returns a data address of an image, one pixel a value."""
     file = io.BytesIO()
-    matplotlib.image.imsave(file, pixels, format="png", metadata={"Software": None})
+    matplotlib.image.imsave(file, pixels, format="png")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 

@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "moekit"
 LAYERS: list[set[str]] = [
-    {"config", "errors", "files", "pictures", "shapes", "version"},
+    {"config", "errors", "files", "page", "pictures", "shapes", "version"},
     {"ops"},
     {"nn"},
     {"receipts"},

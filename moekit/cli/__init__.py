@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from moekit.cli import convert, doctor, generate, plan, prepare, presets, quickstart, train, verify
+from moekit.cli import convert, doctor, generate, inspect, plan, prepare, presets, quickstart, train, verify
 from moekit.cli.parser import Parser, settings_help, take_overrides
 from moekit.errors import ConfigError, MoekitError, nearest
 from moekit.version import __version__
@@ -28,6 +28,7 @@ VERBS: dict[str, ModuleType] = {
     "prepare": prepare,
     "train": train,
     "generate": generate,
+    "inspect": inspect,
     "convert": convert,
     "verify": verify,
 }

@@ -80,7 +80,7 @@ class Stats(NamedTuple):
 
     @property
     def experts(self) -> int:
-        return self.by_domain.shape[-1]
+        return int(self.by_domain.shape[-1])
 
 
 class Collector:
@@ -179,7 +179,7 @@ class Collector:
         if window.domain not in self.domains:
             if len(self.domains) == DOMAINS:
                 raise DataError(
-                    f"the text has more than {DOMAINS} domains, {window.domain!r} is the next; name another domain field"
+                    f"the text has more than {DOMAINS} domains ({window.domain!r} is the next); take another field"
                 )
             self.domains.append(window.domain)
         domain = self.domains.index(window.domain)

@@ -57,16 +57,17 @@ def domains(stats: Stats) -> Analysis:
     maps, order = {}, {}
     for at, layer in enumerate(stats.layers):
         title = f"layer {layer}" + (f", {bits.corrected[at]:.2f} bits" if np.isfinite(bits.corrected[at]) else "")
-        order[title], _ = by_favourite(share[:, at])
+        order[title] = by_favourite(share[:, at])[0].tolist()
         maps[title] = share[:, at, order[title]] * experts
     across = min(2 if layers <= 8 else 4, layers)
     shown = pictures.tiles("experts by domain", maps, "ratio", across=across, rows=stats.domains, columns=order)
     caption = "A row is a domain, a column an expert: its share of the domain's choices over an equal share"
     reading = (
         "Experts with the same favourite domain stand together, the choosiest first. The mutual information says how "
-        "much one choice of an expert tells about the domain of the text: 0 bits if all domains used the experts alike, "
-        f"{np.log2(max(len(stats.domains), 1)):.2f} bits here if every expert worked for one domain only. Counts of little text look "
-        "specialised by chance; that bias is taken off by leaving out an eighth of the windows at a time (jackknife)."
+        "much one choice of an expert tells about the domain of the text: 0 bits if all domains use the experts alike "
+        f"and {np.log2(max(len(stats.domains), 1)):.2f} bits here if every expert worked for one domain only. Counts of "
+        "little text look specialised by chance; that bias is taken off by leaving out an eighth of the windows at a "
+        "time (jackknife)."
     )
     findings = _findings(stats, bits, of_expert * busy)
     return Analysis("domains", "Which domain each expert serves", reading, tables, {caption: shown}, findings)

@@ -53,7 +53,7 @@ def lift(counts: Int[np.ndarray, "layers groups experts"]) -> Float[np.ndarray, 
     """Returns p(expert | group) / p(expert) = p(group | expert) / p(group); 1 is no preference, NaN an idle expert."""
     total = counts.sum((1, 2), keepdims=True)
     expected = counts.sum(2, keepdims=True) * counts.sum(1, keepdims=True) / np.maximum(total, 1)
-    return np.divide(counts, expected, out=np.full(counts.shape, np.nan), where=expected > 0)
+    return np.asarray(np.divide(counts, expected, out=np.full(counts.shape, np.nan), where=expected > 0))
 
 
 def group_bits(counts: Int[np.ndarray, "layers groups experts"]) -> Float[np.ndarray, " layers"]:

@@ -3,6 +3,7 @@
 import matplotlib
 import numpy as np
 from jaxtyping import Float, Int
+from matplotlib.ticker import MaxNLocator
 
 from moekit import pictures
 from moekit.inspect.collect import BINS, Stats, margins, quantile
@@ -44,9 +45,9 @@ def load(stats: Stats) -> Analysis:
     with matplotlib.rc_context(pictures.STYLE):
         shown |= _curves(stats, measured)
     reading = (
-        "Load is the number of tokens that choose an expert, 1 being its fair share, the mean of its layer; gate mass is "
-        "the sum of the weights that they give it. An even layer is pale all over, and its entropy of the load is 1; "
-        "a dead expert (grey) is memory for nothing. The entropy of one token's scores says how sure the router is, "
+        "Load is the number of tokens that choose an expert, 1 being its fair share, the mean of its layer; gate mass "
+        "is the sum of the weights that they give it. An even layer is pale all over, and its entropy of the load is 1. "
+        "A dead expert (grey) is memory for nothing. The entropy of one token's scores says how sure the router is, "
         "and the margin, the gap between the last expert chosen and the next one, how little would change its mind."
     )
     return Analysis("load", "How the work is shared", reading, tables, shown, _findings(stats, measured, relative))
@@ -106,7 +107,7 @@ def _curves(stats: Stats, measured: dict[str, np.ndarray]) -> dict[str, str]:
         axes.plot(stats.layers, measured[middle], color=pictures.THEME["second"])
         pictures.grid_lines(axes)
         axes.set_xlim(stats.layers[0], stats.layers[-1])
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         if name == "margin":
             axes.set_yscale("log")
         else:

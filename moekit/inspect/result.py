@@ -44,7 +44,7 @@ def cell(value: Any) -> Cell:
 
 def percentiles(values: dict[str, Any]) -> Table:
     """Returns the 10th, 50th and 90th percentile of each measure over the layers; None where there is no number."""
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for name, column in values.items():
         found = np.asarray([value for value in column if value is not None], dtype=np.float64)
         found = found[np.isfinite(found)]

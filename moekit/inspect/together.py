@@ -62,7 +62,7 @@ def together(stats: Stats) -> Analysis:
         f"stand in for each other. Pairs that are expected fewer than {FEWEST:.0f} times are left out. Spread is the "
         "root mean square of the ratios in powers of two."
     )
-    found = ()
+    found: tuple[str, ...] = ()
     if len(best):
         top = int(np.argmax(pairs[at, best]))
         found = (

@@ -21,7 +21,7 @@ def tokens(stats: Stats, vocabulary: Vocabulary) -> Analysis:
     told = np.flatnonzero((stats.slot_ids >= 0) & (stats.slot_tokens > 0))
     texts = [shown(vocabulary.texts[number]) for number in stats.slot_ids[told]]
     came = stats.slot_tokens[told].astype(np.float64)
-    top, typical, contexts = list[tuple[Cell, ...]](), list[tuple[Cell, ...]](), list[tuple[Cell, ...]]()
+    top, typical, contexts = (list[tuple[Cell, ...]]() for _ in range(3))
     total = max(int(stats.tokens.sum()), 1)
     for at, layer in enumerate(stats.layers):
         counts = stats.by_token[at, told].astype(np.float64)
@@ -58,8 +58,8 @@ def tokens(stats: Stats, vocabulary: Vocabulary) -> Analysis:
     others = int(stats.slot_tokens[stats.slot_ids < 0].sum())
     reading = (
         "For each expert: the tokens that chose it most often, those that choose it far more often than tokens do on "
-        "average (lift), and the places where it got its largest weights, at most one a window. An expert whose typical "
-        "tokens have a theme is one that a person can name; many have none."
+        "average (lift), and the places where it got its largest weights, at most one a window. An expert whose "
+        "typical tokens have a theme is one that a person can name; many have none."
     )
     if others:
         reading += f" {others:,} tokens are of ids that came too late in the text to be counted one by one."

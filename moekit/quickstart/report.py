@@ -4,18 +4,16 @@ All numbers come from metrics.jsonl and config.yaml of the runs, so the words fo
 The words and the layout are in report.html beside this file.
 """
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 import numpy as np
 
-from moekit import files, pictures
+from moekit import files, page, pictures
 from moekit.config import preset_names
 from moekit.generate.complete import Completion
 from moekit.quickstart import experts
@@ -24,14 +22,7 @@ from moekit.tables import short
 from moekit.version import __version__
 
 FILE = "report.html"
-TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader([Path(__file__).parent, Path(pictures.__file__).parent]),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-TEMPLATES.filters |= {"short": short, "quote": shlex.quote}
+TEMPLATES = page.templates(Path(__file__).parent, short=short, quote=shlex.quote)
 
 
 @matplotlib.rc_context(pictures.STYLE)
@@ -48,7 +39,7 @@ def write_report(
     for a run that has not logged a step yet.
     """
     named = zip(runs.items(), ("first", "second"), strict=False)
-    page = TEMPLATES.get_template(FILE).render(
+    text = TEMPLATES.get_template(FILE).render(
         results=[read_result(name, Path(path), theme) for (name, path), theme in named],
         samples=samples,
         corpus=corpus,
@@ -62,10 +53,7 @@ def write_report(
         load_maps=experts.load_maps,
         specialists=experts.specialists,
     )
-    page = re.sub(
-        r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", page.replace("\r\n", "\n")
-    )  # from the samples; HTML forbids them
-    files.write(Path(out) / FILE, page)
+    files.write(Path(out) / FILE, page.allowed(text))
     return Path(out) / FILE
 
 

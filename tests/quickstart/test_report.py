@@ -22,7 +22,7 @@ from moekit.data import prepare
 from moekit.errors import DataError
 from moekit.generate import Completion
 from moekit.pictures import pool, smooth
-from moekit.quickstart.experts import by_favourite, mutual_information
+from moekit.inspect.domains import by_favourite, mutual_information
 from moekit.quickstart.report import write_report
 from moekit.quickstart.results import read_result
 from moekit.train import train
