@@ -61,7 +61,7 @@ ANALYSES: dict[str, Callable[[Subject], Analysis | None]] = {
     "domains": lambda subject: domains(subject.stats),
     "kinds": lambda subject: kinds(subject.stats),
     "positions": lambda subject: positions(subject.stats),
-    "tokens": lambda subject: tokens(subject.stats, subject.vocabulary),
+    "tokens": lambda subject: tokens(subject.stats, subject.vocabulary, subject.tokenizer.decode),
     "together": lambda subject: together(subject.stats),
     "similarity": lambda subject: similarity(subject.model, subject.stats.sample),
     "agreement": lambda subject: agreement(

@@ -3,7 +3,7 @@
 import matplotlib
 import numpy as np
 from jaxtyping import Float, Int
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from moekit import pictures
 from moekit.inspect.collect import BINS, Stats, margins, quantile
@@ -110,6 +110,9 @@ def _curves(stats: Stats, measured: dict[str, np.ndarray]) -> dict[str, str]:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         if name == "margin":
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.tick_params(axis="y", which="minor", length=0)
         else:
             axes.set_ylim(bottom=0)
             axes.axhline(np.log2(stats.experts), color=pictures.THEME["muted"], linewidth=0.8, linestyle="--")

@@ -1,5 +1,7 @@
 """The tokens that each expert takes most, by count and beyond chance, and where it gave its largest weights."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from moekit.inspect.collect import CONTEXT, Stats
@@ -12,7 +14,7 @@ FEWEST = 20
 """Occurrences below which a token is not called typical of an expert."""
 
 
-def tokens(stats: Stats, vocabulary: Vocabulary) -> Analysis:
+def tokens(stats: Stats, vocabulary: Vocabulary, decode: Callable[[Sequence[int]], str]) -> Analysis:
     """Returns each expert's most frequent and most typical tokens, and contexts of its largest weights.
 
     Lift is p(expert | token) over p(expert); it is bounded from chance by a prior of `FEWEST` tokens that behave as
@@ -47,7 +49,7 @@ def tokens(stats: Stats, vocabulary: Vocabulary) -> Analysis:
                 if weight > 0:
                     # read as one text: a character may be spread over several tokens
                     parts = (ids[:CONTEXT], ids[CONTEXT : CONTEXT + 1], ids[CONTEXT + 1 :])
-                    words = ("".join(vocabulary.texts[number] for number in part if number >= 0) for part in parts)
+                    words = (decode(part[part >= 0].tolist()).strip("\ufffd") for part in parts)
                     contexts.append((layer, expert, cell(float(weight)), *words))
     columns = ("layer", "expert", "token", "choices", "share_of_token", "lift")
     tables = {
