@@ -102,7 +102,7 @@ def tiles(
     parts, y, x = list[str](), 0.0, wide
     for number, (title, values) in enumerate(maps.items()):
         high = len(values)
-        height = width if square else high * min(22.0, max(9.0, 300 / high))
+        height = width if square else high * min(22.0 if len(maps) <= 8 else 12.0, max(9.0, 300 / high))
         if number and number % across == 0:
             y, x = y + height + _GAP + (_HEAD if title else 0), wide
         top = y + (_HEAD if title else 0)

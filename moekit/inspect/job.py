@@ -113,16 +113,20 @@ def inspect(
     paths = [Path(model)] if against is None else [Path(model), Path(against)]
     lengths = [_length(path, sequence_length) for path in paths]
     subjects, inspected, pages = list[Subject](), list[report.Inspected](), list[str]()
-    for path, length in zip(paths, lengths, strict=True):
+    names = [path.resolve().name for path in paths]
+    if len({*names}) < len(names):
+        names = list(map(str, paths))
+    for name, path, length in zip(names, paths, lengths, strict=True):
         loaded, tokenizer = _opened(path, text.data, device, dtype)
         words = vocabulary(tokenizer, loaded.config.vocab_size)
         if trace_text is not None and not subjects:  # first: a text that is too long is told before the work
-            pages = _write_trace(out, loaded, tokenizer, words, trace_text, str(path))
+            pages = _write_trace(out, loaded, tokenizer, words, trace_text, name)
         subject = _read(path, loaded, tokenizer, words, text, length, batch_size, progress)
-        found = {name: ANALYSES[name](subject) for name in chosen}
-        if skipped := [name for name, one in found.items() if one is None]:
+        found = {question: ANALYSES[question](subject) for question in chosen}
+        if skipped := [question for question, one in found.items() if one is None]:
             logger.info("%s: there is nothing for %s to look at", path, ", ".join(skipped))
-        inspected.append(report.Inspected(str(path), _facts(subject), [one for one in found.values() if one]))
+        kept = [one for one in found.values() if one is not None]
+        inspected.append(report.Inspected(name, str(path), _facts(subject), kept))
         subjects.append(subject)
     extra = []
     if len(inspected) == 2:
@@ -240,7 +244,7 @@ def _document(subject: Subject, inspected: report.Inspected) -> dict[str, Any]:
                 rows[row[0]] |= {f"domain_{key}" if name == "domains" else key: values[key] for key in columns}
     tokens = dict(zip(subject.stats.domains, map(int, subject.stats.tokens), strict=True))
     return {
-        "model": inspected.name,
+        "model": inspected.path,
         "facts": inspected.facts,
         "tokens": tokens,
         "findings": {one.name: list(one.findings) for one in inspected.analyses},

@@ -3,7 +3,7 @@
 import matplotlib
 import numpy as np
 from jaxtyping import Float, Int
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from moekit import pictures
 from moekit.inspect.collect import BINS, Stats, margins, quantile
@@ -46,7 +46,7 @@ def load(stats: Stats) -> Analysis:
         shown |= _curves(stats, measured)
     reading = (
         "Load is the number of tokens that choose an expert, 1 being its fair share, the mean of its layer; gate mass "
-        "is the sum of the weights that they give it. An even layer is pale all over, and its entropy of the load is 1. "
+        "is the sum of the weights that they give it. An even layer is pale all over, and its entropy of the load 1. "
         "A dead expert (grey) is memory for nothing. The entropy of one token's scores says how sure the router is, "
         "and the margin, the gap between the last expert chosen and the next one, how little would change its mind."
     )
@@ -111,8 +111,8 @@ def _curves(stats: Stats, measured: dict[str, np.ndarray]) -> dict[str, str]:
         if name == "margin":
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-            axes.tick_params(axis="y", which="minor", length=0)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_locator(NullLocator())
         else:
             axes.set_ylim(bottom=0)
             axes.axhline(np.log2(stats.experts), color=pictures.THEME["muted"], linewidth=0.8, linestyle="--")

@@ -22,6 +22,7 @@ class Inspected(NamedTuple):
     """A model and what was found. `facts` are words about it by name, for the strip at the top."""
 
     name: str
+    path: str
     facts: dict[str, str]
     analyses: list[Analysis]
 
