@@ -64,8 +64,8 @@ def domains(stats: Stats) -> Analysis:
     caption = "A row is a domain, a column an expert: its share of the domain's choices over an equal share"
     reading = (
         "Experts with the same favourite domain stand together, the choosiest first. The mutual information says how "
-        "much one choice of an expert tells about the domain of the text: 0 bits if domains use the experts "
-        f"alike, {np.log2(max(len(stats.domains), 1)):.2f} bits here if every expert worked for one domain only. Counts of "
+        "much one choice of an expert tells about the domain of the text: 0 bits if domains use the experts alike, "
+        f"{np.log2(max(len(stats.domains), 1)):.2f} bits here if every expert worked for one domain only. Counts of "
         "little text look specialised by chance; that bias is taken off by leaving out an eighth of the windows at a "
         "time (jackknife)."
     )

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 
 from moekit import pictures
 from moekit.inspect.collect import Stats
-from moekit.inspect.result import Analysis, table
+from moekit.inspect.result import Analysis, percentiles, table
 from moekit.inspect.vocabulary import KINDS
 
 
@@ -85,6 +85,7 @@ def _analysis(
     )
     tables = {
         "layers": table(layer=stats.layers, bits=bits),
+        "percentiles": percentiles({"bits": bits}),
         "text": table(group=names, tokens=tokens, share=tokens / max(int(tokens.sum()), 1)),
         "experts": each,
     }

@@ -13,7 +13,7 @@ from moekit.inspect.vocabulary import shown
 from moekit.version import __version__
 
 FILE = "report.html"
-ROWS = 30
+ROWS = 40
 """Rows of a table that the page holds; all are in the CSV file."""
 TEMPLATES = page.templates(Path(__file__).parent)
 
@@ -42,7 +42,7 @@ def write_report(
     text = TEMPLATES.get_template(FILE).render(
         subjects=subjects,
         sections=sections(subjects, extra),
-        headline=headline(subjects[0].analyses),
+        headline=headline,
         experts=[_experts(subject.analyses) for subject in subjects],
         trace=trace,
         most_rows=ROWS,

@@ -51,7 +51,10 @@ def together(stats: Stats) -> Analysis:
         "percentiles": percentiles(measured),
         "pairs": strongest,
     }
-    maps = {f"layer {layer}": ratio[number] for number, layer in enumerate(stats.layers)}
+    # a pair that never met is as low as can be; grey is for what is not known
+    maps = {
+        f"layer {layer}": np.where(ratio[number] == 0, 1e-3, ratio[number]) for number, layer in enumerate(stats.layers)
+    }
     across = min(4 if layers <= 8 else 7, max(layers, 2))
     names = ("expert", "expert")
     shown = pictures.tiles("pairs of experts", maps, "ratio", across=across, names=names, square=True)
