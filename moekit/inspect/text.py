@@ -85,7 +85,7 @@ def text_windows(
                 useless = 0
                 piece.append(document)
                 characters += len(document.text)
-                if characters >= PIECE:
+                if characters >= min(PIECE, 8 * limit):  # little more is tokenised than is wanted
                     yield from add(piece)
                     piece, characters = [], 0
                     if progress is not None:
