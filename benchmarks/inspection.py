@@ -23,11 +23,12 @@ from pathlib import Path
 
 import binding
 import measure
+import numpy as np
 import torch
 
 from moekit.config import ModelConfig, preset
 from moekit.data import prepare
-from moekit.formats.tokenizer import load_tokenizer
+from moekit.formats.tokenizer import Tokenizer, load_tokenizer
 from moekit.inspect.collect import collect
 from moekit.inspect.text import Window, rows, text_windows
 from moekit.inspect.vocabulary import vocabulary
@@ -64,12 +65,12 @@ def write_text(folder: Path) -> None:
     prepare([folder], folder / "data", vocab_size=4096, tokenizer_bytes=2_000_000)
 
 
-def inspected(model: Model, folder: Path, args: argparse.Namespace, tokens: int) -> int:
+def inspected(
+    model: Model, tokenizer: Tokenizer, kinds: np.ndarray, folder: Path, args: argparse.Namespace, tokens: int
+) -> int:
     """Returns the tokens that the pass of inspect has read, from the files on."""
-    tokenizer = load_tokenizer(folder / "data")
     texts = sorted(folder.glob("*.jsonl"))
     windows = text_windows(texts, tokenizer, args.length, tokens // len(texts))
-    kinds = vocabulary(tokenizer, model.config.vocab_size).kinds
     return int(collect(model, windows, kinds, args.length, args.batch).tokens.sum())
 
 
@@ -103,7 +104,9 @@ def main(argv: Sequence[str]) -> None:
         name, tokens, folder = args.one
         model = build(name, args.device, args.dtype)
         before = hardware.peak_memory(args.device)
-        read = inspected(model, Path(folder), args, int(tokens))
+        tokenizer = load_tokenizer(Path(folder) / "data")
+        kinds = vocabulary(tokenizer, model.config.vocab_size).kinds
+        read = inspected(model, tokenizer, kinds, Path(folder), args, int(tokens))
         sys.stdout.write(json.dumps([read, before, hardware.peak_memory(args.device)]))
         return
     with contextlib.ExitStack() as stack:
@@ -114,8 +117,9 @@ def main(argv: Sequence[str]) -> None:
         windows = list(text_windows(texts, tokenizer, args.length, args.tokens // len(texts)))
         for model_name in args.models:
             model = build(model_name, args.device, args.dtype)
+            kinds = vocabulary(tokenizer, model.config.vocab_size).kinds
             timed = {
-                "inspect": partial(inspected, model, folder, args, args.tokens),
+                "inspect": partial(inspected, model, tokenizer, kinds, folder, args, args.tokens),
                 "forward": partial(forward, model, windows, args.batch),
             }
             contestants = {
