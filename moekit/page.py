@@ -1,4 +1,4 @@
-"""Pages that need no network and run no script: one look, in page.css beside this file, and one way to write them."""
+"""Pages that need no network: one look, in page.css beside this file, and one way to write them."""
 
 import re
 import shlex
@@ -23,8 +23,12 @@ def templates(folder: Path) -> jinja2.Environment:
     return environment
 
 
+def allowed(page: str) -> str:
+    """Returns the page with U+FFFD for the control characters that HTML forbids; text of models may hold any."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", page.replace("\r\n", "\n"))
+
+
 def write(path: Path, page: str) -> Path:
-    """Returns `path` after the page is there, whole; control characters, which HTML forbids, are replaced."""
-    page = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", page.replace("\r\n", "\n"))
-    files.write(path, page)
+    """Returns `path` after the page is there, whole."""
+    files.write(path, allowed(page))
     return path

@@ -1,21 +1,24 @@
-"""Curves and heat maps as SVG for the inside of a page.
+"""Curves, heat maps and tiles of them as SVG for the inside of a page.
 
 matplotlib draws with stand-in colours, and the page's own variables take their places, so that pictures follow a light
 or a dark theme; text stays text, in the page's font. Heat maps are PNG inside the SVG, one pixel a value.
 """
 
+import base64
 import io
+import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
+import matplotlib.image
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_hex
+from matplotlib.colors import Colormap, LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 
 Array = Float[np.ndarray, "..."]
@@ -32,6 +35,9 @@ POINTS = 160
 
 LOAD_COLOURS = ["#174a73", "#79aed0", "#f4f1ea", "#eb9a5f", "#9c3a0c"]
 _LOAD = LinearSegmentedColormap.from_list("load", LOAD_COLOURS).with_extremes(bad="#8d877c")
+_LEVEL = LinearSegmentedColormap.from_list("level", ["#f4f1ea", "#eb9a5f", "#9c3a0c", "#571d02"]).with_extremes(
+    bad="#8d877c"
+)
 _LAYERS = LinearSegmentedColormap.from_list("layers", ["#d49b2f", "#c8553d", "#8a5aa8", "#3b86bd"])
 
 
@@ -62,6 +68,98 @@ def heat_map(axes: Axes, values: Array, extent: tuple[float, float, float, float
         logs = np.ma.masked_where(values == 0, np.log2(values))
     axes.imshow(logs, _LOAD, aspect="auto", interpolation="none", vmin=-2, vmax=2, extent=extent)
     axes.spines[:].set_visible(False)
+
+
+Scale = Literal["ratio", "share", "cosine"]
+_SCALES: dict[Scale, tuple[Colormap, float, float, tuple[str, str, str]]] = {
+    "ratio": (_LOAD, -2, 2, ("¼ or less", "1", "4 or more; grey: none")),
+    "share": (_LEVEL, 0, 1, ("0", "", "1")),
+    "cosine": (_LOAD, -1, 1, ("-1", "0", "1")),
+}
+"""Colours, the least and the most that they tell apart, and the words under them. A ratio is shown in powers of two."""
+_WIDTH, _LABEL, _GAP, _HEAD = 1000, 12, 14, 18  # of a page of tiles, its letters, between tiles, a tile's title
+
+
+def tiles(
+    label: str,
+    maps: Mapping[str, Array],
+    scale: Scale,
+    *,
+    across: int = 1,
+    rows: Sequence[str] = (),
+    columns: Sequence[int] | Mapping[str, Sequence[int]] = (),
+    names: tuple[str, str] = ("", "expert"),
+    square: bool = False,
+) -> str:
+    """Returns heat maps by title, `across` in a row, each value a cell that a page's script can tell the reader of.
+
+    `rows` name the rows, beside the first map of each row of maps; `columns` number the columns where they are not in
+    order (by title, if each map has its own order). `names` are what a row and a column is. Drawn without matplotlib's
+    axes: dozens of maps take no time.
+    """
+    wide = max((_LABEL * 0.6 * len(row) for row in rows), default=0) + (8 if rows else 0)
+    width = (_WIDTH - wide - (across - 1) * _GAP) / across
+    parts, y, x = list[str](), 0.0, wide
+    for number, (title, values) in enumerate(maps.items()):
+        high = len(values)
+        height = width if square else high * min(22.0 if len(maps) <= 8 else 12.0, max(9.0, 300 / high))
+        if number and number % across == 0:
+            y, x = y + height + _GAP + (_HEAD if title else 0), wide
+        top = y + (_HEAD if title else 0)
+        if title:
+            parts.append(f'<text x="{x:.1f}" y="{y + _LABEL:.1f}" fill="var(--ink)">{escape(title)}</text>')
+        if x == wide and rows:
+            every = -(-len(rows) * 11 // round(height))  # no more names than there is room for
+            for row in range(0, len(rows), max(every, 1)):
+                at = top + (row + 0.5) * height / high + 4
+                parts.append(
+                    f'<text x="{wide - 6:.1f}" y="{at:.1f}" text-anchor="end" fill="var(--muted)">'
+                    f"{escape(rows[row])}</text>"
+                )
+        numbered = columns.get(title, ()) if isinstance(columns, Mapping) else columns
+        told = {
+            "title": title,
+            "names": names,
+            "rows": list(rows) if len(rows) == high else [],
+            "columns": list(map(int, numbered)),
+            "values": [[None if v != v else round(v, 2) for v in line] for line in values.tolist()],
+        }
+        data = escape(json.dumps(told, separators=(",", ":"), ensure_ascii=False))
+        parts.append(
+            f'<image x="{x:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}" preserveAspectRatio="none" '
+            f'data-map="{data}" href="{_png(_coloured(values, scale))}"/>'
+        )
+        x += width + _GAP
+    y = top + height + _GAP
+    low, middle, high_word = _SCALES[scale][3]
+    _, least, most, _ = _SCALES[scale]
+    ramp = np.linspace(least, most, 64)[None]
+    picture = _png(_coloured(2**ramp if scale == "ratio" else ramp, scale))
+    parts.append(
+        f'<image x="{wide:.1f}" y="{y:.1f}" width="180" height="8" preserveAspectRatio="none" href="{picture}"/>'
+    )
+    for place, word, anchor in ((0, low, "start"), (90, middle, "middle"), (180, high_word, "start")):
+        at = wide + place + (-18 if place == 180 else 0)
+        parts.append(
+            f'<text x="{at:.1f}" y="{y + 21:.1f}" text-anchor="{anchor}" fill="var(--muted)">{escape(word)}</text>'
+        )
+    head = f'<svg class="tiles" viewBox="0 0 {_WIDTH} {y + 26:.0f}" font-size="{_LABEL}" role="img"'
+    return f'{head} aria-label="{escape(label)}">{"".join(parts)}</svg>'
+
+
+def _coloured(values: Array, scale: Scale) -> np.ndarray:
+    colours, least, most, _ = _SCALES[scale]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shown = np.log2(values) if scale == "ratio" else np.asarray(values, dtype=np.float64)
+    shown = np.ma.masked_where(~np.isfinite(shown), shown)
+    return np.asarray(colours((shown - least) / (most - least), bytes=True))
+
+
+def _png(pixels: np.ndarray) -> str:
+    """Returns a data address of an image, one pixel a value."""
+    file = io.BytesIO()
+    matplotlib.image.imsave(file, pixels, format="png")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def svg(axes: Axes, label: str) -> str:

@@ -126,6 +126,24 @@ def verify_tables(document: dict[str, Any]) -> list[Table | str]:
     return [_checks(document["checks"]), *places, *document["notes"], f"{escape(document['model'])}: {verdict}"]
 
 
+def inspect_tables(document: dict[str, Any]) -> list[Table | str]:
+    """Returns each model's layers, what was found in words, and where the report is."""
+    parts: list[Table | str] = []
+    for model in document["models"]:
+        columns = {key: key.replace("_", " ") for row in model["layers"] for key in row}
+        listed = table(*(f">{name}" for name in columns.values()))
+        for row in model["layers"]:
+            listed.add_row(*(_number(row[key]) for key in columns))
+        tokens = sum(model["tokens"].values())
+        parts.append(f"[bold]{escape(model['model'])}[/bold]: {tokens:,} tokens of {len(model['tokens'])} domains")
+        parts += [listed, *(f"  {escape(found)}" for said in model["findings"].values() for found in said), ""]
+    return [*parts, f"the report: {document['report']}  ({document['seconds']:.0f} s in all)"]
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
 def _checks(checks: list[dict[str, Any]]) -> Table:
     listed = table("check", ">value", ">bound", "held")
     for check in checks:

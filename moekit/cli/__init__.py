@@ -15,7 +15,20 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from moekit.cli import compare, convert, doctor, evaluate, generate, plan, prepare, presets, quickstart, train, verify
+from moekit.cli import (
+    compare,
+    convert,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    plan,
+    prepare,
+    presets,
+    quickstart,
+    train,
+    verify,
+)
 from moekit.cli.parser import Parser, settings_help, take_overrides
 from moekit.errors import ConfigError, MoekitError, nearest
 from moekit.version import __version__
@@ -30,6 +43,7 @@ VERBS: dict[str, ModuleType] = {
     "compare": compare,
     "generate": generate,
     "evaluate": evaluate,
+    "inspect": inspect,
     "convert": convert,
     "verify": verify,
 }

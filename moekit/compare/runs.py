@@ -103,8 +103,8 @@ def _order(runs: list[Run], seed: int, dataset: TokenDataset) -> str:
     same = [run.config for run in runs if run.seed == seed]
     steps = min(config.steps for config in same)
     hashes = {
-        settings: _windows(Sampler(dataset, *settings, seed), steps)
-        for settings in {(config.data.sequence_length, config.data.batch_size) for config in same}
+        settings: _windows(Sampler(dataset, *settings[:2], seed, settings[2]), steps)
+        for settings in {(c.data.sequence_length, c.data.batch_size, c.data.packing) for c in same}
     }
     assert len({*hashes.values()}) == 1, "architectures of one seed would not see the same batches"
     return next(iter(hashes.values()))

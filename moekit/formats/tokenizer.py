@@ -119,6 +119,19 @@ class Tokenizer:
         lengths[self.eos_id] = 0
         return lengths
 
+    def token_texts(self) -> list[str]:
+        """Returns, for every id, the text that it stands for, with its leading space; an id without a token gives "".
+
+        Special tokens as they are spelt; bytes that are no whole character become U+FFFD.
+        """
+        texts = [""] * self.vocab_size
+        vocabulary = self._plain.get_vocab(with_added_tokens=True)
+        decoded = self._plain.decode_batch([[number] for number in vocabulary.values()], skip_special_tokens=False)
+        for (token, number), text in zip(vocabulary.items(), decoded, strict=True):
+            # SentencePiece's decoders take the space from the first word of a text
+            texts[number] = token.replace("▁", " ") if "▁" in token else text
+        return texts
+
     def files(self) -> dict[str, bytes]:
         """Returns the two files that hold this tokenizer, by name."""
         tokens = {"bos_token": self.bos_id, "eos_token": self.eos_id}

@@ -3,9 +3,9 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
 from moekit import pictures
+from moekit.inspect.domains import by_favourite, mutual_information
 from moekit.quickstart.results import Result
 
 
@@ -73,23 +73,3 @@ def specialists(result: Result) -> Specialists:
     domain, at, expert = map(int, np.unravel_index(np.argmax(of_expert * busy), of_expert.shape))
     best = (list(domains)[domain], layers[at], expert, float(of_expert[domain, at, expert]))
     return Specialists(maps, bits, float(np.log2(len(domains))), *best)
-
-
-def mutual_information(share: Float[np.ndarray, "domains layers experts"]) -> Float[np.ndarray, " layers"]:
-    """Returns the mutual information of domain and expert in each layer, in bits, every domain counting the same.
-
-    `share` is p(expert | domain): I = mean over domains of sum over experts of p(e|d) log2(p(e|d) / p(e)).
-    """
-    ratio = np.divide(share, share.mean(0), out=np.ones_like(share), where=share > 0)
-    return np.asarray((share * np.log2(ratio)).sum(-1).mean(0))
-
-
-def by_favourite(share: Float[np.ndarray, "domains experts"]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the experts sorted by favourite domain, the choosiest first, and where each next group starts.
-
-    Experts without a token come last.
-    """
-    total = share.sum(0)
-    favourite = np.where(total > 0, share.argmax(0), len(share))
-    order = np.lexsort((-share.max(0) / np.maximum(total, 1e-12), favourite))
-    return order, np.flatnonzero(np.diff(favourite[order])) + 1

@@ -21,8 +21,8 @@ from moekit.config import DataConfig, ModelConfig, RunConfig, dump, preset
 from moekit.data import prepare
 from moekit.errors import DataError
 from moekit.generate import Completion
+from moekit.inspect.domains import by_favourite, mutual_information
 from moekit.pictures import pool, smooth
-from moekit.quickstart.experts import by_favourite, mutual_information
 from moekit.quickstart.report import write_report
 from moekit.quickstart.results import read_result
 from moekit.train import train

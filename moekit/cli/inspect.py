@@ -1,0 +1,56 @@
+"""what the experts of a model do on a text: tables, pictures, a report
+
+example:
+  moekit inspect run --text texts/ --out inspected
+"""
+
+import argparse
+from pathlib import Path
+
+from moekit.cli.output import bars, emit, read_text
+from moekit.cli.parser import DEVICE, Add, positive
+from moekit.errors import ConfigError
+
+
+def options(add: Add) -> None:
+    add("model", type=Path, metavar="MODEL", help="a model directory or a run, whose newest checkpoint is taken")
+    add("--text", type=Path, nargs="+", default=[], metavar="FILE", help="text files or folders: jsonl, txt, parquet")
+    add("--data", type=Path, metavar="DATA", help="a prepared dataset instead; its validation text if it has any")
+    add("--out", type=Path, default=Path("inspected"), metavar="DIR", help="where the report goes (inspected)")
+    add("--tokens", type=positive, default=65_536, metavar="N", help="most tokens of each domain (65536)")
+    add("--against", type=Path, metavar="OTHER", help="another model, to be shown beside the first")
+    named = "load, domains, kinds, positions, tokens, together, similarity, agreement; with commas between (all)"
+    add("--analyses", metavar="NAMES", help=named)
+    add("--trace", metavar="TEXT", help="a text whose routing is written token by token, as a file and as a page")
+    add("--trace-file", type=Path, metavar="FILE", help="the same, read from a file")
+    add("--text-field", default="text", metavar="NAME", help="of jsonl and parquet (text)")
+    add("--domain-field", default="domain", metavar="NAME", help="of jsonl and parquet (domain)")
+    add("--sequence-length", type=positive, metavar="N", help="tokens of a window (512, or all that the model reads)")
+    add("--batch-size", type=positive, default=8, metavar="N", help="windows at a time; changes no result (8)")
+    add("--device", **DEVICE)
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (as saved)")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.trace is not None and args.trace_file is not None:
+        raise ConfigError("--trace and --trace-file are both given; choose one")
+    import torch
+
+    from moekit.inspect.job import Text, inspect
+    from moekit.tables import inspect_tables
+
+    with bars() as progress:
+        document = inspect(
+            args.model,
+            Text(args.text, args.data, args.tokens, args.text_field, args.domain_field),
+            args.out,
+            against=args.against,
+            analyses=None if args.analyses is None else [name.strip() for name in args.analyses.split(",")],
+            trace_text=args.trace if args.trace_file is None else read_text(args.trace_file),
+            sequence_length=args.sequence_length,
+            batch_size=args.batch_size,
+            device=args.device,
+            dtype=None if args.dtype is None else getattr(torch, args.dtype),
+            progress=progress,
+        )
+    return emit(args, document, lambda: inspect_tables(document))
