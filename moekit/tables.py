@@ -137,6 +137,9 @@ def inspect_tables(document: dict[str, Any]) -> list[Table | str]:
         tokens = sum(model["tokens"].values())
         parts.append(f"[bold]{escape(model['model'])}[/bold]: {tokens:,} tokens of {len(model['tokens'])} domains")
         parts += [listed, *(f"  {escape(found)}" for said in model["findings"].values() for found in said), ""]
+    if document["findings"]:
+        parts += ["[bold]together[/bold]" if len(document["models"]) > 1 else "[bold]probes[/bold]"]
+        parts += [*(f"  {escape(found)}" for found in document["findings"]), ""]
     return [*parts, f"the report: {document['report']}  ({document['seconds']:.0f} s in all)"]
 
 
@@ -169,6 +172,12 @@ def evaluate_tables(record: dict[str, Any]) -> list[Table | str]:
             listed.add_row(escape(domain), *_text_scores(score), *counts)
         if len(text["domains"]) > 1:
             listed.add_row("mean of domains", *_text_scores(text["mean"]), style="bold")
+        parts.append(listed)
+    if questions := record.get("questions"):
+        listed = table("questions", ">accuracy", ">+/-", ">n", "by length or answer")
+        for name, found in questions.items():
+            groups = ", ".join(f"{group} {share:.3f}" for group, share in found["by_group"].items())
+            listed.add_row(name, f"{found['accuracy']:.4f}", f"{found['stderr']:.4f}", f"{found['n']:,}", groups)
         parts.append(listed)
     if tasks := record.get("tasks"):
         listed = table("task", "metric", ">value", ">+/-", ">shots", ">items", "note")

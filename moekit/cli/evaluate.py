@@ -24,6 +24,12 @@ def options(add: Add) -> None:
     add("--data", type=Path, metavar="DATA", help="prepared data, of which the validation text is taken")
     add("--tasks", metavar="NAMES", help="benchmark tasks, between commas, or all")
     add("--task-data", nargs="+", type=Path, default=[], metavar="FOLDER", help="where the tasks' files are")
+    add(
+        "--questions",
+        type=Path,
+        metavar="FILE",
+        help="of a synthetic task, as `moekit prepare --synthetic` writes them",
+    )
     add("--limit", type=positive, metavar="N", help="the first N items of each task only")
     add("--allow-code-execution", action="store_true", help="run the programs that the model writes, within limits")
     add("--batch-size", type=positive, default=8, metavar="N", help="sequences at once; no score depends on it (8)")
@@ -64,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
 
         harness = MoekitLM(model, tokenizer, args.batch_size, max_length=args.sequence_length)
         record["tasks"] = run_tasks(harness, tasks, args.limit)
+    if args.questions:
+        record["questions"] = _questions(args, model, tokenizer)
     record["seconds"] = round(time.perf_counter() - start, 1)
     if args.out is not None:
         write_json(args.out, record)
@@ -72,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Raises unless there is something to evaluate on and every option has an effect."""
-    if not (args.text or args.data or args.tasks):
-        raise ConfigError("--text, --data or --tasks is missing: what to evaluate on")
+    if not (args.text or args.data or args.tasks or args.questions):
+        raise ConfigError("--text, --data, --tasks or --questions is missing: what to evaluate on")
     if args.text and args.data:
         raise ConfigError("--text and --data are both given; leave one of them out")
     if args.stride and not (args.text or args.data):
@@ -109,3 +117,19 @@ def _text(args: argparse.Namespace, model: "Model", tokenizer: "Tokenizer") -> d
             source = [str(args.data)]
         windows = {"sequence_length": args.sequence_length, "stride": args.stride}
         return text_record(model, documents, tokenizer, source, batch_size=args.batch_size, **windows)
+
+
+def _questions(args: argparse.Namespace, model: "Model", tokenizer: "Tokenizer") -> dict[str, Any]:
+    from moekit.data.synthetic import read_questions
+    from moekit.evaluate.synthetic import score
+
+    found = score(model, tokenizer, read_questions(args.questions), batch_size=args.batch_size)
+    return {
+        task: {
+            "accuracy": one.all.accuracy,
+            "stderr": one.all.standard_error,
+            "n": one.all.questions,
+            "by_group": {group: share.accuracy for group, share in one.by_group.items()},
+        }
+        for task, one in found.items()
+    }

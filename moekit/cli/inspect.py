@@ -1,7 +1,9 @@
 """what the experts of a model do on a text: tables, pictures, a report
 
-example:
+examples:
   moekit inspect run --text texts/ --out inspected
+  moekit inspect run --data data --against other --probes
+  moekit inspect run --watch
 """
 
 import argparse
@@ -21,6 +23,12 @@ def options(add: Add) -> None:
     add("--against", type=Path, metavar="OTHER", help="another model, to be shown beside the first")
     named = "load, domains, kinds, positions, tokens, together, similarity, agreement; with commas between (all)"
     add("--analyses", metavar="NAMES", help=named)
+    add(
+        "--probes",
+        action="store_true",
+        help="the loss without a token's first experts, without shared ones, with fewer",
+    )
+    add("--watch", action="store_true", help="instead: show a training run's load and domains as it goes on")
     add("--trace", metavar="TEXT", help="a text whose routing is written token by token, as a file and as a page")
     add("--trace-file", type=Path, metavar="FILE", help="the same, read from a file")
     add("--text-field", default="text", metavar="NAME", help="of jsonl and parquet (text)")
@@ -32,6 +40,8 @@ def options(add: Add) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.watch:
+        return _watch(args)
     if args.trace is not None and args.trace_file is not None:
         raise ConfigError("--trace and --trace-file are both given; choose one")
     import torch
@@ -46,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
             args.out,
             against=args.against,
             analyses=None if args.analyses is None else [name.strip() for name in args.analyses.split(",")],
+            probed=args.probes,
             trace_text=args.trace if args.trace_file is None else read_text(args.trace_file),
             sequence_length=args.sequence_length,
             batch_size=args.batch_size,
@@ -54,3 +65,15 @@ def run(args: argparse.Namespace) -> int:
             progress=progress,
         )
     return emit(args, document, lambda: inspect_tables(document))
+
+
+def _watch(args: argparse.Namespace) -> int:
+    for name in ("text", "data", "against", "analyses", "probes", "trace", "trace_file"):
+        if getattr(args, name):
+            raise ConfigError(f"--{name.replace('_', '-')} has no effect with --watch; leave it out")
+    from moekit.inspect.watch import latest, watch
+
+    if args.json:
+        return emit(args, latest(args.model), list)
+    watch(args.model)
+    return 0

@@ -23,9 +23,10 @@ from moekit.inspect.collect import Stats, collect
 from moekit.inspect.domains import domains
 from moekit.inspect.kinds import kinds, positions
 from moekit.inspect.load import load
+from moekit.inspect.probes import NAMES, probes
 from moekit.inspect.result import Analysis
 from moekit.inspect.similarity import similarity
-from moekit.inspect.text import Progress, Window, dataset_windows, text_windows
+from moekit.inspect.text import Progress, Window, dataset_windows, predictions, text_windows
 from moekit.inspect.together import together
 from moekit.inspect.tokens import tokens
 from moekit.inspect.trace import trace, trace_page, write_trace
@@ -88,6 +89,7 @@ def inspect(
     *,
     against: str | Path | None = None,
     analyses: Sequence[str] | None = None,
+    probed: bool = False,
     trace_text: str | None = None,
     sequence_length: int | None = None,
     batch_size: int = 8,
@@ -98,7 +100,9 @@ def inspect(
     """Returns the findings and writes the report, its tables and the trace to `out`, the report last.
 
     `model` and `against` are model directories or runs, of which the newest checkpoint is taken. `analyses` are names
-    of `ANALYSES` (all). Raises ConfigError for a dense model, and for an `out` that holds something else.
+    of `ANALYSES` (all). `probed` asks the paper's probes too, of both models side by side where there are two, which
+    takes a forward pass for every point of their curves. Raises ConfigError for a dense model, and for an `out` that
+    holds something else.
     """
     started, out = time.perf_counter(), Path(out)
     chosen = list(ANALYSES) if analyses is None else list(analyses)
@@ -113,9 +117,7 @@ def inspect(
     paths = [Path(model)] if against is None else [Path(model), Path(against)]
     lengths = [_length(path, sequence_length) for path in paths]
     subjects, inspected, pages = list[Subject](), list[report.Inspected](), list[str]()
-    names = [path.resolve().name for path in paths]
-    if len({*names}) < len(names):
-        names = list(map(str, paths))
+    names = _names(paths)
     for name, path, length in zip(names, paths, lengths, strict=True):
         loaded, tokenizer = _opened(path, text.data, device, dtype)
         words = vocabulary(tokenizer, loaded.config.vocab_size)
@@ -129,6 +131,8 @@ def inspect(
         inspected.append(report.Inspected(name, str(path), _facts(subject), kept))
         subjects.append(subject)
     extra = []
+    if probed:
+        extra += _probes(subjects, tuple(names), batch_size, progress)
     if len(inspected) == 2:
         extra.append(beside((inspected[0].name, inspected[1].name), inspected[0].analyses, inspected[1].analyses))
     written = report.write_report(out, inspected, extra, pages[-1] if pages else None)
@@ -136,11 +140,21 @@ def inspect(
         "out": str(out),
         "report": str(out / report.FILE),
         "models": [_document(subject, one) for subject, one in zip(subjects, inspected, strict=True)],
+        "findings": [finding for one in extra for finding in one.findings],
         "files": [*written, *pages],
         "seconds": round(time.perf_counter() - started, 1),
     }
     write_json(out / SUMMARY, document)
     return document
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Returns what the models are called: the last part of a path, of two paths the last in which they differ."""
+    parts = [path.resolve().parts for path in paths]
+    while len(parts) == 2 and parts[0][-1] == parts[1][-1] and min(map(len, parts)) > 1:
+        parts = [of[:-1] for of in parts]
+    names = [of[-1] for of in parts]
+    return names if len({*names}) == len(paths) else list(map(str, paths))
 
 
 def _folder(path: Path) -> Path:
@@ -203,6 +217,25 @@ def _read(
     stats = collect(model, windows(progress), words.kinds, length, batch_size)
     checkpoints = finished(path) if (path / "checkpoints").is_dir() else []
     return Subject(path, model, tokenizer, words, windows, stats, checkpoints)
+
+
+def _probes(
+    subjects: Sequence[Subject], names: tuple[str, ...], batch_size: int, progress: Progress | None
+) -> list[Analysis]:
+    """Returns the paper's probes of the models on the text, which they must read in the same tokens."""
+    first, *others = subjects
+    for other in others:
+        if other.tokenizer.fingerprint != first.tokenizer.fingerprint:
+            raise ConfigError(f"--probes lays losses side by side, but {first.path} and {other.path} read other tokens")
+    total = 2 * int(first.stats.tokens.sum())
+
+    def shown(tokens: int) -> None:
+        if progress is not None:
+            progress("probes", min(2 * tokens, total), total)  # in bytes, as the pass over a dataset counts
+
+    text = predictions(first.windows(), batch_size)
+    pair = (names[0], names[1]) if others else (names[0], NAMES[1] if names[0] != NAMES[1] else NAMES[0])
+    return probes(first.model, text, others[0].model if others else None, names=pair, progress=shown)
 
 
 def _write_trace(out: Path, model: Model, tokenizer: Tokenizer, words: Vocabulary, text: str, name: str) -> list[str]:

@@ -233,7 +233,16 @@ def _answer(question: Question, configs: Mapping[str, MoEConfig], scores: Scores
         "by domain": Table(("model", *question.columns, "domain", *Score._fields), by_domain),
         "in the paper": Table(("model", question.axis, "loss", "ratio"), printed),
     }
-    return Analysis(question.name, question.title, question.reading, tables, _draw(question, configs, scores))
+    findings = list[str]()
+    for name in configs:
+        measured = [row for row in means if row[0] == name and row[-1] is None]
+        if len(measured) < 2:  # as it is, and no other way
+            continue
+        worst = max(measured, key=lambda row: float(row[-6] or 0))
+        where = ", ".join(f"{column} {value}" for column, value in zip(question.columns, worst[1:], strict=False))
+        findings.append(f"{name}: at most {float(worst[-6] or 0):.3f} times the unaltered loss ({where})")
+    pictures = _draw(question, configs, scores)
+    return Analysis(question.name, question.title, question.reading, tables, pictures, tuple(findings))
 
 
 class Curve(NamedTuple):
@@ -287,5 +296,7 @@ def _picture(question: Question, label: str, curves: Sequence[Curve]) -> str:
         axes.set_xticks(range(len(question.ticks)), question.ticks)
         axes.set_xlim(-0.5, len(question.ticks) - 0.5)
     if len(curves) > 1:
-        axes.legend(frameon=False, labelcolor=pictures.THEME["muted"])
+        above: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}
+        small: Any = {"ncols": 2, "fontsize": 7.5, "handlelength": 1.4, "labelcolor": pictures.THEME["muted"]}
+        axes.legend(**above, **small, frameon=False)
     return pictures.svg(axes, f"{question.title}: {label}")

@@ -64,9 +64,13 @@ def write_tables(folder: Path, analysis: Analysis) -> list[str]:
     }
     files.write(folder / f"{analysis.name}.json", json.dumps(content, ensure_ascii=False) + "\n")
     for name, one in analysis.tables.items():
-        files.write(folder / f"{analysis.name}-{name}.csv", as_csv(one))
+        files.write(folder / _csv(analysis, name), as_csv(one))
     prefix = f"{folder.name}/" if folder.name == "against" else ""
-    return [f"{prefix}{analysis.name}.json", *(f"{prefix}{analysis.name}-{name}.csv" for name in analysis.tables)]
+    return [f"{prefix}{analysis.name}.json", *(f"{prefix}{_csv(analysis, name)}" for name in analysis.tables)]
+
+
+def _csv(analysis: Analysis, table: str) -> str:
+    return f"{analysis.name}-{table.replace(' ', '_')}.csv"
 
 
 def as_csv(found: Table) -> str:

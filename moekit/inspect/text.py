@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from moekit.data import TokenDataset
+from moekit.data import Batch, TokenDataset
+from moekit.data.sampler import IGNORE
 from moekit.data.text import Document, file_documents, text_files
 from moekit.errors import CheckpointError
 from moekit.formats.tokenizer import Tokenizer
@@ -127,3 +128,26 @@ def rows(windows: Iterable[Window], batch_size: int, vocab_size: int) -> Iterato
         if (highest := int(ids.max())) >= vocab_size:
             raise CheckpointError(f"the tokenizer gives the id {highest} but the model's vocab_size is {vocab_size}")
         yield Rows(torch.from_numpy(ids), None if real.all() else torch.from_numpy(real), batch)
+
+
+def predictions(windows: Iterable[Window], batch_size: int) -> Iterator[tuple[str, Batch]]:
+    """Yields each domain's windows side by side, every token but a window's first to be predicted; padded as in
+    validation. A window of one token predicts nothing and is left out."""
+    waiting: dict[str, list[Window]] = {}
+    for window in windows:
+        if len(window.tokens) > 1:
+            waiting.setdefault(window.domain, []).append(window)
+            if len(waiting[window.domain]) == batch_size:
+                yield window.domain, _side_by_side(waiting.pop(window.domain))
+    for domain, rest in waiting.items():
+        yield domain, _side_by_side(rest)
+
+
+def _side_by_side(windows: list[Window]) -> Batch:
+    shape = len(windows), max(len(window.tokens) for window in windows) - 1
+    batch = Batch(np.zeros(shape, np.int64), np.full(shape, IGNORE), np.full(shape, -1))
+    for row, window in enumerate(windows):
+        length = len(window.tokens) - 1
+        batch.input_ids[row, :length], batch.labels[row, :length] = window.tokens[:-1], window.tokens[1:]
+        batch.document_ids[row, :length] = 0
+    return batch

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from moekit.cli import main
-from moekit.inspect.job import ANALYSES
+from moekit.inspect.job import ANALYSES, _names
+from moekit.inspect.text import Window, predictions
 
 
 class Page(HTMLParser):
@@ -166,3 +167,41 @@ def test_a_mistake_is_one_line_before_any_work(
     assert message in shown.err
     assert shown.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_probes_of_two_models_stand_in_the_report(
+    model: Path, model_of: Callable[..., Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = model_of("other", ffn={"n_routed_experts": 16, "n_shared_experts": 0})
+    words = ("--analyses", "load", "--probes", "--tokens", "256", "--out", tmp_path / "out")
+    found = inspect(capsys, model, "--against", other, "--text", *files_of(text), *words)
+    rows = list(csv.DictReader((tmp_path / "out" / "disable_top-mean_over_domains.csv").open()))
+    assert {row["model"] for row in rows} == {"model", "other"}
+    assert {row["ratio"] for row in rows if row["masked"] == "0"} == {"1.0"}
+    assert any(float(row["ratio"]) != 1 for row in rows)
+    assert any(said.startswith("model: at most ") for said in found["findings"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Without the shared experts" in page
+    assert all(said in page for said in found["findings"])
+
+
+def test_probes_predict_every_token_but_a_windows_first() -> None:
+    windows = [Window("a", 0, np.arange(5)), Window("b", 0, np.arange(1)), Window("a", 1, np.arange(5, 8))]
+    ((domain, batch),) = predictions(windows, 4)
+    assert domain == "a"
+    assert batch.input_ids.tolist() == [[0, 1, 2, 3], [5, 6, 0, 0]]
+    assert batch.labels.tolist() == [[1, 2, 3, 4], [6, 7, -100, -100]]
+    assert (batch.document_ids >= 0).tolist() == [[True] * 4, [True, True, False, False]]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "names"),
+    [("a/x/s", "b/y/s", ["x", "y"]), ("a/x", "a/x/y", ["x", "y"]), ("x/a", "x/a", ["x/a", "x/a"])],
+)
+def test_two_models_are_called_by_what_tells_them_apart(first: str, second: str, names: list[str]) -> None:
+    assert _names([Path(first), Path(second)]) == names
+
+
+def test_an_option_beside_watch_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "run", "--watch", "--probes"]) == 2
+    assert "--probes has no effect with --watch; leave it out" in capsys.readouterr().err
