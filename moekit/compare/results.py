@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from moekit import files
+from moekit.compare import answers
 from moekit.compare.plan import Plan, costs
 from moekit.compare.runs import Run, receipt_of
 from moekit.compare.statistics import difference, summarize
@@ -23,10 +24,13 @@ Scores = Mapping[str, Mapping[str, float]]
 """Architecture -> seed -> value."""
 
 
-def write_results(plan: Plan, runs: list[Run], out: Path, data: dict[str, Any]) -> dict[str, Any]:
+def write_results(
+    plan: Plan, runs: list[Run], out: Path, data: dict[str, Any], asked: Mapping[Run, dict[str, Any]]
+) -> dict[str, Any]:
     """Returns what result.json holds, written with curves.csv: all figures of the finished runs.
 
-    Whatever depends on the machine's speed stands under keys called `timing`; the rest is the same every time.
+    `asked` is what questions of a synthetic task came to, empty without any. Whatever depends on the machine's speed
+    stands under keys called `timing`; the rest is the same every time.
     """
     comparison = plan.comparison
     found = {run: read_scores(run) for run in runs}
@@ -49,6 +53,10 @@ def write_results(plan: Plan, runs: list[Run], out: Path, data: dict[str, Any]) 
     }
     for measure in MEASURES:
         result[measure] = analysis({name: row["seeds"] for name, row in rows.items()}, measure, comparison.baseline)
+    if asked:
+        by_seed = {name: {str(r.seed): found for r, found in asked.items() if r.name == name} for name in rows}
+        result[answers.MEASURE] = analysis(by_seed, answers.MEASURE, comparison.baseline)
+        result[answers.MEASURE]["questions"] = next(iter(asked.values()))["questions"]
     result["expected"] = [beside(one.model_dump(), result["loss"], comparison.baseline) for one in comparison.expected]
     files.write_json(out / FILE, result)
     files.write(out / CURVES, curves_csv(runs))

@@ -58,6 +58,8 @@ def result_tables(result: dict[str, Any]) -> list[Table | str]:
     for domain, one in bits["domains"].items():
         domains.add_row(escape(domain), *(_number(one["summaries"][name]["mean"]) for name in names))
 
+    answers = [_answers(result["accuracy"], names, baseline)] if "accuracy" in result else []
+
     pairs = table("row less column", *(f">{name}" for name in names))
     for row in names:
         cells = (result["loss"]["pairs"][row].get(column) for column in names)
@@ -71,8 +73,28 @@ def result_tables(result: dict[str, Any]) -> list[Table | str]:
         marked = f"seed {seeds} alone: no interval, and nothing can be concluded"
 
     failed = [f"{one['run']} failed: {escape(one['error'])} ({escape(one['log'])})" for one in result["failed"]]
-    parts: list[Table | str] = [f"[bold]{escape(result['title'])}[/bold]", scores, pairs, marked, domains, spent]
+    parts: list[Table | str] = [
+        f"[bold]{escape(result['title'])}[/bold]",
+        scores,
+        pairs,
+        marked,
+        *answers,
+        domains,
+        spent,
+    ]
     return [*parts, *(_expected(one, baseline, overall) for one in result["expected"]), *failed, result["report"]]
+
+
+def _answers(accuracy: dict[str, Any], names: list[str], baseline: str) -> Table:
+    """Returns the shares of right answers, in all and by group, with the difference to the baseline."""
+    overall, groups = accuracy["mean"], accuracy["domains"]
+    columns = (f">right of {accuracy['questions']:,}", ">sd", f">less {baseline}", *(f">{group}" for group in groups))
+    listed = table("answers", *columns)
+    for name in names:
+        one, gap = overall["summaries"][name], overall["differences"].get(name)
+        shares = (_number(of["summaries"][name]["mean"]) for of in groups.values())
+        listed.add_row(name, _number(one["mean"]), _number(one["sd"]), _gap(gap), *shares)
+    return listed
 
 
 def _expected(one: dict[str, Any], baseline: str, ours: dict[str, Any]) -> Table:

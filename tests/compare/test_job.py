@@ -18,6 +18,7 @@ from moekit.cli import main
 from moekit.config import load_run_config
 from moekit.config.files import write_yaml
 from moekit.data import Sampler, open_dataset
+from moekit.data.synthetic import prepare_synthetic
 from moekit.train import metrics
 
 
@@ -253,3 +254,29 @@ def test_what_comes_with_the_package_is_listed_and_can_be_looked_at(capsys: pyte
     assert json.loads(capsys.readouterr().out)["runs"] == 15
     assert main(["compare", "table1", "--print-config", "--seeds", "3"]) == 0
     assert "seeds:\n- 3\n" in capsys.readouterr().out
+
+
+def test_questions_that_the_data_brings_along_are_asked_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_synthetic("phone-book", tmp_path / "book", examples=64, questions=12)
+    ffn = "n_routed_experts: 2, num_experts_per_tok: 1, moe_intermediate_size: 8"
+    attention = "attention: {num_attention_heads: 2, num_key_value_heads: 2, head_dim: 8}"
+    model = f"vocab_size: 257, hidden_size: 16, num_hidden_layers: 1, max_position_embeddings: 64, {attention}"
+    (tmp_path / "two.yaml").write_text(
+        "title: two\nbaseline: a\nseeds: [0]\n"
+        f"architectures: {{a: {{model: {{{model}, ffn: {{{ffn}}}}}}}, b: {{model: {{{model}, ffn: {{{ffn}}}}}}}}}\n"
+        "recipe: {steps: 2, schedule: {warmup_steps: 0}, "
+        "data: {sequence_length: 32, batch_size: 2, packing: documents}}\n"
+    )
+    words = [str(tmp_path / "two.yaml"), "--data", str(tmp_path / "book"), "--out", str(tmp_path / "out"), "--json"]
+    assert main(["compare", *words, "--quiet"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["accuracy"]["questions"] == 12
+    kept = json.loads((tmp_path / "out" / "runs" / "a" / "seed-0.answers.json").read_text())
+    shares = result["accuracy"]["mean"]["summaries"]
+    assert shares["a"]["mean"] == kept["score"]["accuracy"]
+    assert 0 <= shares["a"]["mean"] <= 1
+    assert "The answers" in (tmp_path / "out" / "report.html").read_text()
+    monkeypatch.setattr("moekit.compare.answers.score", None)  # would fail if it were asked again
+    assert main(["compare", *words, "--quiet"]) == 0

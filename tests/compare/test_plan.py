@@ -26,9 +26,17 @@ def _plan(folder: Path, overrides: dict[str, str] | None = None, **changes: Any)
     return resolve(load_comparison(folder / "c.yaml", overrides), template=True)
 
 
-@pytest.mark.parametrize("size", ["tiny", "mini", "2b"])
-@pytest.mark.parametrize("name", comparison_names())
-def test_every_ready_made_comparison_holds_its_own_budget_at_every_size(name: str, size: str) -> None:
+SIZED = [name for name in comparison_names() if load_comparison(name).size]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *((name, size) for name in SIZED for size in ("tiny", "mini", "2b")),
+        *((name, None) for name in comparison_names() if name not in SIZED),
+    ],
+)
+def test_every_ready_made_comparison_holds_its_own_budget_at_every_size(name: str, size: str | None) -> None:
     comparison = load_comparison(name, size=size)
     plan = resolve(comparison, template=True)
     assert len(plan.configs) == len(comparison.architectures)
@@ -51,6 +59,16 @@ def test_the_ready_made_comparisons_are_the_papers_architectures() -> None:
     shared = [(one.model.ffn.n_shared_experts, one.model.ffn.num_experts_per_tok)
               for one in models if one.model.ffn.kind == "moe"]  # fmt: skip
     assert shared == [(1, 7), (2, 6), (4, 4)]
+
+
+def test_the_parrots_have_one_active_size_and_dense_models_of_the_same_widths() -> None:
+    models = {name: one.model for name, one in resolve(load_comparison("parrots"), template=True).configs.items()}
+    active = {name: model.num_active_parameters for name, model in models.items() if name.startswith("experts")}
+    routers = {name: 2 * 64 * model.ffn.n_routed_experts for name, model in models.items() if name in active}
+    assert len({count - routers[name] for name, count in active.items()}) == 1
+    for experts in (4, 16, 64):
+        sparse, dense = models[f"experts-{experts}"], models[f"dense-x{experts}"]
+        assert sparse.num_parameters - routers[f"experts-{experts}"] == dense.num_parameters
 
 
 def test_architectures_are_variants_presets_changed_presets_or_models(tmp_path: Path) -> None:
