@@ -9,7 +9,6 @@ there is not done again. A row is one architecture: the share of questions answe
 import json
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int, help="of training (the plan's)")
     parser.add_argument("--folder", type=Path, default=Path("parrots"), help="of data and runs (parrots)")
     args = measure.parse(parser, argv)
-    plan, guard, start = read_yaml(args.plan), measure.Guard(args.device), time.perf_counter()
+    plan, guard = read_yaml(args.plan), measure.Guard(args.device)
     folder = args.folder / args.task
     data = folder / "data"
     prepare_synthetic(args.task, data, examples=args.examples, questions=args.questions)
@@ -94,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
     header = ["architecture", "parameters", "active", "right", "standard error", *groups, "training loss", "seconds"]
     what = (
         f"{args.task}: {args.examples:,} examples, {args.questions:,} questions, seeds {plan['seeds']}, "
-        f"{args.steps or plan['recipe']['steps']:,} steps. {time.perf_counter() - start:.0f} s in all."
+        f"{args.steps or plan['recipe']['steps']:,} steps."
     )
     measure.report(args, f"Experts and the task {args.task}", what, guard, [measure.table(header, rows)], [])
 
