@@ -93,7 +93,7 @@ def test_tasks_give_their_prompt_with_their_score(folder: Path, said: Said) -> N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--text, --data or --tasks is missing: what to evaluate on"),
+        ([], "--text, --data, --tasks or --questions is missing: what to evaluate on"),
         (["--text", "a", "--data", "b"], "--text and --data are both given"),
         (["--text", "{}/nothing.txt"], "nothing.txt does not exist"),
         (["--text", "{}/b.jsonl", "--stride", "65"], "stride is 65 but must be 1 to 64"),
