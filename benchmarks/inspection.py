@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import gzip
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -83,15 +82,6 @@ def forward(model: Model, windows: Sequence[Window], batch: int) -> None:
         model(one.input_ids.to(model.embed_tokens.weight.device), padding_mask=mask, return_logits=False)
 
 
-def peak_memory(device: torch.device) -> int:
-    """Returns the most bytes that this program has held; `hardware.peak_memory` counts its parent's too on a CPU."""
-    status = Path("/proc/self/status")
-    if device.type == "cpu" and status.exists():
-        (found,) = re.findall(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)
-        return int(found) * 1024
-    return hardware.peak_memory(device)
-
-
 def own_time(device: torch.device, run: Callable[[], object]) -> float | None:
     """Returns the processor's seconds that the process takes; None on a GPU, where the clock has to tell."""
     start = time.process_time()
@@ -116,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
         tokenizer = load_tokenizer(Path(folder) / "data")
         kinds = vocabulary(tokenizer, model.config.vocab_size).kinds
         read = inspected(model, tokenizer, kinds, Path(folder), args, int(tokens))
-        sys.stdout.write(json.dumps([read, peak_memory(args.device)]))
+        sys.stdout.write(json.dumps([read, hardware.peak_memory(args.device)]))
         return
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -1,11 +1,13 @@
 """What the machine can do: the device, the precision, the speed of its matrix products."""
 
+import contextlib
 import math
 import os
 import re
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -82,6 +84,9 @@ def peak_memory(device: torch.device) -> int:
     """Returns the most bytes that the process (CPU) or its tensors (CUDA) have held so far; 0 where unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):  # Linux: getrusage counts what the parent held when it started this process
+        if found := re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE):
+            return int(found[1]) * 1024
     try:
         import resource  # not on Windows
     except ImportError:

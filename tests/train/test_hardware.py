@@ -1,5 +1,8 @@
 """Which device and precision a setting means."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -38,3 +41,11 @@ def test_measuring_the_matmul_draws_nothing_from_the_random_stream(device: torch
 def test_peak_memory_covers_what_was_allocated(device: torch.device) -> None:
     block = torch.ones(1 << 20, device=device)
     assert hardware.peak_memory(device) >= block.nbytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system counts it so")
+def test_peak_memory_of_a_child_is_not_its_parents() -> None:
+    block = torch.ones(1 << 29, dtype=torch.uint8)  # 512 MiB in this process
+    code = "import torch; from moekit.train import hardware; print(hardware.peak_memory(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < hardware.peak_memory(torch.device("cpu")) - block.nbytes // 2
