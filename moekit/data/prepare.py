@@ -179,7 +179,7 @@ def _pieces(journal: Journal, numbers: Iterable[int], report: Progress) -> Itera
                     split = "valid" if draw < (arguments.valid_fraction or 0) else "train"
                 yield Piece(document, split, file, number)
                 if number % 256 == 255:
-                    report("tokenise", ends[file] - (0 if raw.closed else max(source.size - raw.tell(), 0)), ends[-1])
+                    report("tokenise", ends[file] - max(source.size - raw.tell(), 0), ends[-1])
         report("tokenise", ends[file], ends[-1])
 
 

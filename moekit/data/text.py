@@ -81,7 +81,8 @@ def file_documents(
         records = _numbered(path, _parquet_rows(raw, text_field, domain_field, prompt_field))
     else:
         stream = pa.input_stream(raw, compression=COMPRESSION.get(path.suffix.lower()))
-        lines = _numbered(path, _lines(io.BufferedReader(stream, 1 << 16)))
+        reader = io.BufferedReader(stream, 1 << 16)  # held: when it goes, it closes `raw`, whose position is asked for
+        lines = _numbered(path, _lines(reader))
         if suffix.startswith(".jsonl"):
             records = (line for line in lines if line[1].strip())
         else:

@@ -147,13 +147,12 @@ def read_files(
     files = text_files(paths)
     done, total = 0, sum(file.stat().st_size for file in files)
     for path, folder in files.items():
-        size = path.stat().st_size
         with path.open("rb") as raw:
             for document in file_documents(path, raw, text_field, domain_field, folder):
                 yield document
                 if progress is not None:
-                    progress("text", done + (size if raw.closed else raw.tell()), total)  # closed once read to its end
-        done += size
+                    progress("text", done + raw.tell(), total)
+        done += path.stat().st_size
 
 
 def read_dataset(dataset: TokenDataset, tokenizer: Tokenizer, progress: Progress | None = None) -> Iterator[Encoded]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moekit.data.text import CUT_DOCUMENT, WHOLE_FILE, Document, text_files
+from moekit.data.text import CUT_DOCUMENT, WHOLE_FILE, Document, file_documents, text_files
 from moekit.errors import DataError
 
 Reader = Callable[..., Iterator[Document]]
@@ -262,3 +262,11 @@ def test_random_damage_gives_documents_or_a_data_error_and_nothing_else(
             outcomes.add("error")
     assert outcomes <= {True, "error"}
     assert "error" in outcomes
+
+
+@pytest.mark.parametrize("content", ["short", "\n\n".join(["ab " * 5334] * 70)], ids=["one document", "cut"])
+def test_the_position_can_be_asked_for_after_the_last_document(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.txt").write_text(content)
+    with (tmp_path / "a.txt").open("rb") as raw:
+        positions = [raw.tell() for _ in file_documents(tmp_path / "a.txt", raw)]
+    assert positions[-1] == len(content)

@@ -8,7 +8,7 @@ import pytest
 
 from moekit.data import open_dataset
 from moekit.errors import CheckpointError
-from moekit.formats.tokenizer import Tokenizer, load_tokenizer
+from moekit.formats.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from moekit.inspect import text as module
 from moekit.inspect.text import Window, dataset_windows, rows, text_windows
 
@@ -88,3 +88,12 @@ def test_rows_are_padded_on_the_right_and_full_ones_have_no_mask() -> None:
     assert padded.real.tolist() == [[True, False], [True, True]]
     with pytest.raises(CheckpointError, match=r"the id 3 but the model's vocab_size is 3"):
         list(rows(windows, 2, 3))
+
+
+def test_a_plain_text_file_is_read_to_its_end_with_progress(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("It was the best of times. " * 100)
+    tokenizer = train_tokenizer(["It was the best of times."], 300)
+    told: list[tuple[str, int, int]] = []
+    windows = list(text_windows([tmp_path / "book.txt"], tokenizer, 16, 64, progress=lambda *seen: told.append(seen)))
+    assert sum(len(window.tokens) for window in windows) == 64
+    assert told[-1] == ("inspect", 2600, 2600)
