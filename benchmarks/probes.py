@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 
 import moekit
 from moekit import files, receipts
-from moekit.cli.output import model_folder
 from moekit.data import Batch, TokenDataset, open_dataset, validation_windows
 from moekit.errors import ConfigError
 from moekit.formats.tokenizer import load_tokenizer
@@ -30,6 +29,7 @@ from moekit.inspect.losses import MEAN
 from moekit.inspect.probes import REST, probes
 from moekit.inspect.result import Analysis
 from moekit.train.hardware import choose_device
+from moekit.train.state import model_folder
 
 Row = dict[str, Any]
 AXES = {"disable_top": "fraction", "without_shared": "routed", "fewer_active": "routed"}

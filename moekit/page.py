@@ -1,4 +1,4 @@
-"""Pages that need no network: one look, in page.css beside this file, and one way to write them."""
+"""Pages that need no network: one look, in head.html and page.css beside this file, and one way to write them."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ from moekit.tables import short
 
 
 def templates(folder: Path) -> jinja2.Environment:
-    """Returns the templates of a folder; they may include page.css, and an unknown name in one is an error."""
+    """Returns the templates of a folder; they may include head.html; an unknown name is an error."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([folder, Path(__file__).parent]),
         autoescape=True,

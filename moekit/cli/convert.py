@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moekit.cli.output import bars, emit, model_folder, read_text
+from moekit.cli.output import bars, emit, read_text
 from moekit.cli.parser import Add
 from moekit.errors import ConfigError
 
@@ -43,6 +43,7 @@ def _converter(args: argparse.Namespace, text: str | None) -> Callable[..., dict
     from moekit.formats.convert import convert
     from moekit.formats.gguf.export import export_gguf
     from moekit.formats.gguf.restore import import_gguf
+    from moekit.train.state import model_folder
 
     source, target = "GGUF" if args.source.is_file() else "a model directory", args.to
     if source == "GGUF" and target != "moekit":

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moekit.cli.output import bars, emit, model_folder
+from moekit.cli.output import bars, emit
 from moekit.cli.parser import DEVICE, Add, positive
 from moekit.errors import ConfigError, UnsupportedError
 
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from moekit.formats.tokenizer import load_tokenizer
     from moekit.tables import evaluate_tables
     from moekit.train.hardware import choose_device
+    from moekit.train.state import model_folder
 
     start = time.perf_counter()
     folder = model_folder(args.model)

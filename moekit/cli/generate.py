@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from moekit.cli.output import emit, model_folder, read_text
+from moekit.cli.output import emit, read_text
 from moekit.cli.parser import DEVICE, Add, positive
 from moekit.errors import ConfigError
 
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from moekit.formats.weights import weight_bytes
     from moekit.generate import SamplingSettings, complete
     from moekit.train.hardware import choose_device, memory
+    from moekit.train.state import model_folder
 
     settings = validate(SamplingSettings, {name: getattr(args, name) for name in SamplingSettings.model_fields})
     folder = model_folder(args.model)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moekit.errors import ConfigError, DataError
+from moekit.errors import DataError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,14 +70,3 @@ def read_text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text: byte {error.start}") from None
-
-
-def model_folder(given: Path) -> Path:
-    """Returns the newest whole checkpoint of a run, or the model directory that was given."""
-    from moekit.train.state import newest
-
-    if not (given / "checkpoints").is_dir():
-        return given
-    if (folder := newest(given)) is None:
-        raise ConfigError(f"{given} is a run without a checkpoint yet")
-    return folder

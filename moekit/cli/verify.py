@@ -7,7 +7,7 @@ example:
 import argparse
 from pathlib import Path
 
-from moekit.cli.output import bars, emit, model_folder, read_text
+from moekit.cli.output import bars, emit, read_text
 from moekit.cli.parser import Add
 
 
@@ -20,6 +20,7 @@ def options(add: Add) -> None:
 def run(args: argparse.Namespace) -> int:
     from moekit.formats.verify import verify
     from moekit.tables import verify_tables
+    from moekit.train.state import model_folder
 
     text = None if args.text is None else read_text(args.text)
     other = None if args.against is None else model_folder(args.against)

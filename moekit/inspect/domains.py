@@ -29,7 +29,7 @@ def domains(stats: Stats) -> Analysis:
     """Returns how each domain uses the experts; every domain counts the same, whatever its size."""
     counts = stats.by_domain.sum(2)
     share = shares(counts.transpose(1, 0, 2))
-    of_expert = share / np.maximum(share.sum(0), 1e-12)
+    of_expert = work(share)
     bits = domain_bits(stats.by_domain, stats.windows)
     favourite = of_expert.argmax(0)
     _, layers, experts = share.shape
@@ -76,6 +76,11 @@ def domains(stats: Stats) -> Analysis:
 def shares(counts: Int[np.ndarray, "domains layers experts"]) -> Float[np.ndarray, "domains layers experts"]:
     """Returns p(expert | domain) in each layer; zeros where there is no choice."""
     return np.asarray(counts / np.maximum(counts.sum(-1, keepdims=True), 1))
+
+
+def work(share: Float[np.ndarray, "domains layers experts"]) -> Float[np.ndarray, "domains layers experts"]:
+    """Returns how much of an expert's work each domain is, if all domains were of the same size; 0 without a choice."""
+    return np.asarray(share / np.maximum(share.sum(0), 1e-12))
 
 
 def mutual_information(share: Float[np.ndarray, "domains layers experts"]) -> Float[np.ndarray, " layers"]:

@@ -33,7 +33,7 @@ from moekit.inspect.trace import trace, trace_page, write_trace
 from moekit.inspect.vocabulary import Vocabulary, vocabulary
 from moekit.nn.model import Model
 from moekit.train.hardware import choose_device
-from moekit.train.state import finished, newest
+from moekit.train.state import finished, model_folder
 
 logger = logging.getLogger(__name__)
 
@@ -157,18 +157,9 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names if len({*names}) == len(paths) else list(map(str, paths))
 
 
-def _folder(path: Path) -> Path:
-    """Returns the model directory that a path names: itself, or the newest checkpoint of a run."""
-    if not (path / "checkpoints").is_dir():
-        return path
-    if (folder := newest(path)) is None:
-        raise ConfigError(f"{path} is a run without a checkpoint yet")
-    return folder
-
-
 def _length(path: Path, wanted: int | None) -> int:
     """Returns how long windows are. ConfigError for a dense model, or one that reads less than is wanted."""
-    config = load_config(_folder(path))
+    config = load_config(model_folder(path))
     if not config.moe_layers:
         raise ConfigError(f"{path} is a dense model, it has no routed experts to inspect; name one with MoE layers")
     limit = config.max_position_embeddings
@@ -179,7 +170,7 @@ def _length(path: Path, wanted: int | None) -> int:
 
 def _opened(path: Path, data: str | Path | None, device: str, dtype: torch.dtype | None) -> tuple[Model, Tokenizer]:
     """Returns the model and the tokenizer that its text is read with, the dataset's if that is another file."""
-    folder = _folder(path)
+    folder = model_folder(path)
     model = load_model(folder, choose_device(device), dtype)
     tokenizer = load_tokenizer(folder) if data is None or (folder / "tokenizer.json").is_file() else None
     if data is not None:

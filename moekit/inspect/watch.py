@@ -21,6 +21,7 @@ from rich.text import Text
 from moekit import files, receipts
 from moekit.config import RunConfig, load_run_config
 from moekit.errors import CheckpointError, ConfigError
+from moekit.inspect.domains import shares, work
 from moekit.train.metrics import FILE
 from moekit.train.progress import BARS, MOST_LAYERS, line
 
@@ -131,15 +132,14 @@ def after(state: State, record: dict[str, Any]) -> State:
         return state._replace(alarms=(*state.alarms, record))
     if record["kind"] != "eval":
         return state._replace(train=record)
-    own = _own(shares(record))
+    own = _own(use_of(record))
     return state._replace(eval=record, own=state.own if own is None else (*state.own, own))
 
 
-def shares(validation: dict[str, Any]) -> Float[np.ndarray, "domains layers experts"]:
-    """Returns how much of an expert's work each domain is, if all domains were of the same size; 0 without a token."""
-    counts = np.array([one["tokens_per_expert"] for one in validation["domains"].values()], dtype=np.float64)
-    of_domain = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
-    return np.asarray(of_domain / np.maximum(of_domain.sum(0), 1e-12))
+def use_of(validation: dict[str, Any]) -> Float[np.ndarray, "domains layers experts"]:
+    """Returns how much of an expert's work each domain is, as a validation's record has counted it."""
+    counts = [one["tokens_per_expert"] for one in validation["domains"].values()]
+    return work(shares(np.array(counts, dtype=np.float64)))
 
 
 def picture(state: State, config: RunConfig, status: str, console: Console) -> Group:
@@ -151,7 +151,7 @@ def picture(state: State, config: RunConfig, status: str, console: Console) -> G
     if state.train and state.train["load"]:
         parts.append(_loads(state.train, config.model.moe_layers, rows, width))
     if state.eval:
-        use = shares(state.eval)
+        use = use_of(state.eval)
         if _own(use) is not None:
             parts.append(_uses(use, config.model.moe_layers, rows, width))
         parts.append(_domains(state.eval, use))
@@ -204,9 +204,9 @@ def _domains(record: dict[str, Any], use: Float[np.ndarray, "domains ..."]) -> T
 def _line(record: dict[str, Any], steps: int) -> str:
     """Returns a record in one line, with the domains' experts."""
     text = line(record, steps)
-    if record["kind"] != "eval" or _own(shares(record)) is None:
+    if record["kind"] != "eval" or _own(use_of(record)) is None:
         return text
-    own = {name: int((use > MOST).sum()) for name, use in zip(record["domains"], shares(record), strict=True)}
+    own = {name: int((use > MOST).sum()) for name, use in zip(record["domains"], use_of(record), strict=True)}
     return f"{text}  experts of its own: {'  '.join(f'{name} {number}' for name, number in own.items())}"
 
 

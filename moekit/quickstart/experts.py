@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moekit import pictures
-from moekit.inspect.domains import by_favourite, mutual_information
+from moekit.inspect.domains import by_favourite, mutual_information, shares, work
 from moekit.quickstart.results import Result
 
 
@@ -55,7 +55,7 @@ def specialists(result: Result) -> Specialists:
     """Returns what the last validation says of them; the run has MoE layers and was validated."""
     domains, layers = result.evals[-1]["domains"], result.config.model.moe_layers
     counts = np.array([score["tokens_per_expert"] for score in domains.values()], dtype=np.float64)
-    share = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
+    share = shares(counts)
     maps = {}
     for at, layer in enumerate(layers):
         order, starts = by_favourite(share[:, at])
@@ -68,7 +68,7 @@ def specialists(result: Result) -> Specialists:
             axes.axvline(start - 0.5, color=pictures.THEME["paper"], linewidth=1.5)
         maps[layer] = pictures.svg(axes, f"layer {layer}: use of each expert by each domain")
     bits = dict(zip(layers, mutual_information(share).tolist(), strict=True))
-    of_expert = share / np.maximum(share.sum(0), 1e-12)
+    of_expert = work(share)
     busy = share.mean(0) * share.shape[-1] >= 0.5
     domain, at, expert = map(int, np.unravel_index(np.argmax(of_expert * busy), of_expert.shape))
     best = (list(domains)[domain], layers[at], expert, float(of_expert[domain, at, expert]))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from moekit import files
-from moekit.errors import CheckpointError
+from moekit.errors import CheckpointError, ConfigError
 from moekit.formats.checkpoint import load, save
 from moekit.formats.directory import check_directory
 from moekit.formats.tokenizer import Tokenizer
@@ -80,6 +80,15 @@ def newest(run: Path, before: int | None = None) -> Path | None:
             except CheckpointError as error:
                 logger.warning("skipping a damaged checkpoint: %s", error)
     return None
+
+
+def model_folder(given: Path) -> Path:
+    """Returns the newest whole checkpoint of a run, or the model directory that was given."""
+    if not (given / "checkpoints").is_dir():
+        return given
+    if (folder := newest(given)) is None:
+        raise ConfigError(f"{given} is a run without a checkpoint yet")
+    return folder
 
 
 def read(folder: Path, model: Model, optimizers: list[Optimizer]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -21,7 +21,7 @@ from moekit import files
 from moekit.config import RunConfig, dump
 from moekit.data import prepare
 from moekit.errors import ConfigError
-from moekit.inspect.watch import Follower, State, after, latest, picture, shares, status, watch
+from moekit.inspect.watch import Follower, State, after, latest, picture, status, use_of, watch
 from moekit.train import train
 from moekit.train.metrics import FILE, read
 
@@ -224,7 +224,7 @@ EVAL: dict[str, Any] = {
 
 
 def test_shares_of_an_experts_work_do_not_depend_on_the_sizes_of_domains() -> None:
-    use = shares(EVAL)
+    use = use_of(EVAL)
     assert use[:, 0, 0].tolist() == [1, 0]
     assert use[:, 1].tolist() == [[0.5] * 9] * 2  # one domain has twice the tokens, both use all experts alike
     assert use[:, 0, 4].tolist() == [0, 0]  # an expert without a token is nobody's
