@@ -35,9 +35,6 @@ POINTS = 160
 
 LOAD_COLOURS = ["#174a73", "#79aed0", "#f4f1ea", "#eb9a5f", "#9c3a0c"]
 _LOAD = LinearSegmentedColormap.from_list("load", LOAD_COLOURS).with_extremes(bad="#8d877c")
-_LEVEL = LinearSegmentedColormap.from_list("level", ["#f4f1ea", "#eb9a5f", "#9c3a0c", "#571d02"]).with_extremes(
-    bad="#8d877c"
-)
 _LAYERS = LinearSegmentedColormap.from_list("layers", ["#d49b2f", "#c8553d", "#8a5aa8", "#3b86bd"])
 
 
@@ -70,10 +67,9 @@ def heat_map(axes: Axes, values: Array, extent: tuple[float, float, float, float
     axes.spines[:].set_visible(False)
 
 
-Scale = Literal["ratio", "share", "cosine"]
+Scale = Literal["ratio", "cosine"]
 _SCALES: dict[Scale, tuple[Colormap, float, float, tuple[str, str, str]]] = {
     "ratio": (_LOAD, -2, 2, ("¼ or less", "1", "4 or more; grey: none")),
-    "share": (_LEVEL, 0, 1, ("0", "", "1")),
     "cosine": (_LOAD, -1, 1, ("-1", "0", "1")),
 }
 """Colours, the least and the most that they tell apart, and the words under them. A ratio is shown in powers of two."""

@@ -94,6 +94,10 @@ def test_tasks_give_their_prompt_with_their_score(folder: Path, said: Said) -> N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            ["--questions", "q.jsonl", "--sequence-length", "8"],
+            "--sequence-length has no effect with --questions alone",
+        ),
         ([], "--text, --data, --tasks or --questions is missing: what to evaluate on"),
         (["--text", "a", "--data", "b"], "--text and --data are both given"),
         (["--text", "{}/nothing.txt"], "nothing.txt does not exist"),

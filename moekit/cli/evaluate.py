@@ -85,6 +85,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--text, --data, --tasks or --questions is missing: what to evaluate on")
     if args.text and args.data:
         raise ConfigError("--text and --data are both given; leave one of them out")
+    if args.sequence_length and not (args.text or args.data or args.tasks):
+        raise ConfigError("--sequence-length has no effect with --questions alone; leave it out")
     if args.stride and not (args.text or args.data):
         raise ConfigError("--stride has no effect without --text or --data; leave it out")
     for name in ("task_data", "limit", "allow_code_execution"):

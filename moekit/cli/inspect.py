@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from moekit.cli.output import bars, emit, read_text
-from moekit.cli.parser import DEVICE, Add, positive
+from moekit.cli.parser import DEVICE, Add, Parser, positive
 from moekit.errors import ConfigError
 
 
@@ -68,9 +68,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _watch(args: argparse.Namespace) -> int:
-    for name in ("text", "data", "against", "analyses", "probes", "trace", "trace_file"):
-        if getattr(args, name):
-            raise ConfigError(f"--{name.replace('_', '-')} has no effect with --watch; leave it out")
+    own = Parser()
+    options(own.add_argument)
+    for action in own._actions:
+        if action.dest not in ("help", "model", "watch") and getattr(args, action.dest) != action.default:
+            raise ConfigError(f"{action.option_strings[0]} has no effect with --watch; leave it out")
     from moekit.inspect.watch import latest, watch
 
     if args.json:

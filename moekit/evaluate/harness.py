@@ -36,7 +36,8 @@ class MoekitLM(TemplateLM):  # type: ignore[misc]
     """A model directory, or a model with its tokenizer, for `lm_eval.simple_evaluate`. No score depends on the batch.
 
     Differs from HFLM where that stops with an error: a continuation longer than the model's positions is scored in
-    windows, and where a task asks for more new tokens than half of the positions, that half is generated.
+    windows, and where a task asks for more new tokens than half of the positions, that half is generated. The harness
+    passes `max_batch_size` to every model; it bounds automatic batch sizes, which are refused here.
     """
 
     def __init__(

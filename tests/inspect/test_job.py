@@ -205,3 +205,8 @@ def test_two_models_are_called_by_what_tells_them_apart(first: str, second: str,
 def test_an_option_beside_watch_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "run", "--watch", "--probes"]) == 2
     assert "--probes has no effect with --watch; leave it out" in capsys.readouterr().err
+
+
+def test_an_option_with_a_default_beside_watch_is_an_error_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "run", "--watch", "--tokens", "64"]) == 2
+    assert "--tokens has no effect with --watch; leave it out" in capsys.readouterr().err
