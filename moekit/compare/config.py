@@ -41,12 +41,6 @@ class Budget(Strict):
     )
     tolerance: float = Field(0.02, ge=0, description="largest deviation from the baseline, as a fraction of it")
 
-    @model_validator(mode="after")
-    def _check(self) -> "Budget":
-        if self.rule == "equal_data" and self.tolerance != Budget.model_fields["tolerance"].default:
-            raise ValueError(f"tolerance is {self.tolerance:g} but has no effect with rule equal_data; leave it out")
-        return self
-
 
 class Expected(Strict):
     """Somebody else's figures for the same architectures, shown beside ours."""

@@ -185,10 +185,3 @@ def test_an_unknown_name_lists_what_there_is() -> None:
 
 def test_every_field_is_described() -> None:
     assert all(field.description for field in Comparison.model_fields.values())
-
-
-def test_a_tolerance_that_nothing_is_held_to_is_an_error(tmp_path: Path) -> None:
-    given = {**TWO, "budget": {"rule": "equal_data", "tolerance": 0.5}}
-    (tmp_path / "two.yaml").write_text(write_yaml(given))
-    with pytest.raises(ConfigError, match=r"tolerance is 0\.5 but has no effect with rule equal_data; leave it out"):
-        load_comparison(tmp_path / "two.yaml")
