@@ -19,7 +19,6 @@ from moekit.config.model import MLAConfig as MLAConfig
 from moekit.config.model import ModelConfig as ModelConfig
 from moekit.config.model import MoEConfig as MoEConfig
 from moekit.config.model import RopeConfig as RopeConfig
-from moekit.config.model import Strict as Strict
 from moekit.config.model import YarnConfig as YarnConfig
 from moekit.config.presets import family_name as family_name
 from moekit.config.presets import preset as preset
@@ -35,3 +34,8 @@ from moekit.config.run import RunConfig as RunConfig
 from moekit.config.run import ScheduleConfig as ScheduleConfig
 from moekit.config.run import StepSchedule as StepSchedule
 from moekit.config.run import WSDSchedule as WSDSchedule
+from moekit.config.strict import Strict as Strict
+from moekit.config.variants import LoryConfig as LoryConfig
+from moekit.config.variants import MEOConfig as MEOConfig
+from moekit.config.variants import MuMoEConfig as MuMoEConfig
+from moekit.config.variants import Variant as Variant

@@ -7,6 +7,7 @@ s (24 L d^2 + 12 L d s + 48 d^2 L r + 6 V d) for s tokens, where r is the active
 
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
+from moekit.config.variants.variant import Count, Variant
 from moekit.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -20,13 +21,6 @@ LOGIT_BYTES = 64 * 2**20
 """The loss is taken in chunks that hold at most this much of the logits."""
 
 
-class Count(NamedTuple):
-    """Parameters of one role: all of them, and those used for one token."""
-
-    total: int
-    active: int
-
-
 def parameters(config: "ModelConfig") -> dict[str, Count]:
     """Returns the parameters by role: embedding, attention, router, routed, shared, dense, norm, head.
 
@@ -34,26 +28,19 @@ def parameters(config: "ModelConfig") -> dict[str, Count]:
     those. A tied head counts as embedding. Buffers are no parameters: hash tables, and the selection bias, which no
     gradient trains (14,848 numbers at DeepSeek-V3).
     """
-    d, layers, ffn = config.hidden_size, config.num_hidden_layers, config.ffn
+    d, layers = config.hidden_size, config.num_hidden_layers
     matrices, biases, norms = _attention(config.attention, d)
-    vocabulary, moe = config.vocab_size * d, len(config.moe_layers)
-    router = routed = active = shared = 0
-    if ffn.kind == "moe":
-        router = 0 if ffn.topk_method == "hash" else ffn.n_routed_experts * d
-        experts = (ffn.n_routed_experts, ffn.num_experts_per_tok)
-        routed, active = (n * 3 * d * ffn.moe_intermediate_size for n in experts)
-        shared = 3 * d * ffn.shared_width + (d if ffn.shared_expert_gate else 0)
-    totals = {
-        "embedding": vocabulary,
-        "attention": layers * (matrices + biases),
-        "router": moe * router,
-        "routed": moe * routed,
-        "shared": moe * shared,
-        "dense": (layers - moe) * 3 * d * (ffn.intermediate_size or 0),
-        "norm": layers * (2 * d + norms) + d,
-        "head": 0 if config.tie_word_embeddings else vocabulary,
+    vocabulary = config.vocab_size * d
+    none = Count(0, 0)
+    ffn = {"router": none, "routed": none, "shared": none, "dense": none} | _feed_forward(config)
+    vectors, head = layers * (2 * d + norms) + d, 0 if config.tie_word_embeddings else vocabulary
+    return {
+        "embedding": Count(vocabulary, vocabulary),
+        "attention": Count(layers * (matrices + biases), layers * (matrices + biases)),
+        **ffn,
+        "norm": Count(vectors, vectors),
+        "head": Count(head, head),
     }
-    return {role: Count(total, moe * active if role == "routed" else total) for role, total in totals.items()}
 
 
 def flops(config: "ModelConfig", sequence_length: int, rule: Rule = "exact") -> int:
@@ -64,15 +51,26 @@ def flops(config: "ModelConfig", sequence_length: int, rule: Rule = "exact") -> 
     """
     if rule not in (allowed := get_args(Rule)):
         raise ConfigError(f"rule is {rule!r}{nearest(rule, allowed)}; allowed: {', '.join(allowed)}")
-    s, d, layers = sequence_length, config.hidden_size, config.num_hidden_layers
+    s, d, layers, ffn = sequence_length, config.hidden_size, config.num_hidden_layers, config.ffn
+    if rule not in rules(config):
+        raise ConfigError(f"rule is {rule!r} but that paper has no ffn.kind {ffn.kind}; use exact")
     if rule == "paper":
         weights = layers * (4 * d * d + 8 * d * d * _active_standard_ffns(config)) + config.vocab_size * d
         return round(s * (6 * weights + 12 * layers * d * s))
     active = {role: count.active for role, count in parameters(config).items()}
     lookups = 0 if config.tie_word_embeddings else active["embedding"]
     vectors = active["norm"] + layers * _attention(config.attention, d).biases
-    widths = sum(_head_widths(config.attention))
-    return s * (6 * (sum(active.values()) - lookups - vectors) + 6 * layers * widths * s)
+    attended = 6 * layers * sum(_head_widths(config.attention)) * s * s
+    if isinstance(ffn, Variant):
+        others = active["embedding"] - lookups + active["attention"] + active["norm"] + active["head"] - vectors
+        return 6 * s * others + attended + 3 * layers * ffn.forward_flops(d, s)
+    vectors += layers * _dense(config).biases
+    return 6 * s * (sum(active.values()) - lookups - vectors) + attended
+
+
+def rules(config: "ModelConfig") -> tuple[Rule, ...]:
+    """Returns the rules that have a meaning for a model."""
+    return ("exact",) if isinstance(config.ffn, Variant) else get_args(Rule)
 
 
 def kv_cache_bytes_per_token(config: "ModelConfig", dtype_bytes: int = 2) -> int:
@@ -88,7 +86,7 @@ def kv_cache_bytes_per_token(config: "ModelConfig", dtype_bytes: int = 2) -> int
 def buffer_bytes(config: "ModelConfig") -> int:
     """Returns the bytes of buffers: a float32 selection bias, or an int64 hash table (vocab, k), per MoE layer."""
     ffn = config.ffn
-    if ffn.kind == "dense":
+    if ffn.kind != "moe":
         return 0
     bias = 4 * ffn.n_routed_experts if ffn.topk_method == "noaux_tc" else 0
     table = 8 * config.vocab_size * ffn.num_experts_per_tok if ffn.topk_method == "hash" else 0
@@ -125,7 +123,7 @@ def memory(
     total, size = config.num_parameters, 2 if precision == "bfloat16" else 4
     matrices = total - sum(count[role].total for role in ("embedding", "norm", "router"))
     tokens, d = batch * sequence_length, config.hidden_size
-    blocks = [_block_bytes(config, layer, size) for layer in range(config.num_hidden_layers)]
+    blocks = [_block_bytes(config, layer, sequence_length, size) for layer in range(config.num_hidden_layers)]
     kept = max(blocks) + len(blocks) * 4 * d if recompute else sum(blocks)
     head = size * config.vocab_size * d + min(4 * config.vocab_size * tokens, LOGIT_BYTES)
     training = {
@@ -165,7 +163,7 @@ def plan(
             "active_without_embedding": config.num_active_parameters_without_embedding,
             "by_role": {role: count._asdict() for role, count in parameters(config).items()},
         },
-        "flops": {rule: flops(config, length, rule) for rule in get_args(Rule)} | {"sequence_length": length},
+        "flops": {rule: flops(config, length, rule) for rule in rules(config)} | {"sequence_length": length},
         "kv_cache_bytes_per_token": kv_cache_bytes_per_token(config),
         "memory": memory(config, batch, length, precision, optimizer, recompute),
         "settings": {"batch": batch, "precision": precision, "optimizer": optimizer, "recompute": recompute},
@@ -178,6 +176,42 @@ class _Attention(NamedTuple):
     matrices: int
     biases: int
     norms: int
+
+
+class _Dense(NamedTuple):
+    """Parameters of one dense feed-forward network."""
+
+    matrices: int
+    biases: int
+
+
+def _dense(config: "ModelConfig") -> _Dense:
+    d, ffn = config.hidden_size, config.ffn
+    if ffn.kind == "dense" and ffn.hidden_act == "gelu":
+        return _Dense(2 * d * ffn.intermediate_size, ffn.intermediate_size + d)
+    return _Dense(3 * d * (ffn.intermediate_size or 0), 0)
+
+
+def _feed_forward(config: "ModelConfig") -> dict[str, Count]:
+    """Returns the parameters of all feed-forward layers, by role."""
+    d, layers, ffn = config.hidden_size, config.num_hidden_layers, config.ffn
+    if isinstance(ffn, Variant):
+        return {role: Count(layers * total, layers * active) for role, (total, active) in ffn.parameters(d).items()}
+    moe = len(config.moe_layers)
+    dense = (layers - moe) * sum(_dense(config))
+    if ffn.kind == "dense":
+        return {"dense": Count(dense, dense)}
+    router = moe * (0 if ffn.topk_method == "hash" else ffn.n_routed_experts * d)
+    shared = moe * (3 * d * ffn.shared_width + (d if ffn.shared_expert_gate else 0))
+    routed, active = (
+        moe * n * 3 * d * ffn.moe_intermediate_size for n in (ffn.n_routed_experts, ffn.num_experts_per_tok)
+    )
+    return {
+        "router": Count(router, router),
+        "routed": Count(routed, active),
+        "shared": Count(shared, shared),
+        "dense": Count(dense, dense),
+    }
 
 
 def _attention(attention: "AttentionConfig", d: int) -> _Attention:
@@ -208,13 +242,14 @@ def _active_standard_ffns(config: "ModelConfig") -> float:
     """Returns r of the paper's rule: the active FFN width in standard FFNs."""
     ffn, standard = config.ffn, 8 / 3 * config.hidden_size  # a SwiGLU of 8 hidden_size^2 parameters
     if ffn.kind == "dense":
-        return ffn.nominal_size or ffn.intermediate_size / standard
+        return ffn.nominal_size or _dense(config).matrices / (8 * config.hidden_size**2)
+    assert ffn.kind == "moe"
     if ffn.shared_expert_intermediate_size and not ffn.nominal_size:
         return (ffn.shared_width + ffn.num_experts_per_tok * ffn.moe_intermediate_size) / standard
     return (ffn.nominal_size or ffn.moe_intermediate_size / standard) * (ffn.n_shared_experts + ffn.num_experts_per_tok)
 
 
-def _block_bytes(config: "ModelConfig", layer: int, size: int) -> int:
+def _block_bytes(config: "ModelConfig", layer: int, length: int, size: int) -> int:
     """Returns the bytes per token that the backward pass of one block needs; see `memory`."""
     d, attention, ffn, half = config.hidden_size, config.attention, config.ffn, size == 2
     queries, values = _head_widths(attention)
@@ -231,8 +266,11 @@ def _block_bytes(config: "ModelConfig", layer: int, size: int) -> int:
         keys_values = queries + values + attention.num_attention_heads * attention.qk_nope_head_dim
         kept = (2 if half else 1) * d + ranks
     kept += queries + keys_values + values
+    if isinstance(ffn, Variant):
+        return norms + size * kept + ffn.kept_bytes(d, length, size) // length
     if ffn.kind == "dense" or not config.is_moe(layer):
-        return norms + size * (kept + (2 if half else 1) * d + 4 * (ffn.intermediate_size or 0))
+        widths = 2 if ffn.kind == "dense" and ffn.hidden_act == "gelu" else 4
+        return norms + size * (kept + (2 if half else 1) * d + widths * (ffn.intermediate_size or 0))
     width, k = ffn.moe_intermediate_size, ffn.num_experts_per_tok
     kept += d + 4 * ffn.shared_width + k * (2 * d + 2 * width) + (d if ffn.shared_expert_gate else 0)
     router = 0 if ffn.topk_method == "hash" else 8 * ffn.n_routed_experts + (4 * d if half else 0)

@@ -19,9 +19,10 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from moekit.config.files import Tree, parse_yaml, read_yaml, write_yaml
-from moekit.config.model import ModelConfig, Strict
+from moekit.config.model import ModelConfig
 from moekit.config.presets import preset, preset_names, recipe
 from moekit.config.run import RunConfig
+from moekit.config.strict import Strict
 from moekit.errors import ConfigError, nearest
 
 _Config = TypeVar("_Config", bound=Strict)

@@ -1,38 +1,12 @@
 """What a model is: typed, frozen, strict. Leaf names are the DeepSeek checkpoints' own."""
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from moekit.config import counts
-
-FLOAT32 = 3.4e38
-"""No number of a setting may be larger: torch would fail where it is used."""
-
-
-class Strict(BaseModel):
-    """Base of every configuration: frozen, no unknown keys, no silent conversion of types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-    default_kinds: ClassVar[dict[str, str]] = {}
-    """The `kind` of a part that does not name its own."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_kinds(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            for key, kind in cls.default_kinds.items():
-                part = values.get(key)
-                if isinstance(part, dict) and "kind" not in part:
-                    values = {**values, key: {"kind": kind, **part}}
-        return values
-
-    @model_validator(mode="after")
-    def _held(self) -> Self:
-        for name, value in self:
-            if isinstance(value, int | float) and abs(value) > FLOAT32:
-                raise ValueError(f"{name} is larger than float32 holds, {FLOAT32:g}")
-        return self
+from moekit.config.strict import Strict
+from moekit.config.variants import LoryConfig, MEOConfig, MuMoEConfig, Variant
 
 
 class YarnConfig(Strict):
@@ -118,10 +92,13 @@ _NOMINAL = "in standard FFNs (8/3 hidden_size), for the paper's FLOPs rule; null
 
 
 class DenseConfig(Strict):
-    """A plain SwiGLU feed-forward network in every block."""
+    """A plain feed-forward network in every block."""
 
-    kind: Literal["dense"] = Field("dense", description="one SwiGLU network per block")
+    kind: Literal["dense"] = Field("dense", description="one network per block")
     intermediate_size: int = Field(gt=0, description="intermediate width")
+    hidden_act: Literal["silu", "gelu"] = Field(
+        "silu", description="silu: SwiGLU, three matrices; gelu: two matrices with biases, as in BERT and GPT-2"
+    )
     nominal_size: float | None = Field(None, gt=0, description=_NOMINAL)
 
 
@@ -222,11 +199,11 @@ class MoEConfig(Strict):
 
 
 AttentionConfig = Annotated[MHAConfig | MLAConfig, Field(discriminator="kind")]
-FFNConfig = Annotated[DenseConfig | MoEConfig, Field(discriminator="kind")]
+FFNConfig = Annotated[DenseConfig | MoEConfig | MEOConfig | LoryConfig | MuMoEConfig, Field(discriminator="kind")]
 
 
 class ModelConfig(Strict):
-    """A decoder-only language model: embedding, pre-norm blocks of attention and feed-forward, norm, head."""
+    """A language model: embedding, pre-norm blocks of attention and feed-forward, norm, head."""
 
     default_kinds: ClassVar[dict[str, str]] = {"attention": "mha", "ffn": "moe"}
 
@@ -235,7 +212,8 @@ class ModelConfig(Strict):
     num_hidden_layers: int = Field(gt=0, le=65_536, description="blocks")
     max_position_embeddings: int = Field(2048, gt=0, description="longest context, tokens")
     attention: AttentionConfig = Field(description="attention, told apart by kind: mha or mla")
-    ffn: FFNConfig = Field(description="feed-forward, told apart by kind: dense or moe")
+    ffn: FFNConfig = Field(description="feed-forward, told apart by kind: dense, moe, meo, lory or mumoe")
+    causal: bool = Field(True, description="tokens see earlier ones only; false: an encoder, which sees all")
     rms_norm_eps: float = Field(1e-6, gt=0, description="epsilon of RMSNorm")
     tie_word_embeddings: bool = Field(False, description="the head uses the embedding's weight")
     initializer_range: float = Field(0.006, gt=0, description="standard deviation of every initial weight matrix")
@@ -243,6 +221,8 @@ class ModelConfig(Strict):
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
         ffn, layers = self.ffn, self.num_hidden_layers
+        if self.causal and isinstance(ffn, Variant) and (reason := ffn.sees_future()):
+            raise ValueError(f"causal is true but {reason}")
         if not isinstance(ffn, MoEConfig):
             return self
         for layer in ffn.mlp_only_layers:
@@ -268,6 +248,13 @@ class ModelConfig(Strict):
     def moe_layers(self) -> list[int]:
         """Indices of the blocks that hold an MoE layer."""
         return [layer for layer in range(self.num_hidden_layers) if self.is_moe(layer)]
+
+    @property
+    def gates(self) -> list[int]:
+        """The block of each gate whose routing a forward pass returns, in its order."""
+        if isinstance(self.ffn, Variant):
+            return [layer for layer in range(self.num_hidden_layers) for _ in range(self.ffn.gates)]
+        return self.moe_layers
 
     @property
     def num_parameters(self) -> int:

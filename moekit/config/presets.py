@@ -64,6 +64,8 @@ def summary(config: ModelConfig) -> str:
     shape = f"{config.num_hidden_layers} layers of {config.hidden_size}, {attention}"
     if ffn.kind == "dense":
         return f"{shape}; dense FFN of width {ffn.intermediate_size}"
+    if ffn.kind != "moe":
+        return f"{shape}; {ffn.n_routed_experts} experts of width {ffn.intermediate_size}, {ffn.kind}"
     chosen = f"{ffn.num_experts_per_tok} of {ffn.n_routed_experts} experts of width {ffn.moe_intermediate_size}"
     shared = f" + {ffn.n_shared_experts} shared" if ffn.n_shared_experts else ""
     return f"{shape}; {chosen}{shared}{', chosen by a hash' if ffn.topk_method == 'hash' else ''}"

@@ -4,7 +4,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from moekit.config.model import ModelConfig, Strict
+from moekit.config.model import ModelConfig
+from moekit.config.strict import Strict
 
 
 class DataConfig(Strict):

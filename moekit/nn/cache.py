@@ -29,6 +29,8 @@ class KVCache:
         self.longest = 0
         """Upper bound of all lengths, known without asking the device."""
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.routing: dict[int, Tensor] = {}
+        """By layer, a row a sequence: what a layer routes the rest of each sequence by, where it decides once."""
         self._layers = [
             torch.zeros(batch, max_length, width, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
         ]
@@ -72,6 +74,7 @@ class KVCache:
         """Keeps these sequences, in this order; one may be taken several times."""
         self.lengths = self.lengths[rows]
         self._layers = [buffer[rows] for buffer in self._layers]
+        self.routing = {layer: kept[rows] for layer, kept in self.routing.items()}
 
     def drop(self, count: int) -> None:
         """Forgets the last `count` tokens of every sequence."""

@@ -1,4 +1,4 @@
-"""The SwiGLU feed-forward network (arXiv 2002.05202): a dense layer, or the shared experts as one."""
+"""Dense feed-forward networks: SwiGLU (arXiv 2002.05202), which shared experts are too, and two matrices with GELU."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -24,4 +24,17 @@ class SwiGLU(nn.Module):
     def forward(self, x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         x = cast_once(x)
         y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+class MLP(nn.Module):
+    """down gelu(up x + bias) + bias, as in BERT (arXiv 1810.04805) and GPT-2."""
+
+    def __init__(self, dim: int, ff: int) -> None:
+        super().__init__()
+        self.up_proj = Linear(dim, ff, bias=True)
+        self.down_proj = Linear(ff, dim, bias=True)
+
+    def forward(self, x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
+        y: Tensor = self.down_proj(F.gelu(self.up_proj(cast_once(x))))
         return y

@@ -8,17 +8,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moekit.config import MHAConfig, ModelConfig, MoEConfig
+from moekit.config import DenseConfig, MHAConfig, ModelConfig, MoEConfig, Variant
 from moekit.errors import ConfigError, UnsupportedError
 from moekit.nn.attention import Attention, Context
 from moekit.nn.cache import KVCache
-from moekit.nn.ffn import SwiGLU
+from moekit.nn.ffn import MLP, SwiGLU
 from moekit.nn.linear import Linear
 from moekit.nn.mla import MLA
 from moekit.nn.moe import MoE
 from moekit.nn.norm import RMSNorm
 from moekit.nn.rope import rotation
 from moekit.nn.router import HashRouter, Probe, Router, RouterContext
+from moekit.nn.variants import build
+from moekit.nn.variants.layer import VariantLayer
 from moekit.ops.attention import seen
 from moekit.ops.balance import LoadSums, updated_bias
 from moekit.ops.loss import IGNORED, TokenLoss, linear_cross_entropy
@@ -36,7 +38,7 @@ class ModelOutput(NamedTuple):
     aux: dict[str, Float[Tensor, ""]]
     """Balance terms by name, each times its factor and summed over layers."""
     routing: list[Routing] | None
-    """One per MoE layer, if asked for."""
+    """One per MoE layer, if asked for; of a variant, one for each gate of each layer."""
     token_loss: TokenLoss | None
     """The loss as a sum and a count, for exact means over micro-batches and ranks."""
     hidden: Float[Tensor, "batch length dim"]
@@ -55,22 +57,29 @@ class Block(nn.Module):
         else:
             self.self_attn = MLA(config.attention, dim, layer, eps)
         self.post_attention_layernorm = RMSNorm(dim, eps)
-        if isinstance(ffn, MoEConfig) and config.is_moe(layer):
-            self.mlp: nn.Module = MoE(ffn, dim, config.vocab_size, layer)
+        self.mlp: nn.Module
+        if isinstance(ffn, Variant):
+            self.mlp = build(ffn, dim, config.vocab_size, layer)
+        elif isinstance(ffn, MoEConfig) and config.is_moe(layer):
+            self.mlp = MoE(ffn, dim, config.vocab_size, layer)
         else:
             width = ffn.intermediate_size
             assert width is not None  # the configuration has checked it
-            self.mlp = SwiGLU(dim, width)
+            gelu = isinstance(ffn, DenseConfig) and ffn.hidden_act == "gelu"
+            self.mlp = MLP(dim, width) if gelu else SwiGLU(dim, width)
 
     def forward(
         self, x: Float[Tensor, "batch length dim"], context: Context, units: RouterContext
-    ) -> tuple[Float[Tensor, "batch length dim"], Routing | None]:
+    ) -> tuple[Float[Tensor, "batch length dim"], tuple[Routing, ...]]:
         x = x + self.self_attn(self.input_layernorm(x), context)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
             y, routing = self.mlp(normed, units)
-            return x + y, routing
-        return x + self.mlp(normed), None
+            return x + y, (routing,)
+        if isinstance(self.mlp, VariantLayer):
+            y, routings = self.mlp(normed, units)
+            return x + y, routings
+        return x + self.mlp(normed), ()
 
 
 class Model(nn.Module):
@@ -107,6 +116,9 @@ class Model(nn.Module):
                 parameter.normal_(0, self.config.initializer_range)
             else:
                 parameter.fill_(0 if name.endswith(".bias") else 1)
+        for module in self.modules():
+            if isinstance(module, VariantLayer):
+                module.reset_parameters(self.config.initializer_range)
 
     def forward(
         self,
@@ -122,6 +134,7 @@ class Model(nn.Module):
         return_logits: bool = True,
         logits_to_keep: int | Int[Tensor, " batch"] | None = None,
         probe: Probe | Sequence[Probe | None] | None = None,
+        task_ids: Int[Tensor, "batch description"] | None = None,
     ) -> ModelOutput:
         """Returns logits, loss, balance terms and routing of a batch.
 
@@ -132,6 +145,8 @@ class Model(nn.Module):
         False spares the logits where only the loss is wanted; training on a loss never forms them. `logits_to_keep` is
         the number of last positions whose logits are formed, or one position per sequence. `probe` alters the routing
         of this pass, in all MoE layers or one by one; a cache remembers none, so each pass over it is given its own.
+        `task_ids` are the token ids of each sequence's task description, -100 behind shorter ones, for layers that
+        route by task.
         """
         if padding_mask is not None and bool((padding_mask[:, 1:] & ~padding_mask[:, :-1]).any()):
             raise ConfigError("padding_mask has padding before real tokens; pad on the right")
@@ -148,22 +163,27 @@ class Model(nn.Module):
         context = self._context(input_ids, cache, document_ids)
         real = None if padding_mask is None else padding_mask.flatten()
         probes = self._probes(probe)
-        plain = RouterContext(input_ids.flatten(), len(input_ids), real)
+        plain = RouterContext(input_ids.flatten(), len(input_ids), real, cache=cache, task_ids=task_ids)
         x = self.embed_tokens(input_ids)
         routings: list[Routing] = []
         aux: dict[str, Tensor] = {}
         for block in self.layers:
             units = plain if probes is None else plain._replace(probe=probes[min(len(routings), len(probes) - 1)])
             if self.recompute and self.training and cache is None:
-                x, routing = checkpoint(block, x, context, units, use_reentrant=False)
+                x, routed = checkpoint(block, x, context, units, use_reentrant=False)
             else:
-                x, routing = block(x, context, units)
-            if routing is not None and isinstance(block.mlp, MoE):
-                if targets is not None or self.training:
-                    prior = None if prior_load is None else prior_load[len(routings)]
-                    for name, loss in block.mlp.balance_losses(routing, prior).items():
-                        aux[name] = aux[name] + loss if name in aux else loss
-                routings.append(routing)
+                x, routed = block(x, context, units)
+            if targets is not None or self.training:
+                losses: dict[str, Tensor] = {}
+                if isinstance(block.mlp, MoE):
+                    losses = block.mlp.balance_losses(
+                        routed[0], None if prior_load is None else prior_load[len(routings)]
+                    )
+                elif isinstance(block.mlp, VariantLayer):
+                    losses = block.mlp.balance_losses(routed)
+                for name, loss in losses.items():
+                    aux[name] = aux[name] + loss if name in aux else loss
+            routings += routed
         if cache is not None:
             length = input_ids.shape[1]
             counts = torch.full_like(cache.lengths, length) if padding_mask is None else padding_mask.sum(1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moekit.config import MoEConfig
 from moekit.errors import ConfigError, MoekitError, UnsupportedError
+from moekit.nn.cache import KVCache
 from moekit.ops import routing
 from moekit.ops.autocast import autocast_off
 from moekit.ops.routing import Routing
@@ -61,6 +62,10 @@ class RouterContext(NamedTuple):
     """True for real tokens; None: there is no padding."""
     probe: Probe | None = None
     """None: the layer as it is."""
+    cache: KVCache | None = None
+    """What generation keeps of these sequences; a layer may keep its routing there (`KVCache.routing`)."""
+    task_ids: Int[Tensor, "batch description"] | None = None
+    """Token ids of each sequence's task description, -100 behind shorter ones."""
 
 
 class Router(nn.Module):

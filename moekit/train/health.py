@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moekit.config import ModelConfig, MoEConfig
+from moekit.config import ModelConfig
 from moekit.ops.routing import Routing
 
 
@@ -22,7 +22,7 @@ class Load(NamedTuple):
 
 def no_load(config: ModelConfig, device: torch.device) -> Load:
     """Returns sums to start from; they stay on the device, so that a GPU is not waited for."""
-    layers, experts = len(config.moe_layers), config.ffn.n_routed_experts if isinstance(config.ffn, MoEConfig) else 1
+    layers, experts = len(config.gates), 1 if config.ffn.kind == "dense" else config.ffn.n_routed_experts
     return Load(
         torch.zeros(layers, experts, dtype=torch.int64, device=device),
         torch.zeros(layers, dtype=torch.int64, device=device),

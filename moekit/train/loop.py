@@ -142,7 +142,8 @@ class _Run:
         for one in self.optimizers:
             one.step()
             one.zero_grad(set_to_none=True)
-        self.model.update_expert_bias(list(load.tokens_per_expert))
+        if self.model.moe_layers:
+            self.model.update_expert_bias(list(load.tokens_per_expert))
         for sums, of_step in zip(self.window, load, strict=True):
             sums += of_step
         self._add("steps", 1.0)
@@ -181,7 +182,7 @@ class _Run:
             tokens_per_expert=tokens.tolist(),
         )
         self.idle = torch.where(tokens == 0, self.idle + 1, 0)
-        for layer, idle in zip(config.model.moe_layers, self.idle.tolist(), strict=True):
+        for layer, idle in zip(config.model.gates, self.idle.tolist(), strict=True):
             if dead := [expert for expert, windows in enumerate(idle) if windows == config.dead_after]:
                 self._alarm(layer, dead)
         self.sums = {}

@@ -58,10 +58,10 @@ def keys(config: ModelConfig) -> dict[str, Value]:
 
 def _architecture(config: ModelConfig) -> str:
     attention, ffn = config.attention, config.ffn
+    if not isinstance(ffn, DenseConfig | MoEConfig):
+        raise UnsupportedError(f"GGUF has no architecture with ffn.kind {ffn.kind}")
     if isinstance(attention, MLAConfig):
         return "deepseek2"
-    if not isinstance(attention, MHAConfig) or not isinstance(ffn, DenseConfig | MoEConfig):
-        raise UnsupportedError(f"GGUF has no architecture with attention {attention.kind} and feed-forward {ffn.kind}")
     if isinstance(ffn, DenseConfig):
         return "llama"
     return "llama" if ffn.norm_topk_prob and not ffn.n_shared_experts else "deepseek"
@@ -145,6 +145,7 @@ def _ffn(config: ModelConfig, name: str) -> dict[str, Value]:
         layers = config.num_hidden_layers  # deepseek2 asks for experts even where every layer is dense
         of_none = {"expert_feed_forward_length": ffn.intermediate_size, "expert_shared_count": 0}
         return width | {"leading_dense_block_count": layers, **of_none}
+    assert isinstance(ffn, MoEConfig)  # `_architecture` has looked
     _check_experts(ffn, name)
     if config.moe_layers != list(range(ffn.first_k_dense_replace, config.num_hidden_layers)):
         _refuse(name, "experts in every layer behind the first dense ones", f"moe_layer_freq {ffn.moe_layer_freq}")

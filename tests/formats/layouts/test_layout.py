@@ -273,6 +273,7 @@ def test_v1_takes_its_remote_codes_defaults_but_never_a_size() -> None:
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
         "initializer_range": 0.02,
+        "causal": True,
     }
     assert config.attention.model_dump() == {
         "kind": "mha",

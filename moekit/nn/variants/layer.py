@@ -1,0 +1,29 @@
+"""What the model asks of another paper's feed-forward layer."""
+
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moekit.nn.router import RouterContext
+from moekit.ops.routing import Routing
+
+
+class VariantOutput(NamedTuple):
+    y: Float[Tensor, "batch length dim"]
+    routings: tuple[Routing, ...]
+    """One for each gate, of whatever unit it routes; none where a gate is too wide to be one."""
+
+
+class VariantLayer(nn.Module):
+    """A feed-forward layer with its own way to use experts. The residual connection is the block's."""
+
+    def reset_parameters(self, std: float) -> None:
+        """Draws what does not begin as the model's other parameters do: matrices of `std`, vectors 1, biases 0."""
+
+    def forward(self, x: Float[Tensor, "batch length dim"], context: RouterContext) -> VariantOutput:
+        raise NotImplementedError
+
+    def balance_losses(self, routings: tuple[Routing, ...]) -> dict[str, Float[Tensor, ""]]:
+        """Returns each balance loss that has a factor, times its factor."""
+        return {}

@@ -1,0 +1,84 @@
+"""Experts merged into one: weights are mixed by a routing result, then applied once (MEO, arXiv 2310.09832, Eq. 4).
+
+y = (sum over the chosen of w_i W_i) x + sum of w_i b_i. A unit is whatever was routed: a task, a sequence, a segment;
+its tokens share one merged matrix. For a linear map this equals mixing the experts' outputs; for a network with an
+activation it does not.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moekit.ops.autocast import autocast_off, cast_once
+from moekit.ops.routing import DROPPED, Routing
+
+MERGED_BYTES = 1 << 28
+"""What merged matrices may take at once, unless the caller says otherwise."""
+
+
+def mixing(routing: Routing, n_experts: int) -> Float[Tensor, "units experts"]:
+    """Returns the weight of every expert for each unit: 0 where it was not chosen."""
+    ids = torch.where(routing.expert_ids == DROPPED, n_experts, routing.expert_ids)
+    return routing.weights.new_zeros(len(ids), n_experts + 1).scatter_add(1, ids, routing.weights)[:, :-1]
+
+
+def merged_linear(
+    x: Float[Tensor, "units tokens dim"],
+    mix: Float[Tensor, "units experts"],
+    weight: Float[Tensor, "experts out dim"],
+    bias: Float[Tensor, "experts out"] | None = None,
+    max_bytes: int = MERGED_BYTES,
+) -> Float[Tensor, "units tokens out"]:
+    """Returns x through each unit's merged matrix, with gradients to x, mix, weight and bias.
+
+    No more than `max_bytes` of merged matrices exist at once, at least one; none is kept for the backward pass, which
+    merges again. Under autocast x and weights are cast, the mixing coefficients are not.
+    """
+    x, cast = cast_once(x), cast_once(weight)
+    with autocast_off(x):
+        y: Tensor = _MergedLinear.apply(x, mix, cast, max_bytes)
+        return y if bias is None else y + (mix @ bias.to(mix.dtype)).unsqueeze(1).to(y.dtype)
+
+
+class _MergedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mix: Tensor, weight: Tensor, max_bytes: int) -> Tensor:
+        ctx.save_for_backward(x, mix, weight)
+        ctx.units = max(1, max_bytes // max(weight[:1].nbytes, 1))
+        y = x.new_empty(*x.shape[:2], weight.shape[1])
+        for some in _chunks(len(x), ctx.units):
+            torch.bmm(x[some], _merge(mix[some], weight).transpose(1, 2), out=y[some])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, mix, weight = ctx.saved_tensors
+        wants_x, wants_mix, wants_weight, _ = ctx.needs_input_grad
+        dx = torch.empty_like(x) if wants_x else None
+        d_mix = torch.empty_like(mix) if wants_mix else None
+        d_weight = torch.zeros_like(weight) if wants_weight else None
+        flat = weight.flatten(1)
+        for some in _chunks(len(x), ctx.units):
+            if dx is not None:
+                torch.bmm(dy[some], _merge(mix[some], weight), out=dx[some])
+            if d_mix is not None or d_weight is not None:
+                d_merged = torch.bmm(dy[some].transpose(1, 2), x[some]).flatten(1)
+                if d_mix is not None:
+                    d_mix[some] = (d_merged @ flat.T).to(mix.dtype)
+                if d_weight is not None:
+                    d_weight.flatten(1).addmm_(mix[some].T.to(d_merged.dtype), d_merged)
+        return dx, d_mix, d_weight, None
+
+
+def _chunks(units: int, size: int) -> list[slice]:
+    return [slice(first, first + size) for first in range(0, units, size)]
+
+
+def _merge(mix: Tensor, weight: Tensor) -> Tensor:
+    """Returns each unit's merged matrix, (units, out, dim)."""
+    merged: Tensor = (mix.to(weight.dtype) @ weight.flatten(1)).unflatten(1, weight.shape[1:])
+    return merged
