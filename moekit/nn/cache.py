@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moekit.config import ModelConfig
-from moekit.errors import ConfigError
+from moekit.errors import ConfigError, UnsupportedError
 
 
 class KVCache:
@@ -30,7 +30,7 @@ class KVCache:
         """Upper bound of all lengths, known without asking the device."""
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.routing: dict[int, Tensor] = {}
-        """By layer, a row a sequence: what a layer routes the rest of each sequence by, where it decides once."""
+        """By gate, a row a sequence: what earlier tokens leave behind for the routing of later ones."""
         self._layers = [
             torch.zeros(batch, max_length, width, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
         ]
@@ -77,6 +77,8 @@ class KVCache:
         self.routing = {layer: kept[rows] for layer, kept in self.routing.items()}
 
     def drop(self, count: int) -> None:
-        """Forgets the last `count` tokens of every sequence."""
+        """Forgets the last `count` tokens of every sequence; UnsupportedError where routing has read them."""
+        if self.routing:
+            raise UnsupportedError("tokens cannot be taken back from a cache: the model routes by what it has read")
         self.lengths = (self.lengths - count).clamp(min=0)
         self.longest -= count

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moekit.config import DenseConfig, MHAConfig, ModelConfig, MoEConfig, Variant
+from moekit.config import DenseConfig, MEOConfig, MHAConfig, ModelConfig, MoEConfig, Variant
 from moekit.errors import ConfigError, UnsupportedError
 from moekit.nn.attention import Attention, Context
 from moekit.nn.cache import KVCache
@@ -59,7 +59,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(dim, eps)
         self.mlp: nn.Module
         if isinstance(ffn, Variant):
-            self.mlp = build(ffn, dim, config.vocab_size, layer)
+            self.mlp = build(ffn, dim, layer)
         elif isinstance(ffn, MoEConfig) and config.is_moe(layer):
             self.mlp = MoE(ffn, dim, config.vocab_size, layer)
         else:
@@ -96,6 +96,9 @@ class Model(nn.Module):
         self.mapped = False
         """The weights are in files: set by `formats.load`."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_task: nn.Embedding | None = None
+        if isinstance(config.ffn, MEOConfig) and config.ffn.level == "task":
+            self.embed_task = nn.Embedding(config.vocab_size, config.ffn.description_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
@@ -163,7 +166,9 @@ class Model(nn.Module):
         context = self._context(input_ids, cache, document_ids)
         real = None if padding_mask is None else padding_mask.flatten()
         probes = self._probes(probe)
-        plain = RouterContext(input_ids.flatten(), len(input_ids), real, cache=cache, task_ids=task_ids)
+        plain = RouterContext(
+            input_ids.flatten(), len(input_ids), real, cache=cache, task=self._task(task_ids, len(input_ids))
+        )
         x = self.embed_tokens(input_ids)
         routings: list[Routing] = []
         aux: dict[str, Tensor] = {}
@@ -215,6 +220,21 @@ class Model(nn.Module):
         width = attention.head_dim if isinstance(attention, MHAConfig) else attention.qk_rope_head_dim
         visible = seen(positions, reached, document_ids)
         return Context(rotation(attention.rope, width, positions), positions, visible, cache)
+
+    def _task(self, task_ids: Tensor | None, batch: int) -> tuple[Tensor, Tensor] | None:
+        """Returns the embedded descriptions and what of them is no padding; None where there is none."""
+        if self.embed_task is None:
+            if task_ids is not None:
+                raise ConfigError("task_ids are given but no layer routes by task: ffn.kind meo with level task does")
+            return None
+        if task_ids is None:
+            assert isinstance(self.config.ffn, MEOConfig)
+            ids = self.config.ffn.description_ids
+            if not ids:
+                return None
+            task_ids = torch.tensor(ids, device=self.embed_task.weight.device).expand(batch, -1)
+        real = task_ids != IGNORED
+        return self.embed_task(task_ids.where(real, 0)), real
 
     def _probes(self, probe: Probe | Sequence[Probe | None] | None) -> Sequence[Probe | None] | None:
         """Returns a probe per MoE layer, or None; raises ConfigError where one would have no layer."""

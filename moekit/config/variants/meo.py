@@ -43,12 +43,11 @@ class MEOConfig(Variant):
             raise ValueError(f"segment_size is missing: level {level} asks for it")
         if self.mode == "dispatch" and level in ("prefix", "segment"):
             raise ValueError(f"level is {level} but mode dispatch has task, sequence or token")
-        bottleneck = level == "task" or (level == "token" and self.mode == "merge")
         effects = [
             ("segment_size", level in ("prefix", "segment"), "level prefix or segment"),
             ("description_size", level == "task", "level task"),
             ("description_ids", level == "task", "level task"),
-            ("reduce_factor", bottleneck, "level task, or level token of mode merge"),
+            ("reduce_factor", level == "task" or self.has_token_blocks, "level task, or level token of mode merge"),
             ("aux_loss_alpha", k < experts, "num_experts_per_tok below n_routed_experts"),
         ]
         for name, effective, needed in effects:
@@ -56,6 +55,16 @@ class MEOConfig(Variant):
             if not effective and value != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is {value} but takes effect only with {needed}")
         return self
+
+    @property
+    def has_token_blocks(self) -> bool:
+        """Whether each linear map has a token attention block before it."""
+        return self.level == "token" and self.mode == "merge"
+
+    @property
+    def task_width(self) -> int:
+        """What a gate reads of a description."""
+        return max(1, self.description_size // self.reduce_factor)
 
     def sees_future(self) -> str | None:
         pooled = self.level == "sequence" or (self.level == "token" and self.mode == "merge")
