@@ -56,7 +56,7 @@ def tiny_config() -> Callable[..., ModelConfig]:
         attention, ffn = attention or {}, ffn or {}
         parts = {
             "attention": {**_PARTS[attention.get("kind", "mha")], **attention},
-            "ffn": {**_PARTS[ffn.get("kind", "moe")], **ffn},
+            "ffn": {**_PARTS.get(ffn.get("kind", "moe"), {}), **ffn},
         }
         sizes = {"vocab_size": 61, "hidden_size": 18, "num_hidden_layers": 2, "max_position_embeddings": 64}
         return ModelConfig.model_validate({**sizes, "initializer_range": 0.25, **parts, **rest})

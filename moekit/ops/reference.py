@@ -91,6 +91,32 @@ def moe(
     return torch.stack(outputs) if outputs else torch.zeros_like(x)
 
 
+def mixed_linear(
+    x: Float[Tensor, "tokens dim"],
+    mix: Float[Tensor, "tokens experts"],
+    weight: Float[Tensor, "experts out dim"],
+    bias: Float[Tensor, "experts out"] | None = None,
+) -> Float[Tensor, "tokens out"]:
+    """Returns the sum of mix_e (W_e x + b_e): every expert computes every token."""
+    outputs = [x @ weight[e].T + (0 if bias is None else bias[e]) for e in range(len(weight))]
+    return torch.stack([mix[:, e : e + 1] * y for e, y in enumerate(outputs)]).sum(0)
+
+
+def probability_of_choice(
+    logits: Float[Tensor, "units experts"],
+    noisy: Float[Tensor, "units experts"],
+    noise_std: Float[Tensor, "units experts"],
+    k: int,
+) -> Float[Tensor, "units experts"]:
+    """Returns the chance that an expert is among the k largest if its own noise were drawn anew (1701.06538, Eq. 9)."""
+    chances = torch.zeros_like(logits)
+    for unit in range(len(logits)):
+        for e in range(logits.shape[1]):
+            others = sorted(torch.cat((noisy[unit, :e], noisy[unit, e + 1 :])), reverse=True)
+            chances[unit, e] = torch.special.ndtr((logits[unit, e] - others[k - 1]) / noise_std[unit, e])
+    return chances
+
+
 def expert_balance_loss(
     scores: Float[Tensor, "tokens experts"], chosen: list[list[int]], real: list[bool] | None = None
 ) -> Float[Tensor, ""]:
