@@ -12,11 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moekit.config.variants.variant import MERGED_BYTES
 from moekit.ops.autocast import autocast_off, cast_once
 from moekit.ops.routing import DROPPED, Routing
-
-MERGED_BYTES = 1 << 28
-"""What merged matrices may take at once, unless the caller says otherwise."""
 
 
 def mixing(routing: Routing, n_experts: int) -> Float[Tensor, "units experts"]:

@@ -227,7 +227,7 @@ def test_the_balance_loss_is_importance_and_load_of_every_gate(tiny_config: Make
         importance, load = torch.zeros(7, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)
         for unit in range(3):
             for weight, expert in zip(routing.weights[unit], routing.expert_ids[unit].tolist(), strict=True):
-                importance[expert] += float(weight)
+                importance[expert] += float(weight.detach())
                 load[expert] += 1
         expected += sum(float(sums.var() / sums.mean() ** 2) for sums in (importance, load))
     torch.testing.assert_close(float(out.aux["importance_and_load"]), 0.5 * expected)
