@@ -21,7 +21,7 @@ from moekit.nn.rope import rotation
 from moekit.nn.router import HashRouter, Probe, Router, RouterContext
 from moekit.nn.variants import build
 from moekit.nn.variants.layer import VariantLayer
-from moekit.ops.attention import seen
+from moekit.ops.attention import all_seen, seen
 from moekit.ops.balance import LoadSums, updated_bias
 from moekit.ops.loss import IGNORED, TokenLoss, linear_cross_entropy
 from moekit.ops.quantize import Codes
@@ -83,7 +83,8 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """A decoder-only language model. An ordinary module: any optimiser, any loop, `torch.autocast`."""
+    """A language model, a decoder or (`causal` false) an encoder. An ordinary module: any optimiser, any loop,
+    `torch.autocast`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -141,18 +142,20 @@ class Model(nn.Module):
     ) -> ModelOutput:
         """Returns logits, loss, balance terms and routing of a batch.
 
-        `labels` are the input ids themselves, shifted here (transformers' convention); `targets` are shifted already:
-        targets[t] follows input_ids[t]. -100 is not predicted. `padding_mask` is true for real tokens; padding comes
-        after them, and counts nowhere. `document_ids` keep attention inside a document. `prior_load` is one sum per
-        MoE layer for `global_aux`. With a cache, input_ids continue each sequence at its own length. `return_logits`
-        False spares the logits where only the loss is wanted; training on a loss never forms them. `logits_to_keep` is
-        the number of last positions whose logits are formed, or one position per sequence. `probe` alters the routing
-        of this pass, in all MoE layers or one by one; a cache remembers none, so each pass over it is given its own.
-        `task_ids` are the token ids of each sequence's task description, -100 behind shorter ones, for layers that
-        route by task.
+        `labels` are the input ids themselves, shifted here (transformers' convention); `targets` are what is predicted
+        at each place: targets[t] follows input_ids[t], or in an encoder is what the mask at t hides. -100 is not
+        predicted. `padding_mask` is true for real tokens; padding comes after them, and counts nowhere. `document_ids`
+        keep attention inside a document. `prior_load` is one sum per MoE layer for `global_aux`. With a cache,
+        input_ids continue each sequence at its own length. `return_logits` False spares the logits where only the loss
+        is wanted; training on a loss never forms them. `logits_to_keep` is the number of last positions whose logits
+        are formed, or one position per sequence. `probe` alters the routing of this pass, in all MoE layers or one by
+        one; a cache remembers none, so each pass over it is given its own. `task_ids` are the token ids of each
+        sequence's task description, -100 behind shorter ones, for layers that route by task.
         """
         if padding_mask is not None and bool((padding_mask[:, 1:] & ~padding_mask[:, :-1]).any()):
             raise ConfigError("padding_mask has padding before real tokens; pad on the right")
+        if labels is not None or cache is not None:
+            self.config.check_decoder("a loss on `labels`, the next tokens," if cache is None else "a cache")
         if labels is not None:
             if targets is not None:
                 raise ConfigError("labels and targets are both given; labels are shifted by the model, targets are not")
@@ -163,7 +166,7 @@ class Model(nn.Module):
             targets = targets.masked_fill(~padding_mask, IGNORED)
         if cache is not None and document_ids is not None:
             raise ConfigError("document_ids cannot be used with a cache; generate one document per sequence")
-        context = self._context(input_ids, cache, document_ids)
+        context = self._context(input_ids, cache, document_ids, padding_mask)
         real = None if padding_mask is None else padding_mask.flatten()
         probes = self._probes(probe)
         plain = RouterContext(
@@ -206,7 +209,9 @@ class Model(nn.Module):
             logits = self.lm_head(x)
         return ModelOutput(logits, loss_mean, aux, routings if return_routing else None, token_loss, hidden)
 
-    def _context(self, input_ids: Tensor, cache: KVCache | None, document_ids: Tensor | None) -> Context:
+    def _context(
+        self, input_ids: Tensor, cache: KVCache | None, document_ids: Tensor | None, padding_mask: Tensor | None
+    ) -> Context:
         batch, length = input_ids.shape
         limit = self.config.max_position_embeddings
         reached = length + (cache.longest if cache is not None else 0)
@@ -218,7 +223,8 @@ class Model(nn.Module):
             positions = cache.positions(batch, length)
         attention = self.config.attention
         width = attention.head_dim if isinstance(attention, MHAConfig) else attention.qk_rope_head_dim
-        visible = seen(positions, reached, document_ids)
+        causal = self.config.causal
+        visible = seen(positions, reached, document_ids) if causal else all_seen(document_ids, padding_mask)
         return Context(rotation(attention.rope, width, positions), positions, visible, cache)
 
     def _task(self, task_ids: Tensor | None, batch: int) -> tuple[Tensor, Tensor] | None:
