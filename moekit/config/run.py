@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from moekit.config.model import ModelConfig
 from moekit.config.strict import Strict
+from moekit.config.variants import LoryConfig
 
 
 class DataConfig(Strict):
@@ -127,8 +128,15 @@ class RunConfig(Strict):
             raise ValueError(f"data.sequence_length is {length} but model.max_position_embeddings is {longest}")
         if (warmup := self.schedule.warmup_steps) > self.steps:
             raise ValueError(f"schedule.warmup_steps is {warmup} but steps is {self.steps}, which must not be less")
-        if isinstance(self.optimizer, MuonConfig) and self.model.ffn.kind == "dense":
-            raise ValueError("optimizer.kind is muon but model.ffn.kind is dense, which has no experts; use adamw")
-        if self.backend != "auto" and self.model.ffn.kind == "dense":
-            raise ValueError(f"backend is {self.backend} but model.ffn.kind is dense, which has no experts; use auto")
+        if (ffn := self.model.ffn).kind != "moe":
+            no = "which has no experts" if ffn.kind == "dense" else "whose experts are merged"
+            if isinstance(self.optimizer, MuonConfig):
+                raise ValueError(f"optimizer.kind is muon but model.ffn.kind is {ffn.kind}, {no}; use adamw")
+            if self.backend != "auto":
+                raise ValueError(f"backend is {self.backend} but model.ffn.kind is {ffn.kind}, {no}; use auto")
+        if isinstance(ffn, LoryConfig) and ffn.n_routed_experts > 1 and length <= ffn.segment_size:
+            raise ValueError(
+                f"data.sequence_length is {length} but model.ffn.segment_size is {ffn.segment_size}: only a segment with "
+                "another before it is routed; use a longer sequence or a shorter segment"
+            )
         return self
