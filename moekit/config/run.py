@@ -19,6 +19,11 @@ class DataConfig(Strict):
     packing: Literal["stream", "documents"] = Field(
         "stream", description="stream: windows run over document ends; documents: whole documents only, then padding"
     )
+    order: Literal["source", "shuffled", "similar"] = Field(
+        "source",
+        description="documents in the stream that windows are cut from: domain by domain as they came; shuffled; "
+        "similar: like beside like (`moekit prepare --similar`)",
+    )
     cross_document_attention: bool = Field(True, description="tokens may attend to earlier documents of their sequence")
 
     @model_validator(mode="after")
@@ -136,7 +141,7 @@ class RunConfig(Strict):
                 raise ValueError(f"backend is {self.backend} but model.ffn.kind is {ffn.kind}, {no}; use auto")
         if isinstance(ffn, LoryConfig) and ffn.n_routed_experts > 1 and length <= ffn.segment_size:
             raise ValueError(
-                f"data.sequence_length is {length} but model.ffn.segment_size is {ffn.segment_size}: only a segment with "
-                "another before it is routed; use a longer sequence or a shorter segment"
+                f"data.sequence_length is {length} but model.ffn.segment_size is {ffn.segment_size}: only a segment "
+                "with another before it is routed; use a longer sequence or a shorter segment"
             )
         return self

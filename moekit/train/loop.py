@@ -57,7 +57,7 @@ class _Run:
         self.config, self.run, self.sinks = config, run, sinks
         self.hardware = machine.choose(config.device, config.precision)
         device, data = self.hardware.device, config.data
-        self.dataset = open_dataset(data.path, "train")
+        self.dataset = open_dataset(data.path, "train", order=data.order)
         self.valid = open_dataset(data.path, "valid") if "valid" in self.dataset.manifest.splits else None
         self.tokenizer = load_tokenizer(data.path)
         room = config.model.vocab_size - self.dataset.vocab_size
@@ -71,6 +71,8 @@ class _Run:
         self.sampler = Sampler(self.dataset, data.sequence_length, data.batch_size, config.seed, data.packing)
         torch.manual_seed(config.seed)
         self.model = Model(config.model)
+        if leak := config.model.looks_ahead:
+            logger.warning(leak)
         self.model.balance_hash(F.pad(torch.from_numpy(self.dataset.token_counts()), (0, room)))
         self.model.recompute = config.recompute
         self.model.to(device).train()
