@@ -7,6 +7,7 @@
 | keys | positions that a query can look at (cached and new) |
 | tokens | positions of all sequences, flattened: batch * length |
 | units | routing units: tokens, segments, sequences or tasks |
+| segments | equal stretches of a sequence, the last of which may be shorter |
 | rows | (token, chosen expert) pairs, sorted by expert |
 | dim | width of the residual stream, `hidden_size` |
 | heads, kv_heads | attention heads; heads of keys and values |

@@ -269,6 +269,11 @@ class Model(nn.Module):
         """The MoE layers, in the order of `ModelOutput.routing`."""
         return [module for module in self.modules() if isinstance(module, MoE)]
 
+    @property
+    def variant_layers(self) -> list[VariantLayer]:
+        """The feed-forward layers of another paper."""
+        return [module for module in self.modules() if isinstance(module, VariantLayer)]
+
     def set_experts_backend(self, backend: str) -> None:
         """Sets how the experts' products are computed; UnsupportedError when that cannot run where the weights are."""
         for layer in self.moe_layers:
@@ -285,6 +290,16 @@ class Model(nn.Module):
             if isinstance(layer.router, Router) and layer.router.expert_bias is not None:
                 bias = layer.router.expert_bias
                 bias.copy_(updated_bias(bias, load.to(bias.device), layer.config.bias_update_speed))
+
+    def begin_step(self, step: int) -> None:
+        """Tells the layers which optimiser step comes, counted from 0; some are another network in the first ones."""
+        for layer in self.variant_layers:
+            layer.begin_step(step)
+
+    def end_step(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Tells the layers that the step was taken. Call both around each step, as `train.loop` does."""
+        for layer in self.variant_layers:
+            layer.end_step([optimizer.state for optimizer in optimizers])
 
     @torch.no_grad()
     def balance_hash(self, token_counts: Int[Tensor, " vocab"]) -> None:

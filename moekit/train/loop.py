@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from moekit import files, receipts
-from moekit.config import MoEConfig, RunConfig
+from moekit.config import MoEConfig, RunConfig, Variant
 from moekit.data import Batch, Sampler, TokenDataset, open_dataset
 from moekit.errors import CheckpointError, ConfigError, TrainingError
 from moekit.formats.tokenizer import load_tokenizer
@@ -57,7 +57,7 @@ class _Run:
         self.config, self.run, self.sinks = config, run, sinks
         self.hardware = machine.choose(config.device, config.precision)
         device, data = self.hardware.device, config.data
-        self.dataset = open_dataset(data.path, "train")
+        self.dataset = open_dataset(data.path, "train", order=data.order)
         self.valid = open_dataset(data.path, "valid") if "valid" in self.dataset.manifest.splits else None
         self.tokenizer = load_tokenizer(data.path)
         room = config.model.vocab_size - self.dataset.vocab_size
@@ -71,6 +71,8 @@ class _Run:
         self.sampler = Sampler(self.dataset, data.sequence_length, data.batch_size, config.seed, data.packing)
         torch.manual_seed(config.seed)
         self.model = Model(config.model)
+        if leak := config.model.looks_ahead:
+            logger.warning(leak)
         self.model.balance_hash(F.pad(torch.from_numpy(self.dataset.token_counts()), (0, room)))
         self.model.recompute = config.recompute
         self.model.to(device).train()
@@ -119,6 +121,7 @@ class _Run:
     def _one_step(self) -> None:
         """Forward and backward over the micro-batches, then one optimiser step and one bias update."""
         config, batch = self.config, self.sampler.batch(self.step)
+        self.model.begin_step(self.step)
         optimizer.set_factor(self.optimizers, schedule.factor(config.schedule, self.step, config.steps))
         size = config.data.micro_batch_size or config.data.batch_size
         parts = config.data.batch_size // size
@@ -142,6 +145,7 @@ class _Run:
         for one in self.optimizers:
             one.step()
             one.zero_grad(set_to_none=True)
+        self.model.end_step(self.optimizers)
         if self.model.moe_layers:
             self.model.update_expert_bias(list(load.tokens_per_expert))
         for sums, of_step in zip(self.window, load, strict=True):
@@ -192,9 +196,12 @@ class _Run:
 
     def _alarm(self, layer: int, experts: list[int]) -> None:
         steps, ffn = self.config.dead_after * self.config.log_every, self.config.model.ffn
-        hashed = isinstance(ffn, MoEConfig) and ffn.topk_method == "hash"
-        routers = "raise ffn.aux_loss_alpha, or use topk_method noaux_tc with a bias_update_speed"
-        remedy = "use ffn.hash_method balanced" if hashed else routers
+        if isinstance(ffn, Variant):
+            remedy = ffn.remedy
+        elif isinstance(ffn, MoEConfig) and ffn.topk_method == "hash":
+            remedy = "use ffn.hash_method balanced"
+        else:
+            remedy = "raise ffn.aux_loss_alpha, or use topk_method noaux_tc with a bias_update_speed"
         who = f"expert{'s' * (len(experts) > 1)} {', '.join(map(str, experts))} of layer {layer}"
         text = f"{who} had no token for {steps} steps; {remedy}"
         if len(self.sinks) == 1:  # with a display, the display tells it

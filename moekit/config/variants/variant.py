@@ -21,9 +21,15 @@ class Variant(Strict):
     n_routed_experts: int
     gates: ClassVar[int] = 1
     """Gates of one layer whose routing the model returns."""
+    remedy: ClassVar[str] = "raise ffn.aux_loss_alpha"
+    """What helps where an expert is not used."""
 
     def sees_future(self) -> str | None:
-        """Returns why a token's output would depend on later tokens of its sequence, or None where it does not."""
+        """Returns why no causal model may have this layer: outputs depend on later tokens by its nature; or None."""
+        return None
+
+    def leak(self) -> str | None:
+        """Returns in which way scores of a causal model may look ahead where its paper allows it, or None."""
         return None
 
     def parameters(self, dim: int) -> dict[str, Count]:

@@ -25,6 +25,7 @@ from moekit.ops.autocast import autocast_off, cast_once
 from moekit.ops.experts import mixed_linear
 from moekit.ops.merge import merged_linear, mixing
 from moekit.ops.routing import Routing, of_tokens, route_noisy
+from moekit.ops.segments import joined, segment_means, segment_tokens, segmented
 
 NOISE_FLOOR = 1e-2
 """Least standard deviation of the noise on a gate's logits (the paper's code)."""
@@ -128,10 +129,10 @@ class ExpertLinear(nn.Module):
         The paper does not say: how its gate, which pools a whole sequence, is to be used where tokens come one by one.
         """
         if cache is None:
-            return self._by_segments(x, self._segment_sums(x, real), real)
+            return self._by_segments(x, segment_means(x, self._size, real), real)
         sums = self._remember(x, cache, real)
         if cache.longest == 0:
-            return self._by_segments(x, sums, real)
+            return self._by_segments(x, sums / self._size, real)
         steps = []
         for position, token in zip(cache.positions(*x.shape[:2]).T, x.split(1, 1), strict=True):
             read = self._read_by(position)
@@ -142,22 +143,17 @@ class ExpertLinear(nn.Module):
         return torch.cat(steps, 1), routing
 
     def _by_segments(
-        self, x: Tensor, sums: Float[Tensor, "batch segments dim"], real: Bool[Tensor, "batch length"] | None
+        self, x: Tensor, means: Float[Tensor, "batch segments dim"], real: Bool[Tensor, "batch length"] | None
     ) -> tuple[Float[Tensor, "batch length out"], Routing]:
         """Returns whole sequences, each segment through what the one that it reads chose."""
         batch, length = x.shape[:2]
-        size, count = self._size, -(-length // self._size)
-        first = torch.arange(count, device=x.device) * size
-        read = self._read_by(first)[1:]
-        z = (sums[:, read] / size).flatten(0, 1)
-        lengths = torch.full((batch,), length, device=x.device) if real is None else real.sum(1)
-        routing = self._route(z, batch, (lengths.unsqueeze(1) > first[1:]).flatten())
-        experts = len(self.weight)
-        chosen = mixing(routing, experts).unflatten(0, (batch, count - 1))
-        mix = torch.cat((chosen.new_full((batch, 1, experts), 1 / experts), chosen), 1).flatten(0, 1)
-        segments = F.pad(x, (0, 0, 0, count * size - length)).view(batch * count, size, -1)
-        y = merged_linear(segments, mix, self.weight, self.bias)
-        return y.view(batch, count * size, -1)[:, :length], routing
+        tokens = segment_tokens(batch, length, self._size, real, x.device)
+        read = self._read_by(torch.arange(tokens.shape[1], device=x.device) * self._size)[1:]
+        routing = self._route(means[:, read].flatten(0, 1), batch, tokens[:, 1:].flatten() > 0)
+        chosen = mixing(routing, len(self.weight)).unflatten(0, (batch, -1))
+        first = chosen.new_full((batch, 1, len(self.weight)), 1 / len(self.weight))
+        mix = torch.cat((first, chosen), 1).flatten(0, 1)
+        return joined(merged_linear(segmented(x, self._size), mix, self.weight, self.bias), batch, length), routing
 
     @property
     def _size(self) -> int:
@@ -169,23 +165,15 @@ class ExpertLinear(nn.Module):
         segment = position // self._size
         return segment - 1 if self.config.level == "segment" else segment.clamp(max=1) - 1
 
-    def _segment_sums(
-        self, x: Tensor, real: Bool[Tensor, "batch length"] | None
-    ) -> Float[Tensor, "batch segments dim"]:
-        x = x if x.dtype == torch.float64 else x.float()
-        x = x if real is None else x * real.unsqueeze(-1)
-        sums: Tensor = F.pad(x, (0, 0, 0, -x.shape[1] % self._size)).unflatten(1, (-1, self._size)).sum(2)
-        return sums
-
     def _remember(
         self, x: Tensor, cache: KVCache, real: Bool[Tensor, "batch length"] | None
     ) -> Float[Tensor, "batch segments dim"]:
         """Returns the sums of all segments so far, these tokens added; they stay in the cache."""
         batch, length, dim = x.shape
         wide = x if x.dtype == torch.float64 else x.float()
-        kept = cache.routing.get(self.place, wide.new_zeros(batch, 0, dim))
+        kept = cache.sums.get(self.place, wide.new_zeros(batch, 0, dim))
         sums = F.pad(kept, (0, 0, 0, -(-cache.max_length // self._size) - kept.shape[1]))
-        cache.routing[self.place] = sums
+        cache.sums[self.place] = sums
         segment = cache.positions(batch, length) // self._size
         wide = wide if real is None else wide * real.unsqueeze(-1)
         sums.scatter_add_(1, segment.unsqueeze(-1).expand(-1, -1, dim), wide)
