@@ -37,7 +37,10 @@ def plan_tables(name: str, summary: str, document: dict[str, Any]) -> list[Table
     length = flops["sequence_length"]
     compute = table("training FLOPs", f">per {length:,} tokens", "what is counted")
     compute.add_row("exact", short(flops["exact"]), "the real matrices, 6 per weight and token, and full attention")
-    compute.add_row("paper", short(flops["paper"]), "the paper's rule: nominal FFN sizes, every layer MoE, no router")
+    if "paper" in flops:
+        compute.add_row(
+            "paper", short(flops["paper"]), "the paper's rule: nominal FFN sizes, every layer MoE, no router"
+        )
 
     where = f"{settings['batch']} x {length:,} tokens, {settings['precision']}, {settings['optimizer']}"
     space = table("memory", ">GiB", where + (", recompute" if settings["recompute"] else ""))

@@ -34,3 +34,7 @@ class Variant(Strict):
     def kept_bytes(self, dim: int, length: int, size: int) -> int:
         """Returns the bytes that one layer's backward pass needs for one sequence, in numbers of `size` bytes."""
         raise NotImplementedError
+
+    def buffer_bytes(self) -> int:
+        """Returns the bytes of one layer's buffers."""
+        return 0
