@@ -93,8 +93,13 @@ def kv_cache_bytes_per_token(config: "ModelConfig", dtype_bytes: int = 2) -> int
 
 
 def buffer_bytes(config: "ModelConfig") -> int:
-    """Returns the bytes of buffers: a float32 selection bias, or an int64 hash table (vocab, k), per MoE layer."""
+    """Returns the bytes of buffers: a float32 selection bias, or an int64 hash table (vocab, k), per MoE layer.
+
+    A variant's are its own.
+    """
     ffn = config.ffn
+    if isinstance(ffn, Variant):
+        return config.num_hidden_layers * ffn.buffer_bytes()
     if ffn.kind != "moe":
         return 0
     bias = 4 * ffn.n_routed_experts if ffn.topk_method == "noaux_tc" else 0

@@ -205,3 +205,40 @@ def cross_entropy(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " 
         if target != -100:
             total = total - row.log_softmax(0)[target]
     return total
+
+
+def entmax15(logits: Float[Tensor, "*units experts"]) -> Float[Tensor, "*units experts"]:
+    """Returns p = max(z / 2 - tau, 0)^2 with sum 1, tau by bisection (arXiv 1905.05702, Algorithm 1 at alpha 1.5)."""
+    rows = []
+    for z in logits.reshape(-1, logits.shape[-1]) / 2:
+        low, high = float(z.detach().max()) - 1, float(z.detach().max())
+        for _ in range(100):
+            tau = (low + high) / 2
+            low, high = (tau, high) if float((z.detach() - tau).clamp(min=0).square().sum()) > 1 else (low, tau)
+        above = (z - low).clamp(min=0)  # one more step, Newton's, gives tau its gradient
+        tau_of_z = low + (above.square().sum() - 1) / (2 * above.detach().sum())
+        rows.append((z - tau_of_z).clamp(min=0).square())
+    return torch.stack(rows).reshape(logits.shape) if rows else torch.zeros_like(logits)
+
+
+def factorised_experts(experts: list[Tensor], input: Tensor, output: Tensor) -> Float[Tensor, "experts out _"]:
+    """Returns the matrices that CP or tensor-ring factors stand for (arXiv 2402.12550, Eq. 1 and 3), bias last."""
+    equations = {
+        (1, 2): "nr,ir,or->noi",  # levels of experts, axes of a factor: two in CP, three in a tensor ring
+        (2, 2): "nr,mr,ir,or->nmoi",
+        (1, 3): "nab,ibc,oac->noi",
+        (2, 3): "nab,mbd,idc,oac->nmoi",
+    }
+    equation = equations[len(experts), input.dim()]
+    return torch.einsum(equation, *experts, input, output).reshape(-1, len(output), len(input))
+
+
+def mixed_experts(
+    x: Float[Tensor, "tokens dim"], gates: list[Tensor], experts: Float[Tensor, "experts out _"]
+) -> Float[Tensor, "tokens out"]:
+    """Returns each token through the sum of all experts, each weighted by the product of its levels' gate values."""
+    outputs = []
+    for token, *values in zip(x, *gates, strict=True):
+        weights = values[0] if len(values) == 1 else torch.outer(values[0], values[1]).flatten()
+        outputs.append(torch.einsum("n,noi,i->o", weights, experts, F.pad(token, (0, 1), value=1.0)))
+    return torch.stack(outputs) if outputs else x.new_zeros(0, experts.shape[1])

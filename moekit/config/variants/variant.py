@@ -52,6 +52,10 @@ class Variant(Strict):
         """Returns the most bytes of merged matrices at any one time, for `batch` sequences; 0 where none is formed."""
         return 0
 
+    def buffer_bytes(self) -> int:
+        """Returns the bytes of one layer's buffers."""
+        return 0
+
 
 def merged_at_once(matrix_bytes: int, units: int) -> int:
     """Returns the bytes of the merged matrices that exist at once, each of `matrix_bytes` and for one unit."""
