@@ -48,7 +48,7 @@ class MEOConfig(Variant):
             ("description_size", level == "task", "level task"),
             ("description_ids", level == "task", "level task"),
             ("reduce_factor", level == "task" or self.has_token_blocks, "level task, or level token of mode merge"),
-            ("aux_loss_alpha", k < experts, "num_experts_per_tok below n_routed_experts"),
+            ("aux_loss_alpha", experts > 1, "n_routed_experts above 1"),
         ]
         for name, effective, needed in effects:
             value = getattr(self, name)
