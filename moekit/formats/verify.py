@@ -35,9 +35,10 @@ ROLES = (
     (r"^lm_head\.", "head"),
     (r"norm\.weight$", "norm"),
     (r"\.self_attn\.", "attention"),
-    (r"\.mlp\.router\.weight$", "router"),
+    (r"^embed_task\.|\.mlp\.router\.(weight|first|\d+)$|_proj\.(gate|task_proj)\.", "router"),
     (r"\.mlp\.experts\.", "routed"),
     (r"\.mlp\.shared_expert", "shared"),
+    (r"\.mlp\.\w+_proj\.token_block\.", "dense"),
     (r"\.mlp\.\w+_proj\.", "dense"),
 )
 """A tensor's role is that of the first pattern that its name in the state dict matches; buffers have none."""
@@ -153,6 +154,8 @@ def _roles(model: Model) -> dict[str, int]:
     roles: Counter[str] = Counter()
     for name, weight in held(model).items():
         role = next((role for pattern, role in ROLES if re.search(pattern, name)), None)
+        if role == "dense" and model.config.ffn.kind == "meo" and "token_block" not in name:
+            role = "routed"  # what are a dense layer's two maps are there its experts
         if role is not None:
             roles[role] += math.prod(weight.shape)
     return dict(roles)
