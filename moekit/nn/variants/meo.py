@@ -12,7 +12,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moekit.config import MEOConfig
@@ -23,7 +23,7 @@ from moekit.nn.variants.layer import VariantLayer, VariantOutput
 from moekit.ops import balance, dispatch
 from moekit.ops.autocast import autocast_off, cast_once
 from moekit.ops.experts import mixed_linear
-from moekit.ops.merge import merged_linear, mixing
+from moekit.ops.merge import merged, merged_linear, mixing
 from moekit.ops.routing import Routing, of_tokens, route_noisy
 from moekit.ops.segments import joined, segment_means, segment_tokens, segmented
 
@@ -93,7 +93,10 @@ class ExpertLinear(nn.Module):
         if config.level in ("prefix", "segment"):
             return self._by_earlier(x, context.cache, real)
         routing = self._route(self._unit(x, context, real), len(x))
-        return merged_linear(x, mixing(routing, len(self.weight)), self.weight, self.bias), routing
+        mix = mixing(routing, len(self.weight))
+        if context.cache is not None:  # its task is a sequence's for good
+            return self._by_kept(x, mix, torch.zeros_like(context.cache.lengths), context.cache), routing
+        return merged_linear(x, mix, self.weight, self.bias), routing
 
     def _dispatched(
         self, x: Tensor, context: RouterContext, real: Bool[Tensor, "batch length"] | None
@@ -139,8 +142,22 @@ class ExpertLinear(nn.Module):
             z = sums[torch.arange(len(sums), device=x.device), read.clamp(min=0)] / self._size
             routing = self._route(z, len(z), read >= 0)
             mix = torch.where((read >= 0).unsqueeze(-1), mixing(routing, len(self.weight)), 1 / len(self.weight))
-            steps.append(merged_linear(token, mix, self.weight, self.bias))
+            steps.append(self._by_kept(token, mix, read, cache))
         return torch.cat(steps, 1), routing
+
+    def _by_kept(
+        self, x: Float[Tensor, "batch tokens dim"], mix: Tensor, unit: Int[Tensor, " batch"], cache: KVCache
+    ) -> Float[Tensor, "batch tokens out"]:
+        """Returns tokens through merged matrices that stay in the cache until a sequence is routed by another unit.
+
+        Bytes: batch times those of one network.
+        """
+        kept = cache.merged.get(self.place)
+        if kept is None or not torch.equal(kept[0], unit):
+            kept = unit, merged(mix, self.weight), merged(mix, self.bias)
+            cache.merged[self.place] = kept
+        _, weight, bias = kept
+        return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
 
     def _by_segments(
         self, x: Tensor, means: Float[Tensor, "batch segments dim"], real: Bool[Tensor, "batch length"] | None
