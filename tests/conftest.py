@@ -32,6 +32,7 @@ _PARTS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 10,
     },
     "dense": {"kind": "dense", "intermediate_size": 26},
+    "mumoe": {"kind": "mumoe", "intermediate_size": 26, "n_routed_experts": 6},
 }
 
 

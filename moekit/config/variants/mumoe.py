@@ -58,7 +58,7 @@ class MuMoEConfig(Variant):
     def matched_rank(self, dim: int) -> int:
         """Returns the rank: as it is set, or else the one that brings the parameters nearest to a dense GELU layer's.
 
-        Off by at most half of what one unit of rank costs: 0.1% of a layer at GPT-2's width.
+        Off by at most half of what one unit of rank costs: of a layer as wide as GPT-2's 0.1% in cp, 0.3% in tr.
         """
         if self.rank is not None:
             return self.rank
@@ -66,10 +66,10 @@ class MuMoEConfig(Variant):
         fixed = self._router(dim) + (0 if self.factorization == "cp" else self._factors(dim, 0))
         rank = round((dense - fixed) / (self._factors(dim, 1) - self._factors(dim, 0)))
         if rank < 1:
-            found = (
-                f"gate and cores of {self.n_routed_experts} experts take {fixed:,} parameters, a dense layer {dense:,}"
+            found = f"gate and cores of {self.n_routed_experts} experts take {fixed:,} parameters"
+            raise ConfigError(
+                f"ffn.rank is null but {found}, a dense layer {dense:,}; lower ffn.n_routed_experts, or set ffn.rank"
             )
-            raise ConfigError(f"ffn.rank is null but {found}; lower ffn.n_routed_experts, or set ffn.rank")
         return rank
 
     def parameters(self, dim: int) -> dict[str, Count]:
