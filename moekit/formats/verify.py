@@ -38,7 +38,6 @@ ROLES = (
     (r"^embed_task\.|\.mlp\.router\.(weight|first|\d+)$|_proj\.(gate|task_proj)\.", "router"),
     (r"\.mlp\.experts\.", "routed"),
     (r"\.mlp\.shared_expert", "shared"),
-    (r"\.mlp\.\w+_proj\.token_block\.", "dense"),
     (r"\.mlp\.\w+_proj\.", "dense"),
 )
 """A tensor's role is that of the first pattern that its name in the state dict matches; buffers have none."""

@@ -1,4 +1,4 @@
-"""Entmax-1.5: like softmax, but exactly zero for whoever is far behind (Peters et al., arXiv 1905.05702, Eq. 7-8)."""
+"""Entmax-1.5: like softmax, but exactly zero for whoever is far behind (Peters et al., arXiv 1905.05702)."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def entmax15(logits: Float[Tensor, "*units experts"]) -> Float[Tensor, "*units e
 class _Entmax15(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:
-        """Appendix C.3's exact algorithm: if the k largest are the support, tau follows from their mean and spread."""
+        """The paper's exact algorithm for alpha 1.5: if the k largest are the support, tau follows from their mean and spread."""
         if logits.numel() == 0:
             p = torch.zeros_like(logits)
         else:
@@ -46,7 +46,7 @@ class _Entmax15(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dp: Tensor) -> Tensor:
-        """Proposition 2 of the paper: the Jacobian is diag(s) - s s^T / sum(s), s the square root of p."""
+        """The paper's Jacobian, for alpha 1.5, is diag(s) - s s^T / sum(s), s the square root of p."""
         (p,) = ctx.saved_tensors
         s = p.sqrt()
         scaled = dp * s

@@ -208,7 +208,7 @@ def cross_entropy(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " 
 
 
 def entmax15(logits: Float[Tensor, "*units experts"]) -> Float[Tensor, "*units experts"]:
-    """Returns p = max(z / 2 - tau, 0)^2 with sum 1, tau by bisection (arXiv 1905.05702, Algorithm 1 at alpha 1.5)."""
+    """Returns p = max(z / 2 - tau, 0)^2 with sum 1, tau by bisection (arXiv 1905.05702)."""
     rows = []
     for z in logits.reshape(-1, logits.shape[-1]) / 2:
         low, high = float(z.detach().max()) - 1, float(z.detach().max())
@@ -222,7 +222,7 @@ def entmax15(logits: Float[Tensor, "*units experts"]) -> Float[Tensor, "*units e
 
 
 def factorised_experts(experts: list[Tensor], input: Tensor, output: Tensor) -> Float[Tensor, "experts out _"]:
-    """Returns the matrices that CP or tensor-ring factors stand for (arXiv 2402.12550, Eq. 1 and 3), bias last."""
+    """Returns the matrices that CP or tensor-ring factors stand for (arXiv 2402.12550), bias last."""
     equations = {
         (1, 2): "nr,ir,or->noi",  # levels of experts, axes of a factor: two in CP, three in a tensor ring
         (2, 2): "nr,mr,ir,or->nmoi",

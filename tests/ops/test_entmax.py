@@ -20,6 +20,12 @@ def test_values_and_gradients_equal_bisection(device: torch.device, experts: int
     torch.testing.assert_close(gradients[0], gradients[1], **TIGHT)
 
 
+def test_the_values_that_its_authors_print(device: torch.device) -> None:
+    """The example on the page of their package, entmax 1.2."""
+    p = entmax15(torch.tensor([-2, 0, 0.5], device=device))
+    assert [round(value, 4) for value in p.tolist()] == [0, 0.3260, 0.6740]
+
+
 def test_the_gradient_is_that_of_finite_differences(device: torch.device) -> None:
     logits = torch.randn(4, 6, dtype=torch.float64, device=device, requires_grad=True)
     assert bool((entmax15(logits) == 0).any())

@@ -1,4 +1,4 @@
-"""muMoE, the multilinear mixture of experts (arXiv 2402.12550, section 3).
+"""muMoE, the multilinear mixture of experts (arXiv 2402.12550).
 
 Two linear maps with GELU between them; each is a sum of N experts' matrices, weighted token by token by one gate that
 both share, so the layer is a feed-forward network merged for each token. The matrices exist as CP or tensor-ring

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.utils.flop_counter
 
-from moekit.config import ModelConfig, MuMoEConfig, buffer_bytes, memory, parameters, plan
+from moekit.config import ModelConfig, MuMoEConfig, buffer_bytes, memory, parameters, plan, preset
 from moekit.errors import ConfigError
 from moekit.nn.model import Model
 from moekit.nn.router import RouterContext
@@ -41,7 +41,9 @@ def test_the_papers_layers_in_gpt2_have_its_parameters(factorization: str, exper
     share = {"cp": {64: 0.78, 256: 0.725}, "tr": {64: 0.2, 256: 0.195}}[factorization][experts]
     assert rank == int(share * 768)
     gpt2 = {"intermediate_size": 3072, "n_routed_experts": experts, "factorization": factorization}
-    counts = settings(**gpt2, rank=rank).parameters(768)
+    config = settings(**gpt2, rank=rank)
+    assert preset(f"mumoe-gpt2-{factorization}-{experts}").ffn == config
+    counts = config.parameters(768)
     assert sum(count.total for count in counts.values()) == total
     assert counts["router"].total == experts * 768
     assert abs(total / DENSE_GPT2 - 1) < 0.013  # 4.72M

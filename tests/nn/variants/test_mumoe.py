@@ -201,7 +201,7 @@ def test_recomputing_activations_changes_no_bit(device: torch.device, tiny_confi
             .train()
         )
         model.recompute = recompute
-        out = model(ids, labels=ids)
+        out = model(ids, targets=ids)
         assert out.loss is not None
         out.loss.backward()
         ends.append([p.grad for p in model.parameters()] + list(model.buffers()))
