@@ -163,8 +163,8 @@ def write(args: argparse.Namespace, data: Path) -> None:
         "# Lory: similar documents beside each other, or any",
         f"`{command}`, commit {commit()}, {machine(torch.device('cpu'))}.",
         f"{counted.documents:,} passages of {counted.tokens / counted.documents:.0f} tokens. Mean cosine of "
-        f"neighbours: {similar.similarity} in similar order, {similar.similarity_shuffled} shuffled. Standard deviations "
-        f"over {args.seeds} seeds in brackets.",
+        f"neighbours: {similar.similarity} in similar order, {similar.similarity_shuffled} shuffled. "
+        f"Standard deviations over {args.seeds} seeds in brackets.",
         "## Loss, nats per token, unseen text",
         table(("model", "order", *columns), rows),
         "## Lory less dense, the same seed and batches",
