@@ -32,6 +32,7 @@ _PARTS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 10,
     },
     "dense": {"kind": "dense", "intermediate_size": 26},
+    "lory": {"kind": "lory", "n_routed_experts": 3, "intermediate_size": 10, "segment_size": 4},
 }
 
 
