@@ -54,7 +54,7 @@ class Values:
             return
         if parts[0].numel() >= LEAST and all(bool(torch.eq(*part.aminmax())) for part in parts):
             constant.append(shown)
-        elif ".mlp.experts." in key and (twin := self._twin(key, stored)):
+        elif ".mlp.experts." in key and not _begins_alike(config) and (twin := self._twin(key, stored)):
             copies.append(f"{shown} of {self._names[twin]}")
         if key.endswith(".mlp.gate.weight"):
             rows += [f"{shown}[{row}]" for row in (numbers(piece) == 0).all(-1).nonzero().flatten().tolist()]
@@ -77,6 +77,11 @@ class Values:
         """Returns, for each thing that must not be, the tensors in which it is."""
         unlearnt = [self._names[key] for key in drawn(self.reach, self.shape)]
         return {**self._faults, "matrices that look drawn, not learnt": unlearnt}
+
+
+def _begins_alike(config: ModelConfig) -> bool:
+    """Returns whether a sound checkpoint may have equal experts: those of Lory are, until its warm-up ends."""
+    return config.ffn.kind == "lory" and config.ffn.warmup_steps > 0
 
 
 def _rows(piece: Tensor | Quantized) -> Tensor | Quantized:

@@ -35,7 +35,7 @@ ROLES = (
     (r"^lm_head\.", "head"),
     (r"norm\.weight$", "norm"),
     (r"\.self_attn\.", "attention"),
-    (r"\.mlp\.router\.weight$", "router"),
+    (r"\.mlp\.router\.(weight|first)$", "router"),
     (r"\.mlp\.experts\.", "routed"),
     (r"\.mlp\.shared_expert", "shared"),
     (r"\.mlp\.\w+_proj\.", "dense"),

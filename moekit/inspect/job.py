@@ -161,6 +161,8 @@ def _length(path: Path, wanted: int | None) -> int:
     """Returns how long windows are. ConfigError for a dense model, or one that reads less than is wanted."""
     config = load_config(model_folder(path))
     if not config.moe_layers:
+        if config.ffn.kind != "dense":
+            raise ConfigError(f"{path} has ffn.kind {config.ffn.kind}, but inspected are the choices of ffn.kind moe")
         raise ConfigError(f"{path} is a dense model, it has no routed experts to inspect; name one with MoE layers")
     limit = config.max_position_embeddings
     if wanted is not None and wanted > limit:
