@@ -118,7 +118,11 @@ def prepare_tables(manifest: dict[str, Any], out: str) -> list[Table | str]:
     larger = f" --model.vocab_size {vocabulary}" if vocabulary > preset("tiny-deepseekmoe").vocab_size else ""
     prompts = manifest["arguments"]["prompt_field"] is not None
     whole = " --data.packing documents --data.cross_document_attention false" if prompts else ""
-    return [counts, f"next: moekit train tiny-deepseekmoe{larger} --data {out} --out run{whole}"]
+    lines: list[Table | str] = [counts]
+    if (similar := manifest["similar"]) is not None:
+        cosines = f"{similar['similarity']:.3f}, shuffled {similar['similarity_shuffled']:.3f}"
+        lines.append(f"data.order similar: mean cosine of neighbours {cosines}")
+    return [*lines, f"next: moekit train tiny-deepseekmoe{larger} --data {out} --out run{whole}"]
 
 
 def convert_tables(receipt: dict[str, Any], out: str) -> list[Table | str]:

@@ -33,6 +33,7 @@ _PARTS: dict[str, dict[str, Any]] = {
     },
     "dense": {"kind": "dense", "intermediate_size": 26},
     "mumoe": {"kind": "mumoe", "intermediate_size": 26, "n_routed_experts": 6},
+    "lory": {"kind": "lory", "n_routed_experts": 3, "intermediate_size": 10, "segment_size": 4},
 }
 
 

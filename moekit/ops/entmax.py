@@ -23,7 +23,7 @@ def entmax15(logits: Float[Tensor, "*units experts"]) -> Float[Tensor, "*units e
 class _Entmax15(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:
-        """The paper's exact algorithm for alpha 1.5: if the k largest are the support, tau follows from their mean and spread."""
+        """The exact algorithm for alpha 1.5: with the k largest as support, tau follows from their mean and spread."""
         if logits.numel() == 0:
             p = torch.zeros_like(logits)
         else:

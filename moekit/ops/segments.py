@@ -8,13 +8,14 @@ from torch import Tensor
 
 def segmented(x: Float[Tensor, "batch length dim"], size: int) -> Float[Tensor, "units tokens dim"]:
     """Returns the segments of `size` tokens of all sequences, in order; the last of each is filled up with zeros."""
-    return F.pad(x, (0, 0, 0, -x.shape[1] % size)).reshape(-1, size, x.shape[2])
+    batch, length, dim = x.shape
+    return F.pad(x, (0, 0, 0, -length % size)).reshape(batch * -(-length // size), size, dim)
 
 
 def joined(y: Float[Tensor, "units tokens dim"], batch: int, length: int) -> Float[Tensor, "batch length dim"]:
     """Returns the sequences that the segments were cut from."""
-    whole: Tensor = y.reshape(batch, -1, y.shape[2])
-    return whole[:, :length]
+    _, size, dim = y.shape
+    return y.reshape(batch, -(-length // size) * size, dim)[:, :length]
 
 
 def segment_tokens(
@@ -22,7 +23,7 @@ def segment_tokens(
 ) -> Int[Tensor, "batch segments"]:
     """Returns the real tokens of each segment."""
     real = torch.ones(batch, length, dtype=torch.bool, device=device) if mask is None else mask
-    return F.pad(real, (0, -length % size)).view(batch, -1, size).sum(2)
+    return F.pad(real, (0, -length % size)).view(batch, -(-length // size), size).sum(2)
 
 
 def segment_means(
@@ -33,8 +34,8 @@ def segment_means(
     if mask is not None:
         x = x.masked_fill(~mask.unsqueeze(-1), 0)  # whatever padding holds, not a number included
     dtype = torch.promote_types(x.dtype, torch.float32)
-    sums = segmented(x, size).sum(1, dtype=dtype).view(batch, -1, dim)
-    return sums / segment_tokens(batch, length, size, mask, x.device).clamp(min=1).unsqueeze(-1)
+    tokens = segment_tokens(batch, length, size, mask, x.device)
+    return segmented(x, size).sum(1, dtype=dtype).view(*tokens.shape, dim) / tokens.clamp(min=1).unsqueeze(-1)
 
 
 def previous(
@@ -44,7 +45,7 @@ def previous(
 
     Shifted within a sequence: a roll over all segments of a batch would give a first segment the last of another one.
     """
-    return torch.cat((first, values[:, :-1]), dim=1)
+    return torch.cat((first, values[:, :-1]), dim=1)[:, : values.shape[1]]
 
 
 def previous_means(
@@ -52,4 +53,4 @@ def previous_means(
 ) -> Float[Tensor, "batch segments dim"]:
     """Returns for each segment the mean of the one before it, at least float32; 0 for the first."""
     means = segment_means(x, size, mask)
-    return previous(means, torch.zeros_like(means[:, :1]))
+    return previous(means, means.new_zeros(len(means), 1, means.shape[2]))

@@ -49,10 +49,10 @@ class SegmentRouter(nn.Module):
     def shifted(self, means: Float[Tensor, "batch segments dim"]) -> Float[Tensor, "batch segments experts"]:
         """Returns the logits that each segment is merged by: those of the one before it."""
         own = self(means)
-        first = torch.zeros_like(own[:, :1])
+        first = own.new_zeros(len(own), 1, own.shape[2])
         if self.first is not None:
             first = first + self.first.to(own.dtype)
-        elif self.config.first_segment == "own":
+        elif self.config.first_segment == "own" and own.shape[1]:
             first = own[:, :1].detach()  # the router must not learn from what it should not see
         return previous(own, first)
 
