@@ -175,3 +175,28 @@ def test_what_experts_add_in_one_layer_has_a_row_for_each_layer(tmp_path: Path) 
     found = _rows((tmp_path / "result.md").read_text().split("\n\n| layer | rates")[0])
     assert {row["layer"] for row in found} == {"plain", "narrow", "reference"}
     assert all(0 <= float(row["dense x16"].split()[0]) <= 1 for row in found)
+
+
+@pytest.mark.usefixtures("scripts")
+def test_merging_is_timed_against_dispatching_over_each_sweep_and_drawn(tmp_path: Path) -> None:
+    out, picture = tmp_path / "merge.md", tmp_path / "merge.svg"
+    words = "--dim 16 --width 24 --experts 4 --chosen 1 2 --length 3 6 --batch 1 2 --at 2 6 2 --repeats 1"
+    sizes = words.split()
+    _module("merge").main([*sizes, "--out", str(out), "--picture", str(picture)])
+    text = out.read_text()
+    assert "Where merging starts to win" in text
+    assert "![MEO's time over vanilla MoE's, over m](merge.svg)" in text
+    assert picture.read_text().lstrip().startswith("<svg")
+    lines = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| m", "| ---"))]
+    assert len(lines) == 3 * 2 * 2 * 2  # sweeps, values, dtypes, passes
+    # 2 matrices; one token of a sequence costs vanilla m products and MEO one; merging costs m a sequence
+    weights, gates = 2 * 2 * 16 * 24, 2 * 2 * 4 * (16 + 24)
+    found = {tuple(line.strip("| ").split(" | ")[:3]): line.strip("| ").split(" | ")[-1] for line in lines}
+    assert found["2", "3", "2"] == f"{(weights * (3 + 2) + gates) / (weights * 2 * 3 + gates * 3):.2f}"
+
+
+def test_where_merging_wins_is_from_where_it_never_loses_again(scripts: None) -> None:
+    crossing = _module("merge").crossing
+    assert crossing([1, 2, 4], [1.5, 0.9, 0.5]) == "wins from 2 on"
+    assert crossing([1, 2, 4], [0.9, 1.1, 0.5]) == "wins from 4 on"
+    assert crossing([1, 2, 4], [0.9, 0.8, 1.1]) == "does not win at 4"

@@ -5,6 +5,7 @@ example:
 """
 
 import argparse
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from moekit.errors import ConfigError, UnsupportedError
 if TYPE_CHECKING:
     from moekit.formats.tokenizer import Tokenizer
     from moekit.nn.model import Model
+
+logger = logging.getLogger(__name__)
 
 
 def options(add: Add) -> None:
@@ -63,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     model.set_experts_backend(args.backend)
     tokenizer = load_tokenizer(folder)
     record = about(folder, model, tokenizer)
+    if leak := record["model"]["looks_ahead"]:
+        logger.warning(leak)
     if args.text or args.data:
         record["text"] = _text(args, model, tokenizer)
     if tasks:

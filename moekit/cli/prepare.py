@@ -12,7 +12,8 @@ from moekit.cli.output import bars, emit
 from moekit.cli.parser import Add, positive, whole
 from moekit.errors import ConfigError
 
-OF_TEXT = ("valid", "valid_fraction", "vocab_size", "tokenizer", "text_field", "domain_field", "prompt_field")
+OF_FILES = ("valid", "valid_fraction", "vocab_size", "tokenizer", "text_field", "domain_field", "prompt_field")
+OF_TEXT = (*OF_FILES, "similar", "embeddings")
 OF_TASKS = ("examples", "questions", "seed")
 
 
@@ -26,6 +27,13 @@ def options(add: Add) -> None:
     add("--text-field", metavar="NAME", help="field of a record that holds its text (text)")
     add("--domain-field", metavar="NAME", help="field that names its domain (domain)")
     add("--prompt-field", metavar="NAME", help="field that stands before the text: read, but not learned (none)")
+    add(
+        "--similar",
+        action="store_true",
+        default=None,
+        help="write the order of like documents too (data.order similar)",
+    )
+    add("--embeddings", metavar="FILE", help="of the training documents, .npy, for --similar (hashed TF-IDF)")
     add("--synthetic", metavar="TASK", help="instead of FILES: phone-book, shortest-path or connectivity")
     add("--examples", type=positive, metavar="N", help="of the synthetic task, to train on (10000)")
     add("--questions", type=positive, metavar="N", help="of the synthetic task, to ask (1000)")

@@ -62,7 +62,7 @@ def check(runs: list[Run]) -> tuple[str, dict[int, str]]:
     other settings or on other text, where a run to be taken is not finished, or where the data does not fit.
     """
     data = runs[0].config.data.path
-    dataset = open_dataset(data, "train")
+    dataset = open_dataset(data, "train", order=runs[0].config.data.order)
     if "valid" not in dataset.manifest.splits or not dataset.manifest.splits["valid"].tokens:
         raise DataError(f"{data} has no validation text, without which nothing can be compared; prepare it with some")
     for run in runs:

@@ -265,6 +265,11 @@ class ModelConfig(Strict):
         return self.moe_layers
 
     @property
+    def looks_ahead(self) -> str | None:
+        """In which way scores of this causal model may look ahead, where its paper allows it; None: they do not."""
+        return self.ffn.leak() if self.causal and isinstance(self.ffn, Variant) else None
+
+    @property
     def num_parameters(self) -> int:
         """All parameters; the selection bias and hash tables are buffers and not counted."""
         return sum(count.total for count in counts.parameters(self).values())

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from moekit.config.model import ModelConfig
 from moekit.config.objective import NextTokenObjective, ObjectiveConfig
 from moekit.config.strict import Strict
+from moekit.config.variants import LoryConfig
 
 
 class DataConfig(Strict):
@@ -18,6 +19,11 @@ class DataConfig(Strict):
     micro_batch_size: int | None = Field(None, gt=0, description="sequences per forward pass; null: batch_size")
     packing: Literal["stream", "documents"] = Field(
         "stream", description="stream: windows run over document ends; documents: whole documents only, then padding"
+    )
+    order: Literal["source", "shuffled", "similar"] = Field(
+        "source",
+        description="documents in the stream that windows are cut from: domain by domain as they came; shuffled; "
+        "similar: like beside like (`moekit prepare --similar`)",
     )
     cross_document_attention: bool = Field(True, description="tokens may attend to earlier documents of their sequence")
 
@@ -134,8 +140,15 @@ class RunConfig(Strict):
             raise ValueError(f"{found}; use objective.kind {wanted}, or the other value of model.causal")
         if (warmup := self.schedule.warmup_steps) > self.steps:
             raise ValueError(f"schedule.warmup_steps is {warmup} but steps is {self.steps}, which must not be less")
-        if isinstance(self.optimizer, MuonConfig) and self.model.ffn.kind == "dense":
-            raise ValueError("optimizer.kind is muon but model.ffn.kind is dense, which has no experts; use adamw")
-        if self.backend != "auto" and self.model.ffn.kind == "dense":
-            raise ValueError(f"backend is {self.backend} but model.ffn.kind is dense, which has no experts; use auto")
+        if (ffn := self.model.ffn).kind != "moe":
+            no = "which has no experts" if ffn.kind == "dense" else "whose experts are merged"
+            if isinstance(self.optimizer, MuonConfig):
+                raise ValueError(f"optimizer.kind is muon but model.ffn.kind is {ffn.kind}, {no}; use adamw")
+            if self.backend != "auto":
+                raise ValueError(f"backend is {self.backend} but model.ffn.kind is {ffn.kind}, {no}; use auto")
+        if isinstance(ffn, LoryConfig) and ffn.n_routed_experts > 1 and length <= ffn.segment_size:
+            raise ValueError(
+                f"data.sequence_length is {length} but model.ffn.segment_size is {ffn.segment_size}: only a segment "
+                "with another before it is routed; use a longer sequence or a shorter segment"
+            )
         return self

@@ -15,7 +15,8 @@ import numpy as np
 
 from moekit.config import validate
 from moekit.data import shards
-from moekit.data.shards import Arguments, Encoded, Journal, Manifest, Side, Source
+from moekit.data import similar as similar_documents
+from moekit.data.shards import Arguments, Encoded, Journal, Manifest, Side, Similar, Source
 from moekit.data.text import Document, file_documents, text_files
 from moekit.errors import ConfigError, DataError
 from moekit.files import read_json, sha256
@@ -50,6 +51,8 @@ def prepare(
     prompt_field: str | None = None,
     tokenizer_bytes: int = 50_000_000,
     shard_tokens: int = 16_000_000,
+    similar: bool = False,
+    embeddings: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Returns the manifest of the dataset that it writes to `out`; `shards.Manifest` names its fields.
@@ -59,10 +62,13 @@ def prepare(
     `vocab_size` (4096) is trained on at most `tokenizer_bytes` of training text: the beginning of every file, in shares
     as equal as the files allow. With `prompt_field` a document is that field and then its text, tokenised each by
     itself; the prompt's tokens are read but not learned. A shard ends with the document that fills `shard_tokens`.
-    `progress` gets a phase, how much is done and how much there is: "hash" and "tokenise" in bytes of files,
-    "tokenizer" in bytes of text, at most.
+    `similar` writes the order of the training documents in which like stand beside like, by `embeddings` (a .npy file,
+    a row for each in the stream's order) or hashed TF-IDF. `progress` gets a phase, how much is done and how much there
+    is: "hash" and "tokenise" in bytes of files, "tokenizer" in bytes of text, at most; "terms" and "embed" in bytes of
+    tokens, "neighbours" in bytes of embeddings.
 
-    The same call on an unfinished `out` completes it; on a finished one it returns at once. Raises DataError for text
+    The same call on an unfinished `out` completes it; on a finished one it returns at once, with `similar` after it has
+    added that order where it is not there or was made of other embeddings. Raises DataError for text
     that cannot be read, for other arguments or sources than `out` was begun with, and for a folder of something else.
     """
     out = Path(out)
@@ -73,6 +79,8 @@ def prepare(
         raise ConfigError(
             f"vocab_size is {vocab_size} but a tokenizer is given, which has its own vocabulary; leave one of them out"
         )
+    if embeddings is not None and not similar:
+        raise ConfigError(f"embeddings is {embeddings} but takes effect only with similar")
     vocab_size = 4096 if vocab_size is None else vocab_size
     given = None if tokenizer is None else load_tokenizer(tokenizer)
     arguments = {
@@ -90,8 +98,8 @@ def prepare(
         manifest = shards.read_manifest(out)
         _check_same(out, manifest, new)
         (out / shards.JOURNAL).unlink(missing_ok=True)
-        logger.info("%s is finished, nothing to do", out)
-        return manifest.model_dump()
+        logger.info("%s is finished", out)
+        return (_with_order(out, manifest, embeddings, report) if similar else manifest).model_dump()
 
     journal = _begin(out, new)
     if journal.tokenizer is None:
@@ -106,7 +114,8 @@ def prepare(
         for shard in itertools.chain(*journal.shards.values()):
             shards.open_shard(out, shard, vocabulary.vocab_size)  # an error where it is damaged
         logger.info("%s: %d shards are done, going on", out, journal.units)
-    return _finish(out, _tokenise(out, journal, vocabulary, report), vocabulary).model_dump()
+    manifest = _finish(out, _tokenise(out, journal, vocabulary, report), vocabulary)
+    return (_with_order(out, manifest, embeddings, report) if similar else manifest).model_dump()
 
 
 def _sources(paths: Paths, valid_paths: Paths | None, report: Progress) -> list[Source]:
@@ -274,4 +283,29 @@ def _finish(out: Path, journal: Journal, vocabulary: Tokenizer) -> Manifest:
     )
     shards.write(out / shards.MANIFEST, manifest.model_dump_json(indent=1).encode())
     (out / shards.JOURNAL).unlink()
+    return manifest
+
+
+def _with_order(out: Path, manifest: Manifest, embeddings: str | Path | None, report: Progress) -> Manifest:
+    """Returns the manifest after the order of similar documents, if it is not there yet, and then it are on disk."""
+    made_of = None if embeddings is None else sha256(Path(embeddings))
+    if manifest.similar is not None and manifest.similar.embeddings == made_of:
+        return manifest
+    dataset = shards.TokenDataset(out, "train", manifest)
+    documents = manifest.splits["train"].documents
+    rows = (
+        similar_documents.embeddings(dataset, report)
+        if embeddings is None
+        else similar_documents.given_embeddings(str(embeddings), documents)
+    )
+    order = similar_documents.similar_order(rows, report)
+    shuffled = shards.shuffled_order(documents)
+    similar = Similar(
+        order=shards.write_array(out / shards.SIMILAR, order),
+        embeddings=made_of,
+        similarity=round(similar_documents.adjacent_similarity(rows, order), 4),
+        similarity_shuffled=round(similar_documents.adjacent_similarity(rows, shuffled), 4),
+    )
+    manifest = manifest.model_copy(update={"similar": similar})
+    shards.write(out / shards.MANIFEST, manifest.model_dump_json(indent=1).encode())
     return manifest

@@ -5,6 +5,7 @@ DATA/tokenizer.json, tokenizer_config.json
 DATA/train/00000.bin                      uint16 or uint32 token ids, every document followed by end-of-text
 DATA/train/00000.npy                      int64 (documents, 5): first token, tokens, UTF-8 bytes, domain, prompt tokens
 DATA/train/token_counts.npy               int64 (vocab,)
+DATA/train/similar.npy                    int64 (documents,), where asked for: the stream's documents, like beside like
 DATA/valid/...
 """
 
@@ -23,8 +24,11 @@ from moekit.errors import DataError, nearest
 from moekit.formats.tokenizer import MIN_VOCAB_SIZE
 
 MANIFEST, JOURNAL = "manifest.json", "progress.json"
+SIMILAR = "train/similar.npy"
 SYNTHETIC = "synthetic"  # folder of the text and questions of a synthetic task
 START, TOKENS, BYTES, DOMAIN, PROMPT = range(5)  # columns of the index
+Order = Literal["source", "shuffled", "similar"]
+SHUFFLE = 2**63  # key of the shuffled order, which no seed has
 Side = Literal["train", "valid", "both"]  # where a file's documents go; "both": the hash of each decides
 
 
@@ -83,6 +87,18 @@ class Arguments(Strict):
     shard_tokens: int = Field(gt=0)
 
 
+class Similar(Strict):
+    """The order of the training documents in which like stand beside like, in train/similar.npy."""
+
+    order: FileEntry
+    embeddings: str | None
+    """SHA-256 of the embeddings that were given; null: hashed TF-IDF of the tokens."""
+    similarity: float
+    """Mean cosine of neighbours in this order."""
+    similarity_shuffled: float
+    """The same in shuffled order, for comparison."""
+
+
 class Manifest(Strict):
     """What a dataset holds and where it came from; `domains` is in order of first appearance, as the index counts."""
 
@@ -96,6 +112,7 @@ class Manifest(Strict):
     domains: list[str]
     domains_without_validation: list[str]
     splits: dict[str, Split]
+    similar: Similar | None = None
 
 
 class Journal(Strict):
@@ -163,6 +180,11 @@ def write_shard(directory: Path, name: str, documents: list[Encoded]) -> Shard:
     )
 
 
+def shuffled_order(documents: int) -> np.ndarray:
+    """Returns int64 (documents,): a permutation, always the same; seeds shuffle windows, not documents."""
+    return np.argsort(np.random.Philox(key=[SHUFFLE, 0]).random_raw(documents), kind="stable")
+
+
 def check_file(path: Path, entry: FileEntry, verify: bool = False) -> Path:
     """Returns `path`; raises DataError unless it has the size, and with `verify` the sha256, of `entry`."""
     size = path.stat().st_size if path.is_file() else None
@@ -207,10 +229,11 @@ class TokenDataset:
 
     `domains` are the names over all splits, sorted; a domain's number is its place there, so it is the same in every
     split. Positions count tokens of the stream. Shards stay on disk (memory-mapped); the index is in memory.
+    With `order` shuffled or similar the stream's documents stand in another order, and no domain has a range.
     """
 
-    def __init__(self, directory: Path, split: str, manifest: Manifest, verify: bool = False):
-        self.directory, self.split, self.manifest = directory, split, manifest
+    def __init__(self, directory: Path, split: str, manifest: Manifest, verify: bool = False, order: Order = "source"):
+        self.directory, self.split, self.manifest, self.order = directory, split, manifest, order
         part = manifest.splits[split]
         self.tokenizer_fingerprint = manifest.tokenizer
         self.vocab_size, self.eos_id = manifest.vocab_size, manifest.eos_id
@@ -222,14 +245,15 @@ class TokenDataset:
         index = np.concatenate([index for _, index in opened])
         shard_of = np.repeat(np.arange(len(opened)), [len(index) for _, index in opened])
         rank = np.array([self.domains.index(name) for name in manifest.domains])[index[:, DOMAIN]]
-        order = np.argsort(rank, kind="stable")
-        index, rank, shard_of = index[order], rank[order], shard_of[order]
+        places = np.argsort(rank, kind="stable")
+        self._domain_documents = np.searchsorted(rank[places], np.arange(len(self.domains) + 1))
+        places = places[self._ordered(len(places))]
+        index, shard_of = index[places], shard_of[places]
         self._starts = np.concatenate([[0], np.cumsum(index[:, TOKENS])])  # of each document, and the end
         self._prompts: np.ndarray = index[:, PROMPT]
         if not self._starts[-1] == sum(map(len, self._shards)) == self.num_tokens:
             raise DataError(f"{directory / MANIFEST}: the {split} shards do not add up to its totals")
         self._sizes = index[:, BYTES]
-        self._domain_starts = self._starts[np.searchsorted(rank, np.arange(len(self.domains) + 1))]
         # A run is a stretch of the stream that is contiguous in one shard, `shift` tokens further on.
         shift = index[:, START] - self._starts[:-1]
         heads = np.flatnonzero(np.diff(shift, prepend=-1) | np.diff(shard_of, prepend=-1))
@@ -287,13 +311,17 @@ class TokenDataset:
         if domain not in self.domains:
             hint = f"{nearest(domain, self.domains)}; found: {', '.join(self.domains)}"
             raise DataError(f"domain {domain!r} is not in {self.directory}{hint}")
+        assert self.order == "source", "only in that order a domain is a range"
         number = self.domains.index(domain)
-        return int(self._domain_starts[number]), int(self._domain_starts[number + 1])
+        start, stop = self._starts[self._domain_documents[number : number + 2]]
+        return int(start), int(stop)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what training depends on: the tokenizer and every file of tokens of every split."""
+        """SHA-256 of what training depends on: the tokenizer, every file of tokens of every split, a computed order."""
         text = self.manifest.model_dump_json(include={"tokenizer", "domains", "splits"})
+        if self.order == "similar" and self.manifest.similar is not None:
+            text += self.manifest.similar.order.sha256
         return hashlib.sha256(text.encode()).hexdigest()
 
     def token_counts(self) -> np.ndarray:
@@ -301,6 +329,19 @@ class TokenDataset:
         path = self.directory / self.split / "token_counts.npy"
         check_file(path, self.manifest.splits[self.split].token_counts, verify=True)
         return np.asarray(np.load(path, allow_pickle=False))
+
+    def _ordered(self, documents: int) -> np.ndarray:
+        """Returns int64 (documents,): which document of the source order stands at each place."""
+        if self.order == "shuffled":
+            return shuffled_order(documents)
+        if self.order == "source":
+            return np.arange(documents)
+        if self.manifest.similar is None or self.split != "train":
+            raise DataError(
+                f"{self.directory} has no similar order; run the same `moekit prepare` again with --similar"
+            )
+        file = check_file(self.directory / SIMILAR, self.manifest.similar.order, verify=True)
+        return np.asarray(np.load(file, allow_pickle=False))
 
     def _stop(self, start: int, length: int) -> int:
         if start < 0 or length < 0 or start + length > self.num_tokens:
@@ -318,7 +359,7 @@ def read_manifest(path: str | Path) -> Manifest:
     raise DataError(f"{directory} is not a dataset (no {MANIFEST}); `moekit prepare FILES --out {directory}` makes one")
 
 
-def open_dataset(path: str | Path, split: str, verify: bool = False) -> TokenDataset:
+def open_dataset(path: str | Path, split: str, verify: bool = False, order: Order = "source") -> TokenDataset:
     """Returns a split of a prepared directory, after checks of every file's size, and with `verify` of its sha256.
 
     Raises DataError when the directory is not a finished dataset of this version, has no such split, or is damaged.
@@ -327,4 +368,4 @@ def open_dataset(path: str | Path, split: str, verify: bool = False) -> TokenDat
     if split not in manifest.splits:
         found = ", ".join(manifest.splits)
         raise DataError(f"{path} has no split {split!r}{nearest(split, manifest.splits)}; found: {found}")
-    return TokenDataset(Path(path), split, manifest, verify)
+    return TokenDataset(Path(path), split, manifest, verify, order)

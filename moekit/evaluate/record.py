@@ -28,6 +28,7 @@ def about(folder: Path, model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
             "codes": None if model.quantization is None else str(model.quantization),
             "device": str(weight.device),
             "backend": model.experts_backend,
+            "looks_ahead": model.config.looks_ahead,
         },
         "time": receipts.now(),
         "versions": receipts.versions(),

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moekit.config import ModelConfig
-from moekit.errors import ConfigError
+from moekit.errors import ConfigError, UnsupportedError
 
 
 class KVCache:
@@ -31,6 +31,10 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.routing: dict[int, Tensor] = {}
         """By layer, a row a sequence: what a layer routes the rest of each sequence by, where it decides once."""
+        self.merged: dict[int, tuple[Tensor, ...]] = {}
+        """By layer: each sequence's matrices, merged by that routing. Bytes: batch times those of one network."""
+        self.sums: dict[int, Tensor] = {}
+        """By gate: sums over each segment of each sequence, of what has been read so far."""
         self._layers = [
             torch.zeros(batch, max_length, width, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
         ]
@@ -75,8 +79,16 @@ class KVCache:
         self.lengths = self.lengths[rows]
         self._layers = [buffer[rows] for buffer in self._layers]
         self.routing = {layer: kept[rows] for layer, kept in self.routing.items()}
+        self.sums = {gate: kept[rows] for gate, kept in self.sums.items()}
+        self.merged = {layer: tuple(matrix[rows] for matrix in kept) for layer, kept in self.merged.items()}
 
     def drop(self, count: int) -> None:
-        """Forgets the last `count` tokens of every sequence."""
+        """Forgets the last `count` tokens of every sequence; what was decided on all that was read stays, unless
+        nothing is left of any sequence. UnsupportedError where routing still goes on by all that was read.
+        """
+        if self.sums:
+            raise UnsupportedError("tokens cannot be taken back from a cache: the model routes by what it has read")
         self.lengths = (self.lengths - count).clamp(min=0)
         self.longest -= count
+        if self.longest <= 0:
+            self.routing, self.merged = {}, {}

@@ -33,6 +33,8 @@ def decoder(model: Model, cache: KVCache) -> Decoder | None:
         return None
     if any(layer.shared_expert_gate is not None for layer in model.moe_layers):
         return None
+    if not all(isinstance(layer.mlp, MoE | SwiGLU) for layer in model.layers):
+        return None
     if any(isinstance(layer.mlp, MoE) and not isinstance(layer.mlp.router, Router) for layer in model.layers):
         return None
     weights = [operand(getattr(module, name)) for _, module, name in matrices(model)]

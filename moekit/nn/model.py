@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moekit.config import DenseConfig, MHAConfig, ModelConfig, MoEConfig, Variant
+from moekit.config import DenseConfig, MEOConfig, MHAConfig, ModelConfig, MoEConfig, Variant
 from moekit.errors import ConfigError, UnsupportedError
 from moekit.nn.attention import Attention, Context
 from moekit.nn.cache import KVCache
@@ -59,7 +59,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(dim, eps)
         self.mlp: nn.Module
         if isinstance(ffn, Variant):
-            self.mlp = build(ffn, dim, config.vocab_size, layer)
+            self.mlp = build(ffn, dim, layer)
         elif isinstance(ffn, MoEConfig) and config.is_moe(layer):
             self.mlp = MoE(ffn, dim, config.vocab_size, layer)
         else:
@@ -97,6 +97,9 @@ class Model(nn.Module):
         self.mapped = False
         """The weights are in files: set by `formats.load`."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_task: nn.Embedding | None = None
+        if isinstance(config.ffn, MEOConfig) and config.ffn.level == "task":
+            self.embed_task = nn.Embedding(config.vocab_size, config.ffn.description_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
@@ -166,7 +169,9 @@ class Model(nn.Module):
         context = self._context(input_ids, cache, document_ids, padding_mask)
         real = None if padding_mask is None else padding_mask.flatten()
         probes = self._probes(probe)
-        plain = RouterContext(input_ids.flatten(), len(input_ids), real, cache=cache, task_ids=task_ids)
+        plain = RouterContext(
+            input_ids.flatten(), len(input_ids), real, cache=cache, task=self._task(task_ids, len(input_ids))
+        )
         x = self.embed_tokens(input_ids)
         routings: list[Routing] = []
         aux: dict[str, Tensor] = {}
@@ -226,6 +231,21 @@ class Model(nn.Module):
         visible = seen(positions, reached, document_ids) if causal else all_seen(document_ids, padding_mask)
         return Context(rotation(attention.rope, width, positions), positions, visible, cache)
 
+    def _task(self, task_ids: Tensor | None, batch: int) -> tuple[Tensor, Tensor] | None:
+        """Returns the embedded descriptions and what of them is no padding; None where there is none."""
+        if self.embed_task is None:
+            if task_ids is not None:
+                raise ConfigError("task_ids are given but no layer routes by task: ffn.kind meo with level task does")
+            return None
+        if task_ids is None:
+            assert isinstance(self.config.ffn, MEOConfig)
+            ids = self.config.ffn.description_ids
+            if not ids:
+                return None
+            task_ids = torch.tensor(ids, device=self.embed_task.weight.device).expand(batch, -1)
+        real = task_ids != IGNORED
+        return self.embed_task(task_ids.where(real, 0)), real
+
     def _probes(self, probe: Probe | Sequence[Probe | None] | None) -> Sequence[Probe | None] | None:
         """Returns a probe per MoE layer, or None; raises ConfigError where one would have no layer."""
         if probe is None:
@@ -253,6 +273,11 @@ class Model(nn.Module):
         """The MoE layers, in the order of `ModelOutput.routing`."""
         return [module for module in self.modules() if isinstance(module, MoE)]
 
+    @property
+    def variant_layers(self) -> list[VariantLayer]:
+        """The feed-forward layers of another paper."""
+        return [module for module in self.modules() if isinstance(module, VariantLayer)]
+
     def set_experts_backend(self, backend: str) -> None:
         """Sets how the experts' products are computed; UnsupportedError when that cannot run where the weights are."""
         for layer in self.moe_layers:
@@ -269,6 +294,16 @@ class Model(nn.Module):
             if isinstance(layer.router, Router) and layer.router.expert_bias is not None:
                 bias = layer.router.expert_bias
                 bias.copy_(updated_bias(bias, load.to(bias.device), layer.config.bias_update_speed))
+
+    def begin_step(self, step: int) -> None:
+        """Tells the layers which optimiser step comes, counted from 0; some are another network in the first ones."""
+        for layer in self.variant_layers:
+            layer.begin_step(step)
+
+    def end_step(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Tells the layers that the step was taken. Call both around each step, as `train.loop` does."""
+        for layer in self.variant_layers:
+            layer.end_step([optimizer.state for optimizer in optimizers])
 
     @torch.no_grad()
     def balance_hash(self, token_counts: Int[Tensor, " vocab"]) -> None:

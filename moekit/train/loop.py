@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moekit import files, receipts
-from moekit.config import MoEConfig, RunConfig
+from moekit.config import MoEConfig, RunConfig, Variant
 from moekit.data import Batch
 from moekit.errors import CheckpointError, ConfigError, TrainingError
 from moekit.nn.model import Model
@@ -79,6 +79,8 @@ class _Run:
         device = self.hardware.device
         self.objective = open_objective(config, self.hardware)
         folder = self._newest()
+        if leak := config.model.looks_ahead:
+            logger.warning(leak)
         torch.manual_seed(config.seed)
         self.origin: dict[str, Any] = {}
         if config.init is not None and origin is not None and folder is None:
@@ -134,6 +136,7 @@ class _Run:
     def _one_step(self) -> None:
         """Forward and backward over the micro-batches, then one optimiser step and one bias update."""
         config, batch = self.config, self.objective.batch(self.step)
+        self.model.begin_step(self.step)
         optimizer.set_factor(self.optimizers, schedule.factor(config.schedule, self.step, config.steps))
         size = config.data.micro_batch_size or config.data.batch_size
         parts = config.data.batch_size // size
@@ -158,6 +161,7 @@ class _Run:
         for one in self.optimizers:
             one.step()
             one.zero_grad(set_to_none=True)
+        self.model.end_step(self.optimizers)
         if self.model.moe_layers:
             self.model.update_expert_bias(list(load.tokens_per_expert))
         for sums, of_step in zip(self.window, load, strict=True):
@@ -211,9 +215,12 @@ class _Run:
 
     def _alarm(self, layer: int, experts: list[int]) -> None:
         steps, ffn = self.config.dead_after * self.config.log_every, self.config.model.ffn
-        hashed = isinstance(ffn, MoEConfig) and ffn.topk_method == "hash"
-        routers = "raise ffn.aux_loss_alpha, or use topk_method noaux_tc with a bias_update_speed"
-        remedy = "use ffn.hash_method balanced" if hashed else routers
+        if isinstance(ffn, Variant):
+            remedy = ffn.remedy
+        elif isinstance(ffn, MoEConfig) and ffn.topk_method == "hash":
+            remedy = "use ffn.hash_method balanced"
+        else:
+            remedy = "raise ffn.aux_loss_alpha, or use topk_method noaux_tc with a bias_update_speed"
         who = f"expert{'s' * (len(experts) > 1)} {', '.join(map(str, experts))} of layer {layer}"
         text = f"{who} had no token for {steps} steps; {remedy}"
         if len(self.sinks) == 1:  # with a display, the display tells it

@@ -1,6 +1,7 @@
 """What the model asks of another paper's feed-forward layer."""
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -27,3 +28,9 @@ class VariantLayer(nn.Module):
     def balance_losses(self, routings: tuple[Routing, ...]) -> dict[str, Float[Tensor, ""]]:
         """Returns each balance loss that has a factor, times its factor."""
         return {}
+
+    def begin_step(self, step: int) -> None:
+        """Is told the number of the optimiser step that comes, counted from 0."""
+
+    def end_step(self, states: Sequence[Mapping[Tensor, Mapping[str, Any]]]) -> None:
+        """Is told that the step was taken, with the optimisers' states by parameter."""

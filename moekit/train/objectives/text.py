@@ -19,7 +19,7 @@ class Text:
     def __init__(self, config: RunConfig, hardware: Hardware) -> None:
         data = config.data
         self.config, self.hardware = config, hardware
-        self.dataset = open_dataset(data.path, "train")
+        self.dataset = open_dataset(data.path, "train", order=data.order)
         self.valid = open_dataset(data.path, "valid") if "valid" in self.dataset.manifest.splits else None
         self.tokenizer = load_tokenizer(data.path)
         self.room = config.model.vocab_size - self.dataset.vocab_size
