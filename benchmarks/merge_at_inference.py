@@ -214,26 +214,34 @@ def synthetic(spread: float, seed: int, equal: bool) -> float:
 
 def picture(curve: dict[float, float], found: dict[str, list[Found]], path: Path) -> None:
     """Draws the error over how alike experts are, and the loss that each way costs."""
-    figure = Figure(figsize=(10.5, 3.9), layout="constrained")
+    figure = Figure(figsize=(10.5, 4.1), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.35))
-    left.plot([1 / (1 + s * s) for s in curve], list(curve.values()), "o-", color="0.45", ms=4, label="made experts")
+    left.plot(
+        [1 / (1 + s * s) for s in curve],
+        list(curve.values()),
+        "o-",
+        color="0.45",
+        ms=4,
+        label="made experts, equal weights",
+    )
     for at, (name, seeds) in enumerate(found.items()):
         errors = [statistics.mean(one.error[Way("token", SCALED)]) for one in seeds]
-        left.plot([one.cosine for one in seeds], errors, f"C{at}s", ms=6, label=name)
+        left.plot([one.cosine for one in seeds], errors, f"C{at}s", ms=6, label=name, clip_on=False)
         ways = [way for way in seeds[0].loss if way is not None]
         costs = [[one.loss[way] - one.loss[None] for one in seeds] for way in ways]
         places = [row + (at - (len(found) - 1) / 2) * 0.8 / len(found) for row in range(len(ways))]
         right.barh(places, [statistics.mean(cost) for cost in costs], 0.8 / len(found), color=f"C{at}", label=name)
-    left.set(xlabel="cosine of two experts' weights", ylabel="relative error of the merged output", ylim=(0, None))
+    left.set(
+        xlabel="cosine of two experts' weights (1: copies)", ylabel="error of merging by token, scaled", ylim=(0, 1)
+    )
     left.set_xlim(1.03, -0.06)
     right.set_yticks(range(len(ways)), [str(way) for way in ways])
     right.invert_yaxis()
     right.set_xlabel("nats per token more than the model as it is")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, loc="lower right")
-    right.legend(frameon=False)
+    left.legend(frameon=False, loc="upper left")
     figure.savefig(path, dpi=110)
 
 
