@@ -223,7 +223,7 @@ def picture(curve: dict[float, float], found: dict[str, list[Found]], path: Path
         "o-",
         color="0.45",
         ms=4,
-        label="made experts, equal weights",
+        label="made experts",
     )
     for at, (name, seeds) in enumerate(found.items()):
         errors = [statistics.mean(one.error[Way("token", SCALED)]) for one in seeds]
