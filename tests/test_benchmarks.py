@@ -268,3 +268,14 @@ def test_where_merging_wins_is_from_where_it_never_loses_again(scripts: None) ->
     assert crossing([1, 2, 4], [1.5, 0.9, 0.5]) == "wins from 2 on"
     assert crossing([1, 2, 4], [0.9, 1.1, 0.5]) == "wins from 4 on"
     assert crossing([1, 2, 4], [0.9, 0.8, 1.1]) == "does not win at 4"
+
+
+def test_mumoe_is_measured_beside_a_dense_layer_of_as_many_parameters(scripts: None, tmp_path: Path) -> None:
+    sizes = "--dim 32 --width 64 --tokens 8 --repeats 1 --layers cp-8 tr-2x4"
+    _module("mumoe").main([*sizes.split(), "--out", str(tmp_path / "mumoe.md")])
+    lines = [line.strip("| ").split(" | ") for line in (tmp_path / "mumoe.md").read_text().splitlines() if "| " in line]
+    assert [line[0] for line in lines if line[1] == "fp32"] == ["dense", "cp-8", "tr-2x4"]
+    assert [line[0] for line in lines if line[1] == "bf16"] == ["dense", "cp-8", "tr-2x4"]
+    parameters = [int(line[3].replace(",", "")) for line in lines if line[1] == "fp32"]
+    assert max(parameters) < 1.1 * min(parameters)
+    assert all(float(line[-1]) > 0 for line in lines if line[1] in ("fp32", "bf16"))
