@@ -64,9 +64,10 @@ def apply(source: Model, config: ModelConfig) -> Copied:
             there = [piece.key for one in found for piece in pieces(one, tuple(theirs[one].shape))]
             sources = there if len(there) == len(keys) else [_named(key, there) for key in keys]
             report["used"] |= {key: {"source": one} for key, one in zip(keys, sources, strict=True)}
-        elif name.startswith(HEADS) or (other and (".mlp." in name or name.startswith("embed_task."))):
-            part = "a head" if name.startswith(HEADS) else "a gate"
-            report["created"] |= dict.fromkeys(keys, f"{part} that the weights to start from have not")
+        elif name.startswith(HEADS):
+            report["created"] |= dict.fromkeys(keys, "another head than that of the weights to start from")
+        elif other and (".mlp." in name or name.startswith("embed_task.")):
+            report["created"] |= dict.fromkeys(keys, "of the routing, which a dense layer has not")
         else:
             raise ConfigError(f"the weights to start from have no {name}, which the model needs")
     for name in sorted(left):
