@@ -16,6 +16,9 @@
 | rope | width of the rotated part of a head |
 | ff | intermediate width of one FFN or expert |
 | experts | routed experts, `n_routed_experts` |
+| out | width of what a linear map gives, where it is neither dim nor ff |
+| columns | columns of an expert's matrix with its bias as the last: dim + 1 |
+| rank | components of factorised experts; left, right: ranks on the sides of an expert's core |
 | k | experts chosen per unit, `num_experts_per_tok` |
 | groups | groups of experts (devices), `n_group` |
 | sequences | sequences over which balance is measured |

@@ -16,9 +16,11 @@ _MEMORY = {
     "optimizer": "float32 moments",
     "activations": "what the backward pass needs",
     "buffers": "selection bias, hash tables",
+    "merged_weights": "as many as exist at once",
     "training_total": "",
     "generation_weights": "in the precision of the compute",
     "kv_cache": "keys and values of all tokens",
+    "generation_merged_weights": "while the prompts are read",
     "generation_total": "",
 }
 
@@ -36,18 +38,41 @@ def plan_tables(name: str, summary: str, document: dict[str, Any]) -> list[Table
 
     length = flops["sequence_length"]
     compute = table("training FLOPs", f">per {length:,} tokens", "what is counted")
-    compute.add_row("exact", short(flops["exact"]), "the real matrices, 6 per weight and token, and full attention")
-    compute.add_row("paper", short(flops["paper"]), "the paper's rule: nominal FFN sizes, every layer MoE, no router")
+    merging = " and merging" if "merged_weights" in memory else ""
+    exact = f"the real matrices, 6 per weight and token, {'' if merging else 'and '}full attention{merging}"
+    compute.add_row("exact", short(flops["exact"]), exact)
+    if "paper" in flops:
+        compute.add_row(
+            "paper", short(flops["paper"]), "the paper's rule: nominal FFN sizes, every layer MoE, no router"
+        )
 
     where = f"{settings['batch']} x {length:,} tokens, {settings['precision']}, {settings['optimizer']}"
     space = table("memory", ">GiB", where + (", recompute" if settings["recompute"] else ""))
-    for key, text in _MEMORY.items():
+    for key, text in ((key, text) for key, text in _MEMORY.items() if key in memory):
         total = key.endswith("_total")
         space.add_row(key.replace("_", " "), f"{memory[key] / 2**30:,.3f}", text, style="bold" if total else "")
         if total:
             space.add_section()
-    cache = f"KV cache: {document['kv_cache_bytes_per_token']:,} bytes per token (bfloat16)"
-    return [f"[bold]{escape(name)}[/bold]: {summary}", roles, compute, space, cache]
+    parts: list[Table | str] = [f"[bold]{escape(name)}[/bold]: {summary}", roles, compute, space]
+    if cached := document["kv_cache_bytes_per_token"]:
+        parts.append(f"KV cache: {cached:,} bytes per token (bfloat16)")
+    return [*parts, *(_meo_table(document["meo_table"]) if "meo_table" in document else [])]
+
+
+def _meo_table(found: dict[str, Any]) -> list[Table | str]:
+    """Returns vanilla MoE against MEO by the number of experts chosen, and what is counted."""
+    lines = table("MEO's table", ">vanilla MoE", ">MEO, 1 a weight", ">MEO, 2 a weight", ">of vanilla MoE")
+    for line in found["lines"]:
+        counts = [line[rule] for rule in ("dispatched", "merged_1", "merged_2")]
+        shown = (f"{count / 1e9:,.2f}G" for count in counts)
+        lines.add_row(f"m = {line['num_experts_per_tok']}", *shown, f"{counts[2] / counts[0]:.0%}")
+    return [
+        lines,
+        f"FLOPs of one forward pass over {found['sequence_length']:,} tokens as MEO's paper counts them:\n"
+        "attention, a masked-LM head, and a feed-forward part in which each linear map uses\n"
+        "m experts. Vanilla MoE computes m of them; MEO merges m, at 1 or 2 FLOPs for each\n"
+        "of their weights, and computes one. Gates, biases and norms are left out.",
+    ]
 
 
 def presets_tables(rows: list[dict[str, Any]]) -> list[Table | str]:

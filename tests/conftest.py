@@ -32,6 +32,7 @@ _PARTS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 10,
     },
     "dense": {"kind": "dense", "intermediate_size": 26},
+    "mumoe": {"kind": "mumoe", "intermediate_size": 26, "n_routed_experts": 6},
     "lory": {"kind": "lory", "n_routed_experts": 3, "intermediate_size": 10, "segment_size": 4},
 }
 
@@ -57,7 +58,7 @@ def tiny_config() -> Callable[..., ModelConfig]:
         attention, ffn = attention or {}, ffn or {}
         parts = {
             "attention": {**_PARTS[attention.get("kind", "mha")], **attention},
-            "ffn": {**_PARTS[ffn.get("kind", "moe")], **ffn},
+            "ffn": {**_PARTS.get(ffn.get("kind", "moe"), {}), **ffn},
         }
         sizes = {"vocab_size": 61, "hidden_size": 18, "num_hidden_layers": 2, "max_position_embeddings": 64}
         return ModelConfig.model_validate({**sizes, "initializer_range": 0.25, **parts, **rest})

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from moekit.config import RunConfig
 from moekit.errors import MoekitError
+from moekit.start import origin
 from moekit.train import train
 
 
@@ -22,7 +23,7 @@ def main(out: Path) -> int:
     config = RunConfig.model_validate_json(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        receipt = train(config, out, resume=(out / "config.yaml").is_file())
+        receipt = train(config, out, resume=(out / "config.yaml").is_file(), origin=origin)
     except MoekitError as error:
         sys.stderr.write(f"{error}\n")
         return 2

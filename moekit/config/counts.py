@@ -7,6 +7,7 @@ s (24 L d^2 + 12 L d s + 48 d^2 L r + 6 V d) for s tokens, where r is the active
 
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
+from moekit.config.variants.meo import MEOConfig, paper_table
 from moekit.config.variants.variant import Count, Variant
 from moekit.errors import ConfigError, nearest
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 Rule = Literal["paper", "exact"]
 Precision = Literal["float32", "bfloat16"]
 Optimizer = Literal["adamw", "muon"]
+
+PAPER_TOKENS, PAPER_CHOSEN = 128, (1, 2, 4, 8, 16, 32)
+"""MEO's table in its paper: tokens of a sequence, and experts chosen."""
 
 LOGIT_BYTES = 64 * 2**20
 """The loss is taken in chunks that hold at most this much of the logits."""
@@ -74,8 +78,13 @@ def rules(config: "ModelConfig") -> tuple[Rule, ...]:
 
 
 def kv_cache_bytes_per_token(config: "ModelConfig", dtype_bytes: int = 2) -> int:
-    """Returns the bytes that generation keeps for each token: keys and values, or MLA's latent and rotated key."""
+    """Returns the bytes that generation keeps for each token: keys and values, or MLA's latent and rotated key.
+
+    An encoder generates nothing and keeps nothing.
+    """
     attention = config.attention
+    if not config.causal:
+        return 0
     if attention.kind == "mla":
         width = attention.kv_lora_rank + attention.qk_rope_head_dim
     else:
@@ -84,8 +93,13 @@ def kv_cache_bytes_per_token(config: "ModelConfig", dtype_bytes: int = 2) -> int
 
 
 def buffer_bytes(config: "ModelConfig") -> int:
-    """Returns the bytes of buffers: a float32 selection bias, or an int64 hash table (vocab, k), per MoE layer."""
+    """Returns the bytes of buffers: a float32 selection bias, or an int64 hash table (vocab, k), per MoE layer.
+
+    A variant's are its own.
+    """
     ffn = config.ffn
+    if isinstance(ffn, Variant):
+        return config.num_hidden_layers * ffn.buffer_bytes()
     if ffn.kind != "moe":
         return 0
     bias = 4 * ffn.n_routed_experts if ffn.topk_method == "noaux_tc" else 0
@@ -114,6 +128,8 @@ def memory(
       `native` and `triton` back ends keep neither row, only each token once);
     - the loss: the last norm, the gradients of its output and of the head, one chunk of logits;
     - with `recompute`: the input of every block, and all of the above for one block.
+    Where experts' weights are merged, `merged_weights` is what exists of merged matrices at once: the backward pass
+    merges again instead of keeping them; generation has as many while it reads the prompts.
     In bfloat16 every matrix keeps its own half-size copy of a float32 input. Not counted: the allocator's slack, the
     optimiser's temporaries, rows that grouped products add for alignment.
     """
@@ -138,6 +154,8 @@ def memory(
         "generation_weights": size * total + training["buffers"],
         "kv_cache": tokens * kv_cache_bytes_per_token(config, size),
     }
+    if isinstance(config.ffn, Variant) and (merged := config.ffn.merged_bytes(d, sequence_length, batch, size)):
+        training["merged_weights"] = generation["generation_merged_weights"] = merged
     training["training_total"] = sum(training.values())
     generation["generation_total"] = sum(generation.values())
     return training | generation
@@ -156,7 +174,7 @@ def plan(
     length = sequence_length or min(longest, 4096)
     if length > longest:
         raise ConfigError(f"sequence_length is {length} but model.max_position_embeddings is {longest}")
-    return {
+    document = {
         "parameters": {
             "total": config.num_parameters,
             "active": config.num_active_parameters,
@@ -168,6 +186,12 @@ def plan(
         "memory": memory(config, batch, length, precision, optimizer, recompute),
         "settings": {"batch": batch, "precision": precision, "optimizer": optimizer, "recompute": recompute},
     }
+    if isinstance(ffn := config.ffn, MEOConfig):
+        length, chosen = sequence_length or min(longest, PAPER_TOKENS), {*PAPER_CHOSEN, ffn.num_experts_per_tok}
+        shape = config.num_hidden_layers, config.hidden_size, ffn.intermediate_size, config.vocab_size
+        lines = [line._asdict() for line in paper_table(*shape, length, chosen)]
+        document["meo_table"] = {"sequence_length": length, "lines": lines}
+    return document
 
 
 class _Attention(NamedTuple):
@@ -196,7 +220,11 @@ def _feed_forward(config: "ModelConfig") -> dict[str, Count]:
     """Returns the parameters of all feed-forward layers, by role."""
     d, layers, ffn = config.hidden_size, config.num_hidden_layers, config.ffn
     if isinstance(ffn, Variant):
-        return {role: Count(layers * total, layers * active) for role, (total, active) in ffn.parameters(d).items()}
+        once, none = ffn.shared_parameters(config.vocab_size), Count(0, 0)
+        return {
+            role: Count(layers * total + once.get(role, none).total, layers * active + once.get(role, none).active)
+            for role, (total, active) in ffn.parameters(d).items()
+        }
     moe = len(config.moe_layers)
     dense = (layers - moe) * sum(_dense(config))
     if ffn.kind == "dense":

@@ -48,17 +48,25 @@ class Key(NamedTuple):
 
 
 def load_run_config(
-    source: str | Path, overrides: Mapping[str, str] | None = None, *, template: bool = False, **fixed: Any
+    source: str | Path | None,
+    overrides: Mapping[str, str] | None = None,
+    *,
+    template: bool = False,
+    model: ModelConfig | None = None,
+    **fixed: Any,
 ) -> RunConfig:
     """Returns the run that a preset name or a YAML file describes, with overrides on top.
 
     `overrides` maps dotted keys to YAML text ("model.ffn.n_routed_experts": "64"); `fixed` maps dotted keys to values
-    as they are, and wins. With `template` a run that names no data gets the text DATA for `data.path`.
+    as they are, and wins. With `template` a run that names no data gets the text DATA for `data.path`. `model` is what
+    the source and the overrides go on top of; with it there need be no source.
     """
     base: Tree = {"data": {"path": "DATA"}} if template else {}
-    for tree in (_source(source), parse_overrides(overrides or {}), _nest(fixed)):
+    if model is not None:
+        base["model"] = model.model_dump()
+    for tree in ({} if source is None else _source(source), parse_overrides(overrides or {}), _nest(fixed)):
         base = _merge(base, tree)
-    return validate(RunConfig, base, _origin(source))
+    return validate(RunConfig, base, "" if source is None else _origin(source))
 
 
 def run_tree(source: str | Path | Tree, *over: Tree) -> Tree:

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from moekit.config import counts
 from moekit.config.strict import Strict
 from moekit.config.variants import LoryConfig, MEOConfig, MuMoEConfig, Variant
+from moekit.errors import UnsupportedError
 
 
 class YarnConfig(Strict):
@@ -236,6 +237,13 @@ class ModelConfig(Strict):
                 "so no layer is MoE; use ffn.kind dense"
             )
         return self
+
+    def check_decoder(self, what: str) -> None:
+        """Raises UnsupportedError for `what`, which needs a model that predicts the next token, if this does not."""
+        if not self.causal:
+            raise UnsupportedError(
+                f"{what} needs a model that predicts the next token; this is an encoder, causal false"
+            )
 
     def is_moe(self, layer: int) -> bool:
         """Whether the block at index `layer` holds an MoE layer (the rules of the released DeepSeek and Qwen code)."""

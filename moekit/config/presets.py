@@ -10,6 +10,7 @@ from typing import Any
 
 from moekit.config.files import Tree, read_yaml
 from moekit.config.model import ModelConfig
+from moekit.config.variants import MEOConfig
 from moekit.errors import ConfigError, nearest
 
 
@@ -64,6 +65,10 @@ def summary(config: ModelConfig) -> str:
     shape = f"{config.num_hidden_layers} layers of {config.hidden_size}, {attention}"
     if ffn.kind == "dense":
         return f"{shape}; dense FFN of width {ffn.intermediate_size}"
+    if isinstance(ffn, MEOConfig):
+        chosen = f"{ffn.num_experts_per_tok} of {ffn.n_routed_experts} experts of each linear map"
+        mixed = "merged" if ffn.mode == "merge" else "dispatched to"
+        return f"{shape}; {chosen}, width {ffn.intermediate_size}, {mixed} by {ffn.level}"
     if ffn.kind != "moe":
         return f"{shape}; {ffn.n_routed_experts} experts of width {ffn.intermediate_size}, {ffn.kind}"
     chosen = f"{ffn.num_experts_per_tok} of {ffn.n_routed_experts} experts of width {ffn.moe_intermediate_size}"

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from moekit.config.model import ModelConfig
+from moekit.config.objective import NextTokenObjective, ObjectiveConfig
 from moekit.config.strict import Strict
 from moekit.config.variants import LoryConfig
 
@@ -100,10 +101,12 @@ ScheduleConfig = Annotated[StepSchedule | CosineSchedule | WSDSchedule | Constan
 class RunConfig(Strict):
     """One training run."""
 
-    default_kinds: ClassVar[dict[str, str]] = {"optimizer": "adamw", "schedule": "step"}
+    default_kinds: ClassVar[dict[str, str]] = {"objective": "next_token", "optimizer": "adamw", "schedule": "step"}
 
     model: ModelConfig = Field(description="the model")
     data: DataConfig = Field(description="the tokens")
+    objective: ObjectiveConfig = Field(NextTokenObjective(), description="told apart by kind: next_token or masked")
+    init: str | None = Field(None, description="model or run whose weights to start from; --from sets it too")
     optimizer: OptimizerConfig = Field(AdamWConfig(), description="told apart by kind: adamw or muon")
     schedule: ScheduleConfig = Field(StepSchedule(), description="told apart by kind: step, cosine, wsd or constant")
     steps: int = Field(gt=0, description="optimiser steps")
@@ -131,6 +134,10 @@ class RunConfig(Strict):
         length, longest = self.data.sequence_length, self.model.max_position_embeddings
         if length > longest:
             raise ValueError(f"data.sequence_length is {length} but model.max_position_embeddings is {longest}")
+        if (self.objective.kind == "next_token") != self.model.causal:
+            wanted = "masked" if self.objective.kind == "next_token" else "next_token"
+            found = f"objective.kind is {self.objective.kind} but model.causal is {str(self.model.causal).lower()}"
+            raise ValueError(f"{found}; use objective.kind {wanted}, or the other value of model.causal")
         if (warmup := self.schedule.warmup_steps) > self.steps:
             raise ValueError(f"schedule.warmup_steps is {warmup} but steps is {self.steps}, which must not be less")
         if (ffn := self.model.ffn).kind != "moe":

@@ -52,6 +52,7 @@ def score_windows(model: Model, windows: Sequence[Window], batch_size: int) -> l
     The model computes in its own precision; log-probabilities are float32 and their sums float64. Padding is masked, so
     that batches differ from single windows by rounding only.
     """
+    model.config.check_decoder("the likelihood of a text")
     largest, vocabulary = max((max(window.tokens) for window in windows), default=0), model.config.vocab_size
     if largest >= vocabulary:
         raise ConfigError(f"the text holds token {largest} but the vocabulary has {vocabulary}; whose tokenizer?")

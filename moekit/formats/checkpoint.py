@@ -82,7 +82,7 @@ def describe(
     named, tensors = str(dtype).removeprefix("torch."), Disk()
     if layout == MODEL_TYPE:
         content = {
-            "architectures": ["MoekitForCausalLM"],
+            "architectures": ["MoekitForCausalLM" if config.causal else "MoekitForMaskedLM"],
             "model_type": MODEL_TYPE,
             "dtype": named,
             "vocab_size": config.vocab_size,

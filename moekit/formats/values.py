@@ -5,7 +5,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from moekit.config import ModelConfig
+from moekit.config import ModelConfig, Variant
 from moekit.formats.compare import blocks, numbers
 from moekit.formats.drawn import ROWS, drawn, reach
 from moekit.formats.weights import Stored, finite
@@ -50,11 +50,14 @@ class Values:
             if config.ffn.kind == "moe" and not 0 <= int(low) <= int(high) < config.ffn.n_routed_experts:
                 tables.append(shown)
             return
-        if len(piece.shape) < 2 or min(piece.shape) < 2:
-            return
+        of_variant = isinstance(config.ffn, Variant) and ".mlp." in key
+        if (of_variant and not key.endswith("_proj.weight")) or len(piece.shape) < 2 or min(piece.shape) < 2:
+            return  # a variant's gates, biases and factors may begin as one value
+        if isinstance(piece, Tensor):
+            stored = piece = piece.flatten(0, -2)  # a stack is looked at as one matrix
         if parts[0].numel() >= LEAST and all(bool(torch.eq(*part.aminmax())) for part in parts):
             constant.append(shown)
-        elif ".mlp.experts." in key and not _begins_alike(config) and (twin := self._twin(key, stored)):
+        elif ".mlp.experts." in key and config.ffn.kind == "moe" and (twin := self._twin(key, stored)):
             copies.append(f"{shown} of {self._names[twin]}")
         if key.endswith(".mlp.gate.weight"):
             rows += [f"{shown}[{row}]" for row in (numbers(piece) == 0).all(-1).nonzero().flatten().tolist()]
@@ -77,11 +80,6 @@ class Values:
         """Returns, for each thing that must not be, the tensors in which it is."""
         unlearnt = [self._names[key] for key in drawn(self.reach, self.shape)]
         return {**self._faults, "matrices that look drawn, not learnt": unlearnt}
-
-
-def _begins_alike(config: ModelConfig) -> bool:
-    """Returns whether a sound checkpoint may have equal experts: those of Lory are, until its warm-up ends."""
-    return config.ffn.kind == "lory" and config.ffn.warmup_steps > 0
 
 
 def _rows(piece: Tensor | Quantized) -> Tensor | Quantized:

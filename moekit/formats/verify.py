@@ -35,7 +35,7 @@ ROLES = (
     (r"^lm_head\.", "head"),
     (r"norm\.weight$", "norm"),
     (r"\.self_attn\.", "attention"),
-    (r"\.mlp\.router\.(weight|first)$", "router"),
+    (r"^embed_task\.|\.mlp\.router\.(weight|first|\d+)$|_proj\.(gate|task_proj)\.", "router"),
     (r"\.mlp\.experts\.", "routed"),
     (r"\.mlp\.shared_expert", "shared"),
     (r"\.mlp\.\w+_proj\.", "dense"),
@@ -153,6 +153,8 @@ def _roles(model: Model) -> dict[str, int]:
     roles: Counter[str] = Counter()
     for name, weight in held(model).items():
         role = next((role for pattern, role in ROLES if re.search(pattern, name)), None)
+        if role == "dense" and model.config.ffn.kind == "meo" and "token_block" not in name:
+            role = "routed"  # what are a dense layer's two maps are there its experts
         if role is not None:
             roles[role] += math.prod(weight.shape)
     return dict(roles)

@@ -33,6 +33,7 @@ def tokens(
     never chosen. The caller stops when all its sequences have ended. Raises ConfigError for an empty prompt, a token
     outside of the vocabulary, or more tokens than the model has positions.
     """
+    model.config.check_decoder("generation")
     if not prompts or not all(prompts):
         raise ConfigError("a prompt is empty; give at least one token (the end-of-text token starts a new document)")
     vocab, limit = model.config.vocab_size, model.config.max_position_embeddings

@@ -50,7 +50,9 @@ class MoekitForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.gradient_checkpointing = False
-        self.model = Backbone(config.to_model_config())
+        ours = config.to_model_config()
+        ours.check_decoder(type(self).__name__)
+        self.model = Backbone(ours)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

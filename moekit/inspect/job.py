@@ -161,9 +161,9 @@ def _length(path: Path, wanted: int | None) -> int:
     """Returns how long windows are. ConfigError for a dense model, or one that reads less than is wanted."""
     config = load_config(model_folder(path))
     if not config.moe_layers:
-        if config.ffn.kind != "dense":
-            raise ConfigError(f"{path} has ffn.kind {config.ffn.kind}, but inspected are the choices of ffn.kind moe")
-        raise ConfigError(f"{path} is a dense model, it has no routed experts to inspect; name one with MoE layers")
+        raise ConfigError(
+            f"{path} has no MoE layers to inspect: ffn.kind is {config.ffn.kind}; name a model of kind moe"
+        )
     limit = config.max_position_embeddings
     if wanted is not None and wanted > limit:
         raise ConfigError(f"--sequence-length is {wanted} but {path} reads at most {limit} tokens")

@@ -91,6 +91,7 @@ def window_losses(
 ) -> Float[np.ndarray, "windows probes"]:
     """Returns the summed loss of each window under each probe, in nats."""
     ids, targets, documents = (torch.from_numpy(part).to(model.embed_tokens.weight.device) for part in batch)
+    model.config.check_decoder("the loss of a text")
     within = None if cross_document_attention else documents
     sums = []
     for probe in probes:

@@ -209,7 +209,7 @@ def _first(reasons: Sequence[MoekitError]) -> MoekitError:
 
 def _experts(name: str, model: Model) -> MoEConfig:
     if not isinstance(model.config.ffn, MoEConfig):
-        raise ConfigError(f"{name} is a dense model: it has no routed experts to probe")
+        raise ConfigError(f"{name} has no routed experts to probe: its ffn.kind is {model.config.ffn.kind}")
     return model.config.ffn
 
 

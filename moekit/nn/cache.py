@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moekit.config import ModelConfig
-from moekit.errors import ConfigError
+from moekit.errors import ConfigError, UnsupportedError
 
 
 class KVCache:
@@ -33,6 +33,8 @@ class KVCache:
         """By layer, a row a sequence: what a layer routes the rest of each sequence by, where it decides once."""
         self.merged: dict[int, tuple[Tensor, ...]] = {}
         """By layer: each sequence's matrices, merged by that routing. Bytes: batch times those of one network."""
+        self.sums: dict[int, Tensor] = {}
+        """By gate: sums over each segment of each sequence, of what has been read so far."""
         self._layers = [
             torch.zeros(batch, max_length, width, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
         ]
@@ -77,12 +79,15 @@ class KVCache:
         self.lengths = self.lengths[rows]
         self._layers = [buffer[rows] for buffer in self._layers]
         self.routing = {layer: kept[rows] for layer, kept in self.routing.items()}
+        self.sums = {gate: kept[rows] for gate, kept in self.sums.items()}
         self.merged = {layer: tuple(matrix[rows] for matrix in kept) for layer, kept in self.merged.items()}
 
     def drop(self, count: int) -> None:
         """Forgets the last `count` tokens of every sequence; what was decided on all that was read stays, unless
-        nothing is left of any sequence.
+        nothing is left of any sequence. UnsupportedError where routing still goes on by all that was read.
         """
+        if self.sums:
+            raise UnsupportedError("tokens cannot be taken back from a cache: the model routes by what it has read")
         self.lengths = (self.lengths - count).clamp(min=0)
         self.longest -= count
         if self.longest <= 0:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from moekit.config import MHAConfig, MLAConfig, Variant
+from moekit.config import MHAConfig, MLAConfig
 from moekit.nn.attention import Attention
 from moekit.nn.cache import KVCache
 from moekit.nn.ffn import SwiGLU
@@ -29,11 +29,11 @@ def decoder(model: Model, cache: KVCache) -> Decoder | None:
     if model.experts_backend not in ("auto", "native"):
         return None
     attention = model.config.attention
-    if isinstance(model.config.ffn, Variant):
-        return None
     if attention.attention_bias not in ("none", False) or (attention.kind == "mha" and attention.qk_norm != "none"):
         return None
     if any(layer.shared_expert_gate is not None for layer in model.moe_layers):
+        return None
+    if not all(isinstance(layer.mlp, MoE | SwiGLU) for layer in model.layers):
         return None
     if any(isinstance(layer.mlp, MoE) and not isinstance(layer.mlp.router, Router) for layer in model.layers):
         return None

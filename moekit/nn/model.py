@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moekit.config import DenseConfig, MHAConfig, ModelConfig, MoEConfig, Variant
+from moekit.config import DenseConfig, MEOConfig, MHAConfig, ModelConfig, MoEConfig, Variant
 from moekit.errors import ConfigError, UnsupportedError
 from moekit.nn.attention import Attention, Context
 from moekit.nn.cache import KVCache
@@ -21,7 +21,7 @@ from moekit.nn.rope import rotation
 from moekit.nn.router import HashRouter, Probe, Router, RouterContext
 from moekit.nn.variants import build
 from moekit.nn.variants.layer import VariantLayer
-from moekit.ops.attention import seen
+from moekit.ops.attention import all_seen, seen
 from moekit.ops.balance import LoadSums, updated_bias
 from moekit.ops.loss import IGNORED, TokenLoss, linear_cross_entropy
 from moekit.ops.quantize import Codes
@@ -59,7 +59,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(dim, eps)
         self.mlp: nn.Module
         if isinstance(ffn, Variant):
-            self.mlp = build(ffn, dim, config.vocab_size, layer)
+            self.mlp = build(ffn, dim, layer)
         elif isinstance(ffn, MoEConfig) and config.is_moe(layer):
             self.mlp = MoE(ffn, dim, config.vocab_size, layer)
         else:
@@ -83,7 +83,8 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """A decoder-only language model. An ordinary module: any optimiser, any loop, `torch.autocast`."""
+    """A language model, a decoder or (`causal` false) an encoder. An ordinary module: any optimiser, any loop,
+    `torch.autocast`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -96,6 +97,9 @@ class Model(nn.Module):
         self.mapped = False
         """The weights are in files: set by `formats.load`."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_task: nn.Embedding | None = None
+        if isinstance(config.ffn, MEOConfig) and config.ffn.level == "task":
+            self.embed_task = nn.Embedding(config.vocab_size, config.ffn.description_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
@@ -138,18 +142,20 @@ class Model(nn.Module):
     ) -> ModelOutput:
         """Returns logits, loss, balance terms and routing of a batch.
 
-        `labels` are the input ids themselves, shifted here (transformers' convention); `targets` are shifted already:
-        targets[t] follows input_ids[t]. -100 is not predicted. `padding_mask` is true for real tokens; padding comes
-        after them, and counts nowhere. `document_ids` keep attention inside a document. `prior_load` is one sum per
-        MoE layer for `global_aux`. With a cache, input_ids continue each sequence at its own length. `return_logits`
-        False spares the logits where only the loss is wanted; training on a loss never forms them. `logits_to_keep` is
-        the number of last positions whose logits are formed, or one position per sequence. `probe` alters the routing
-        of this pass, in all MoE layers or one by one; a cache remembers none, so each pass over it is given its own.
-        `task_ids` are the token ids of each sequence's task description, -100 behind shorter ones, for layers that
-        route by task.
+        `labels` are the input ids themselves, shifted here (transformers' convention); `targets` are what is predicted
+        at each place: targets[t] follows input_ids[t], or in an encoder is what the mask at t hides. -100 is not
+        predicted. `padding_mask` is true for real tokens; padding comes after them, and counts nowhere. `document_ids`
+        keep attention inside a document. `prior_load` is one sum per MoE layer for `global_aux`. With a cache,
+        input_ids continue each sequence at its own length. `return_logits` False spares the logits where only the loss
+        is wanted; training on a loss never forms them. `logits_to_keep` is the number of last positions whose logits
+        are formed, or one position per sequence. `probe` alters the routing of this pass, in all MoE layers or one by
+        one; a cache remembers none, so each pass over it is given its own. `task_ids` are the token ids of each
+        sequence's task description, -100 behind shorter ones, for layers that route by task.
         """
         if padding_mask is not None and bool((padding_mask[:, 1:] & ~padding_mask[:, :-1]).any()):
             raise ConfigError("padding_mask has padding before real tokens; pad on the right")
+        if labels is not None or cache is not None:
+            self.config.check_decoder("a loss on `labels`, the next tokens," if cache is None else "a cache")
         if labels is not None:
             if targets is not None:
                 raise ConfigError("labels and targets are both given; labels are shifted by the model, targets are not")
@@ -160,10 +166,12 @@ class Model(nn.Module):
             targets = targets.masked_fill(~padding_mask, IGNORED)
         if cache is not None and document_ids is not None:
             raise ConfigError("document_ids cannot be used with a cache; generate one document per sequence")
-        context = self._context(input_ids, cache, document_ids)
+        context = self._context(input_ids, cache, document_ids, padding_mask)
         real = None if padding_mask is None else padding_mask.flatten()
         probes = self._probes(probe)
-        plain = RouterContext(input_ids.flatten(), len(input_ids), real, cache=cache, task_ids=task_ids)
+        plain = RouterContext(
+            input_ids.flatten(), len(input_ids), real, cache=cache, task=self._task(task_ids, len(input_ids))
+        )
         x = self.embed_tokens(input_ids)
         routings: list[Routing] = []
         aux: dict[str, Tensor] = {}
@@ -191,7 +199,11 @@ class Model(nn.Module):
         hidden = x = self.norm(x)
         token_loss = loss_mean = logits = None
         if targets is not None:
-            token_loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.numbers(x.dtype), targets.flatten())
+            rows, wanted = x.flatten(0, 1), targets.flatten()
+            if not self.config.causal:  # few are masked: no logits for the rest
+                kept = (wanted != IGNORED).nonzero().squeeze(1)
+                rows, wanted = rows[kept], wanted[kept]
+            token_loss = linear_cross_entropy(rows, self.lm_head.numbers(x.dtype), wanted)
             loss_mean = token_loss.total / token_loss.tokens.clamp(min=1)
         if return_logits and (targets is None or not self.training):
             if isinstance(logits_to_keep, int):
@@ -201,7 +213,9 @@ class Model(nn.Module):
             logits = self.lm_head(x)
         return ModelOutput(logits, loss_mean, aux, routings if return_routing else None, token_loss, hidden)
 
-    def _context(self, input_ids: Tensor, cache: KVCache | None, document_ids: Tensor | None) -> Context:
+    def _context(
+        self, input_ids: Tensor, cache: KVCache | None, document_ids: Tensor | None, padding_mask: Tensor | None
+    ) -> Context:
         batch, length = input_ids.shape
         limit = self.config.max_position_embeddings
         reached = length + (cache.longest if cache is not None else 0)
@@ -213,8 +227,24 @@ class Model(nn.Module):
             positions = cache.positions(batch, length)
         attention = self.config.attention
         width = attention.head_dim if isinstance(attention, MHAConfig) else attention.qk_rope_head_dim
-        visible = seen(positions, reached, document_ids)
+        causal = self.config.causal
+        visible = seen(positions, reached, document_ids) if causal else all_seen(document_ids, padding_mask)
         return Context(rotation(attention.rope, width, positions), positions, visible, cache)
+
+    def _task(self, task_ids: Tensor | None, batch: int) -> tuple[Tensor, Tensor] | None:
+        """Returns the embedded descriptions and what of them is no padding; None where there is none."""
+        if self.embed_task is None:
+            if task_ids is not None:
+                raise ConfigError("task_ids are given but no layer routes by task: ffn.kind meo with level task does")
+            return None
+        if task_ids is None:
+            assert isinstance(self.config.ffn, MEOConfig)
+            ids = self.config.ffn.description_ids
+            if not ids:
+                return None
+            task_ids = torch.tensor(ids, device=self.embed_task.weight.device).expand(batch, -1)
+        real = task_ids != IGNORED
+        return self.embed_task(task_ids.where(real, 0)), real
 
     def _probes(self, probe: Probe | Sequence[Probe | None] | None) -> Sequence[Probe | None] | None:
         """Returns a probe per MoE layer, or None; raises ConfigError where one would have no layer."""

@@ -64,8 +64,8 @@ class RouterContext(NamedTuple):
     """None: the layer as it is."""
     cache: KVCache | None = None
     """What generation keeps of these sequences; a layer may keep its routing there (`KVCache.routing`)."""
-    task_ids: Int[Tensor, "batch description"] | None = None
-    """Token ids of each sequence's task description, -100 behind shorter ones."""
+    task: tuple[Float[Tensor, "batch description size"], Bool[Tensor, "batch description"]] | None = None
+    """Each sequence's task description, embedded, and true where it is not padding."""
 
 
 class Router(nn.Module):

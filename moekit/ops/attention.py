@@ -14,12 +14,14 @@ class Seen(NamedTuple):
     """What a query sees: the keys up to its own position, those of its own document. By default from the first on.
 
     Either a matrix says so, or what it would be made of: our kernels take the latter and pass over what is not seen.
+    Not `causal`: all keys, or those that the matrix allows.
     """
 
     offsets: Int[Tensor, " batch"] | None = None
     """Where each sequence's queries begin among its keys; None: at the first."""
     document_ids: Int[Tensor, "batch length"] | None = None
     mask: Bool[Tensor, "batch 1 length keys"] | None = None
+    causal: bool = True
 
 
 def seen(
@@ -43,6 +45,23 @@ def attention_mask(
     return mask.unsqueeze(1)
 
 
+def all_seen(
+    document_ids: Int[Tensor, "batch length"] | None = None, padding_mask: Bool[Tensor, "batch length"] | None = None
+) -> Seen:
+    """Returns what the queries of an encoder see: every real token, earlier or later, of their own document.
+
+    A token sees itself whatever it is, so that a sequence of nothing but padding has numbers too.
+    """
+    given = document_ids if padding_mask is None else padding_mask
+    if given is None:
+        return Seen(causal=False)
+    mask = torch.eye(given.shape[1], dtype=torch.bool, device=given.device).expand(len(given), -1, -1)
+    within = torch.ones_like(mask) if padding_mask is None else padding_mask.unsqueeze(1)
+    if document_ids is not None:
+        within = within & (document_ids.unsqueeze(-1) == document_ids.unsqueeze(-2))
+    return Seen(mask=(mask | within).unsqueeze(1), causal=False)
+
+
 def attend(
     q: Float[Tensor, "batch length heads head_dim"],
     k: Float[Tensor, "batch keys kv_heads head_dim"],
@@ -52,11 +71,12 @@ def attend(
 ) -> Float[Tensor, "batch length heads value_dim"]:
     """Returns softmax attention: by our kernels wherever they can run, else by torch's.
 
-    No size was found where torch's are faster on a CPU, from one query to 2048, alone or with gradients.
+    No size was found where torch's are faster on a CPU, from one query to 2048, alone or with gradients. Ours are
+    causal, so an encoder has torch's.
     """
-    offsets, document_ids, mask = seen
+    offsets, document_ids, mask, causal = seen
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if mask is None and native.unavailable(q, k, v) is None and not (learns and offsets is not None):
+    if causal and mask is None and native.unavailable(q, k, v) is None and not (learns and offsets is not None):
         y: Tensor = native.attention(q, k, v, scale, document_ids, offsets)
         return y
     if mask is None and not (offsets is None and document_ids is None):
@@ -65,7 +85,8 @@ def attend(
         mask = attention_mask(positions, k.shape[1], document_ids)
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+    ahead = causal and mask is None
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=ahead, scale=scale, enable_gqa=grouped)
     return y.transpose(1, 2)
 
 

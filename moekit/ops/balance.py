@@ -1,8 +1,8 @@
 """Balance: losses that are functions of a `Routing`, and the loss-free update of the selection bias.
 
 Each loss is 1 at perfect balance, so with its factor it equals that factor (DeepSeekMoE, arXiv 2401.06066, Eq. 12-17).
-Counts carry no gradient, the sums of scores do. transformers' `load_balancing_loss_func` is another quantity: it does
-not divide by k and pools all layers, so it is k at balance.
+Importance and load, squared variations, are 0 there. Counts carry no gradient, the sums of scores do. transformers'
+`load_balancing_loss_func` is another quantity: it does not divide by k and pools all layers, so it is k at balance.
 """
 
 from typing import NamedTuple
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moekit.ops.merge import mixing
 from moekit.ops.routing import Routing
 
 
@@ -84,6 +85,25 @@ def z_loss(routing: Routing) -> Float[Tensor, ""]:
     """Returns the mean squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906, Eq. 5)."""
     assert routing.squared_lse_sums is not None, "hash routing has no router logits"
     return routing.squared_lse_sums.sum() / routing.units.sum().clamp(min=1)
+
+
+def importance_loss(routing: Routing) -> Float[Tensor, ""]:
+    """Returns the squared variation of the experts' summed weights (arXiv 1701.06538, Eq. 6-7); 0 at balance."""
+    return _squared_variation(mixing(routing, routing.tokens_per_expert.shape[1]).sum(0))
+
+
+def load_loss(routing: Routing) -> Float[Tensor, ""]:
+    """Returns the squared variation of the units that an expert may expect (arXiv 1701.06538, Eq. 10-11).
+
+    The scores are those of `routing.route_noisy`; without noise they have no gradient.
+    """
+    assert routing.score_sums is not None
+    return _squared_variation(routing.score_sums.sum(0))
+
+
+def _squared_variation(x: Float[Tensor, " experts"]) -> Float[Tensor, ""]:
+    """Returns variance / mean^2, the variance over n - 1 as in the paper's code; 0 for one expert."""
+    return x.var() / (x.mean().square() + 1e-10) if len(x) > 1 else x.sum() * 0
 
 
 def updated_bias(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moekit.errors import ConfigError, UnsupportedError, nearest
 from moekit.ops import dispatch, reference
+from moekit.ops.autocast import autocast_off, cast_once
 from moekit.ops.kernels import build, loop, native, triton_experts
 from moekit.ops.mapped import Mapped, Weights
 from moekit.ops.quantize import Quantized, dequantize, refuse_gradients
@@ -73,6 +74,21 @@ def mixed_experts(
         gate_up, down, tokens_per_expert = _copies(x, gate_up, down, plan.tokens_per_expert)
         plan = plan._replace(tokens_per_expert=tokens_per_expert)
     return mixed(x, weights, plan, gate_up, down)
+
+
+def mixed_linear(
+    x: Float[Tensor, "tokens dim"],
+    weights: Float[Tensor, "tokens k"],
+    plan: dispatch.Plan,
+    weight: Float[Tensor, "experts out dim"],
+    bias: Float[Tensor, "experts out"],
+) -> Float[Tensor, "tokens out"]:
+    """Returns the sum over each token's choices of weight * (W_e x + b_e): experts of one linear map."""
+    x = cast_once(x)
+    with autocast_off(x):
+        rows = dispatch.gather(x, plan, weights.shape[1])
+        rows = loop.linear_experts(rows, weight.to(x.dtype), bias.to(x.dtype), plan.tokens_per_expert)
+        return dispatch.combine(rows, weights, plan)
 
 
 def _one_by_one(kernels: _Kernels, rows: Tensor, gate_up: Mapped, down: Weights, tokens_per_expert: Tensor) -> Tensor:

@@ -12,11 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moekit.config.variants.variant import MERGED_BYTES
 from moekit.ops.autocast import autocast_off, cast_once
 from moekit.ops.routing import DROPPED, Routing
-
-MERGED_BYTES = 1 << 28
-"""What merged matrices may take at once, unless the caller says otherwise."""
 
 
 def mixing(routing: Routing, n_experts: int) -> Float[Tensor, "units experts"]:
@@ -43,6 +41,13 @@ def merged_linear(
         return y if bias is None else y + (mix @ bias.to(mix.dtype)).unsqueeze(1).to(y.dtype)
 
 
+def merged(mix: Float[Tensor, "units experts"], weight: Float[Tensor, "experts ..."]) -> Float[Tensor, "units ..."]:
+    """Returns each unit's merged weight itself, all at once, in autocast's dtype: for what is applied often."""
+    weight = cast_once(weight)
+    with autocast_off(weight):
+        return _merged(mix, weight)
+
+
 class _MergedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mix: Tensor, weight: Tensor, max_bytes: int) -> Tensor:
@@ -50,7 +55,7 @@ class _MergedLinear(torch.autograd.Function):
         ctx.units = max(1, max_bytes // max(weight[:1].nbytes, 1))
         y = x.new_empty(*x.shape[:2], weight.shape[1])
         for some in _chunks(len(x), ctx.units):
-            torch.bmm(x[some], _merge(mix[some], weight).transpose(1, 2), out=y[some])
+            torch.bmm(x[some], _merged(mix[some], weight).transpose(1, 2), out=y[some])
         return y
 
     @staticmethod
@@ -64,7 +69,7 @@ class _MergedLinear(torch.autograd.Function):
         flat = weight.flatten(1)
         for some in _chunks(len(x), ctx.units):
             if dx is not None:
-                torch.bmm(dy[some], _merge(mix[some], weight), out=dx[some])
+                torch.bmm(dy[some], _merged(mix[some], weight), out=dx[some])
             if d_mix is not None or d_weight is not None:
                 d_merged = torch.bmm(dy[some].transpose(1, 2), x[some]).flatten(1)
                 if d_mix is not None:
@@ -78,7 +83,6 @@ def _chunks(units: int, size: int) -> list[slice]:
     return [slice(first, first + size) for first in range(0, units, size)]
 
 
-def _merge(mix: Tensor, weight: Tensor) -> Tensor:
-    """Returns each unit's merged matrix, (units, out, dim)."""
+def _merged(mix: Tensor, weight: Tensor) -> Tensor:
     merged: Tensor = (mix.to(weight.dtype) @ weight.flatten(1)).unflatten(1, weight.shape[1:])
     return merged

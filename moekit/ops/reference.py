@@ -91,6 +91,32 @@ def moe(
     return torch.stack(outputs) if outputs else torch.zeros_like(x)
 
 
+def mixed_linear(
+    x: Float[Tensor, "tokens dim"],
+    mix: Float[Tensor, "tokens experts"],
+    weight: Float[Tensor, "experts out dim"],
+    bias: Float[Tensor, "experts out"] | None = None,
+) -> Float[Tensor, "tokens out"]:
+    """Returns the sum of mix_e (W_e x + b_e): every expert computes every token."""
+    outputs = [x @ weight[e].T + (0 if bias is None else bias[e]) for e in range(len(weight))]
+    return torch.stack([mix[:, e : e + 1] * y for e, y in enumerate(outputs)]).sum(0)
+
+
+def probability_of_choice(
+    logits: Float[Tensor, "units experts"],
+    noisy: Float[Tensor, "units experts"],
+    noise_std: Float[Tensor, "units experts"],
+    k: int,
+) -> Float[Tensor, "units experts"]:
+    """Returns the chance that an expert is among the k largest if its own noise were drawn anew (1701.06538, Eq. 9)."""
+    chances = torch.zeros_like(logits)
+    for unit in range(len(logits)):
+        for e in range(logits.shape[1]):
+            others = sorted(torch.cat((noisy[unit, :e], noisy[unit, e + 1 :])), reverse=True)
+            chances[unit, e] = torch.special.ndtr((logits[unit, e] - others[k - 1]) / noise_std[unit, e])
+    return chances
+
+
 def expert_balance_loss(
     scores: Float[Tensor, "tokens experts"], chosen: list[list[int]], real: list[bool] | None = None
 ) -> Float[Tensor, ""]:
@@ -179,3 +205,40 @@ def cross_entropy(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " 
         if target != -100:
             total = total - row.log_softmax(0)[target]
     return total
+
+
+def entmax15(logits: Float[Tensor, "*units experts"]) -> Float[Tensor, "*units experts"]:
+    """Returns p = max(z / 2 - tau, 0)^2 with sum 1, tau by bisection (arXiv 1905.05702)."""
+    rows = []
+    for z in logits.reshape(-1, logits.shape[-1]) / 2:
+        low, high = float(z.detach().max()) - 1, float(z.detach().max())
+        for _ in range(100):
+            tau = (low + high) / 2
+            low, high = (tau, high) if float((z.detach() - tau).clamp(min=0).square().sum()) > 1 else (low, tau)
+        above = (z - low).clamp(min=0)  # one more step, Newton's, gives tau its gradient
+        tau_of_z = low + (above.square().sum() - 1) / (2 * above.detach().sum())
+        rows.append((z - tau_of_z).clamp(min=0).square())
+    return torch.stack(rows).reshape(logits.shape) if rows else torch.zeros_like(logits)
+
+
+def factorised_experts(experts: list[Tensor], input: Tensor, output: Tensor) -> Float[Tensor, "experts out _"]:
+    """Returns the matrices that CP or tensor-ring factors stand for (arXiv 2402.12550), bias last."""
+    equations = {
+        (1, 2): "nr,ir,or->noi",  # levels of experts, axes of a factor: two in CP, three in a tensor ring
+        (2, 2): "nr,mr,ir,or->nmoi",
+        (1, 3): "nab,ibc,oac->noi",
+        (2, 3): "nab,mbd,idc,oac->nmoi",
+    }
+    equation = equations[len(experts), input.dim()]
+    return torch.einsum(equation, *experts, input, output).reshape(-1, len(output), len(input))
+
+
+def mixed_experts(
+    x: Float[Tensor, "tokens dim"], gates: list[Tensor], experts: Float[Tensor, "experts out _"]
+) -> Float[Tensor, "tokens out"]:
+    """Returns each token through the sum of all experts, each weighted by the product of its levels' gate values."""
+    outputs = []
+    for token, *values in zip(x, *gates, strict=True):
+        weights = values[0] if len(values) == 1 else torch.outer(values[0], values[1]).flatten()
+        outputs.append(torch.einsum("n,noi,i->o", weights, experts, F.pad(token, (0, 1), value=1.0)))
+    return torch.stack(outputs) if outputs else x.new_zeros(0, experts.shape[1])

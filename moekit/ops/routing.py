@@ -104,6 +104,37 @@ def route(
     return routing._replace(scores=scores, score_sums=sums[0], squared_lse_sums=sums[1])
 
 
+def route_noisy(
+    logits: Float[Tensor, "units experts"],
+    k: int,
+    noise_std: Float[Tensor, "units experts"] | None = None,
+    *,
+    sequences: int = 1,
+    mask: Bool[Tensor, " units"] | None = None,
+) -> Routing:
+    """Returns noisy top-k routing: the k largest of logits + noise, weights their softmax (arXiv 1701.06538, Eq. 3-5).
+
+    `noise_std` multiplies a standard normal drawn here; None: no noise. `scores` are the probabilities that an expert
+    would be among the chosen if its own noise alone were drawn again (Eq. 8-9), which have a gradient where choices
+    have none; without noise, or with all experts chosen, they are 1 for those.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    noisy = logits if noise_std is None else logits + torch.randn_like(logits) * noise_std
+    experts = logits.shape[1]
+    order = top_k(noisy.detach(), min(k + 1, experts))
+    expert_ids = order[:, :k]
+    weights = noisy.gather(1, expert_ids).softmax(-1)
+    chosen = torch.zeros_like(logits).scatter_(1, expert_ids, 1)
+    if noise_std is None or k == experts:
+        scores = chosen
+    else:
+        last, next_best = noisy.gather(1, order[:, k - 1 :]).unsqueeze(1).unbind(-1)
+        scores = torch.special.ndtr((logits - torch.where(chosen.bool(), next_best, last)) / noise_std)
+    routing = _counted(expert_ids, weights, experts, 1, sequences, mask)
+    shares = scores if mask is None else scores * mask.unsqueeze(-1)
+    return routing._replace(scores=shares, score_sums=_per_sequence(shares, sequences))
+
+
 def route_by_hash(
     token_ids: Int[Tensor, " units"],
     table: Int[Tensor, "vocab k"],
@@ -121,6 +152,12 @@ def route_by_hash(
     expert_ids = table[token_ids]
     weights = torch.full(expert_ids.shape, routed_scaling_factor / table.shape[1], dtype=dtype, device=table.device)
     return _counted(expert_ids, weights, n_experts, 1, sequences, mask)
+
+
+def of_tokens(routing: Routing, length: int, mask: Bool[Tensor, " tokens"] | None = None) -> Routing:
+    """Returns the routing of sequences of `length` tokens, each of which is routed as its sequence is."""
+    ids, weights = (part.repeat_interleave(length, 0) for part in (routing.expert_ids, routing.weights))
+    return _counted(ids, weights, routing.tokens_per_expert.shape[1], 1, len(routing.expert_ids), mask)
 
 
 def random_hash_table(vocab_size: int, n_experts: int, k: int, seed: int) -> Int[Tensor, "vocab k"]:

@@ -7,7 +7,7 @@ from moekit import files
 from moekit.config import RunConfig, dump, load_run_config
 from moekit.errors import ConfigError
 
-KEPT: Any = dict.fromkeys(("model", "optimizer", "schedule", "steps", "seed", "grad_clip"), True)
+KEPT: Any = dict.fromkeys(("model", "objective", "init", "optimizer", "schedule", "steps", "seed", "grad_clip"), True)
 KEPT |= {"data": {"sequence_length", "batch_size", "packing", "order", "cross_document_attention"}}
 """Settings that a resumed run cannot change. The text must be the same too, wherever it lies now."""
 

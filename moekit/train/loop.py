@@ -3,47 +3,61 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from moekit import files, receipts
 from moekit.config import MoEConfig, RunConfig, Variant
-from moekit.data import Batch, Sampler, TokenDataset, open_dataset
+from moekit.data import Batch
 from moekit.errors import CheckpointError, ConfigError, TrainingError
-from moekit.formats.tokenizer import load_tokenizer
 from moekit.nn.model import Model
 from moekit.ops.balance import LoadSums
 from moekit.ops.loss import IGNORED
 from moekit.train import directory, health, metrics, optimizer, process, schedule, state
 from moekit.train import hardware as machine
-from moekit.train.validation import validate
+from moekit.train.objectives import open_objective
 
 logger = logging.getLogger(__name__)
 
-WRITTEN = ("step", "seconds", "sums", "health", "scores")
+WRITTEN = ("step", "tokens", "seconds", "sums", "health", "scores", "origin")
 """What a run writes down of itself with every checkpoint."""
 
 
+class Origin(NamedTuple):
+    """The weights that a run starts from, where they are not drawn."""
+
+    model: Model
+    account: dict[str, Any]
+    """For the receipt: `inputs`, by hash, and `tensors`."""
+
+
 def train(
-    config: RunConfig, out: str | Path, *, resume: bool = False, sinks: Sequence[metrics.Sink] = ()
+    config: RunConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    sinks: Sequence[metrics.Sink] = (),
+    origin: Callable[[RunConfig], Origin] | None = None,
 ) -> dict[str, Any]:
     """Trains a model and returns the run's receipt; its "status" is done or interrupted.
 
     `out` gets config.yaml, metrics.jsonl, checkpoints/ and receipt.json. A killed run continues with `resume` from its
     newest whole checkpoint and ends with the same bits as a straight one, on one device. SIGTERM and SIGINT save and
-    return. Raises ConfigError for a run that exists (without `resume`) or that was started with other settings, and
+    return. `origin` gives the weights that `config.init` asks for; it is asked once, when the run begins, and not when
+    it goes on. Raises ConfigError for a run that exists (without `resume`) or that was started with other settings, and
     TrainingError when the loss or the gradient is not finite.
     """
+    if config.init is not None and origin is None:
+        raise ConfigError(f"init is {config.init} but train() has no `origin`; moekit.start.origin reads such weights")
     run, all_sinks = Path(out), list(sinks)
     process.keep_memory()
     with process.deterministic():
         try:
             directory.check(run, config, resume)
-            return _Run(config, run, all_sinks).train()
+            return _Run(config, run, all_sinks, origin).train()
         finally:  # whatever happened: a display must not stay on the terminal
             for sink in all_sinks:
                 sink.close()
@@ -52,33 +66,35 @@ def train(
 class _Run:
     """What one run holds between its steps."""
 
-    def __init__(self, config: RunConfig, run: Path, sinks: list[metrics.Sink]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        run: Path,
+        sinks: list[metrics.Sink],
+        origin: Callable[[RunConfig], Origin] | None,
+    ) -> None:
         """Makes or restores everything, and adds the run's own sinks to the caller's."""
         self.config, self.run, self.sinks = config, run, sinks
         self.hardware = machine.choose(config.device, config.precision)
-        device, data = self.hardware.device, config.data
-        self.dataset = open_dataset(data.path, "train", order=data.order)
-        self.valid = open_dataset(data.path, "valid") if "valid" in self.dataset.manifest.splits else None
-        self.tokenizer = load_tokenizer(data.path)
-        room = config.model.vocab_size - self.dataset.vocab_size
-        if room < 0:
-            raise ConfigError(
-                f"model.vocab_size is {config.model.vocab_size} but the tokenizer of {data.path} has "
-                f"{self.dataset.vocab_size} entries; use --model.vocab_size {self.dataset.vocab_size}"
-            )
-        self.token_bytes = self.tokenizer.token_bytes()
-        self.fingerprint = self.dataset.fingerprint
-        self.sampler = Sampler(self.dataset, data.sequence_length, data.batch_size, config.seed, data.packing)
-        torch.manual_seed(config.seed)
-        self.model = Model(config.model)
+        device = self.hardware.device
+        self.objective = open_objective(config, self.hardware)
+        folder = self._newest()
         if leak := config.model.looks_ahead:
             logger.warning(leak)
-        self.model.balance_hash(F.pad(torch.from_numpy(self.dataset.token_counts()), (0, room)))
+        torch.manual_seed(config.seed)
+        self.origin: dict[str, Any] = {}
+        if config.init is not None and origin is not None and folder is None:
+            self.model, self.origin = origin(config)
+        else:
+            self.model = Model(config.model)
+            self.model.balance_hash(torch.from_numpy(self.objective.token_counts))
+        if leak := config.model.looks_ahead:
+            logger.warning(leak)
         self.model.recompute = config.recompute
         self.model.to(device).train()
         self.model.set_experts_backend(config.backend)
         self.optimizers = optimizer.build(self.model, config.optimizer)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.tokens, self.seconds, self.flops = 0, 0, 0.0, 0
         self.sums: dict[str, float] = {}
         """Over the log window: loss, grad_norm, steps, and each balance term."""
         self.window = health.no_load(config.model, device)
@@ -86,7 +102,8 @@ class _Run:
         """Log windows in a row in which an expert had no token."""
         self.health: dict[str, Any] = {}
         self.scores: dict[str, Any] = {}
-        self._restore()
+        if folder is not None:
+            self._restore(folder)
         if config.compile:
             for block in self.model.layers:
                 block.compile()
@@ -97,7 +114,7 @@ class _Run:
             sinks.append(metrics.TensorBoard(run, self.step))
 
     def train(self) -> dict[str, Any]:
-        self.logged_step, self.logged_seconds, stop = self.step, self.seconds, False
+        self.logged, stop = self._reached(), False
         with process.signals() as caught:
             while self.step < self.config.steps and not stop:
                 start = time.perf_counter()
@@ -108,8 +125,8 @@ class _Run:
                 self.seconds += time.perf_counter() - start  # logging, validating and saving are not training time
                 if logs:
                     self._log()
-                if self.valid and self._due(self.config.eval_every):
-                    self._validate(self.valid)
+                if self._due(self.config.eval_every):
+                    self._validate()
                 stop = bool(caught)  # asked once: a signal after this line waits for the next step
                 if stop or self._due(self.config.save_every):
                     self._save()
@@ -120,7 +137,7 @@ class _Run:
 
     def _one_step(self) -> None:
         """Forward and backward over the micro-batches, then one optimiser step and one bias update."""
-        config, batch = self.config, self.sampler.batch(self.step)
+        config, batch = self.config, self.objective.batch(self.step)
         self.model.begin_step(self.step)
         optimizer.set_factor(self.optimizers, schedule.factor(config.schedule, self.step, config.steps))
         size = config.data.micro_batch_size or config.data.batch_size
@@ -131,8 +148,9 @@ class _Run:
         for first in range(0, config.data.batch_size, size):
             part = Batch(*(values[first : first + size] for values in batch))
             prior = [LoadSums(*sums) for sums in zip(load.tokens_per_expert, load.units, strict=True)]
-            across = config.data.cross_document_attention
-            out = machine.forward(self.model, part, self.hardware, across, prior_load=prior)
+            out = self.objective.forward(self.model, part, prior_load=prior)
+            assert out.token_loss is not None
+            assert out.routing is not None
             share = {"loss": out.token_loss.total / predicted}
             share |= {name: term / parts for name, term in out.aux.items()}
             torch.stack(list(share.values())).sum().backward()
@@ -152,6 +170,8 @@ class _Run:
             sums += of_step
         self._add("steps", 1.0)
         self.step += 1
+        self.tokens += batch.input_ids.size
+        self.flops += len(batch.input_ids) * config.model.flops(batch.input_ids.shape[1])
 
     def _add(self, name: str, value: float) -> None:
         """Adds a step's value to the log window; one that is not finite ends the run."""
@@ -166,21 +186,19 @@ class _Run:
 
     def _log(self) -> None:
         config, steps, tokens = self.config, self.sums.pop("steps"), self.window.tokens_per_expert.cpu()
-        length = config.data.sequence_length
-        per_step = config.data.batch_size * length
-        speed = (self.step - self.logged_step) * per_step / (self.seconds - self.logged_seconds)
+        seconds, done, flops = (now - then for now, then in zip(self._reached(), self.logged, strict=True))
         means = {name: value / steps for name, value in self.sums.items()}
         self.health = health.measure(self.window)
         self._record(
             "train",
-            tokens=self.step * per_step,
+            tokens=self.tokens,
             loss=means.pop("loss"),
             grad_norm=means.pop("grad_norm"),
             aux=means,
             lr=self.optimizers[0].param_groups[0]["lr"],
             seconds=round(self.seconds, 3),
-            tokens_per_second=round(speed, 1),
-            matmul_share=round(speed * config.model.flops(length) / length / self.matmul_flops, 4),
+            tokens_per_second=round(done / seconds, 1),
+            matmul_share=round(flops / seconds / self.matmul_flops, 4),
             peak_memory_bytes=machine.peak_memory(self.hardware.device),
             load=self.health,
             tokens_per_expert=tokens.tolist(),
@@ -192,7 +210,10 @@ class _Run:
         self.sums = {}
         for sums in self.window:
             sums.zero_()
-        self.logged_step, self.logged_seconds = self.step, self.seconds
+        self.logged = self._reached()
+
+    def _reached(self) -> tuple[float, int, int]:
+        return self.seconds, self.tokens, self.flops
 
     def _alarm(self, layer: int, experts: list[int]) -> None:
         steps, ffn = self.config.dead_after * self.config.log_every, self.config.model.ffn
@@ -208,17 +229,10 @@ class _Run:
             logger.warning(text)
         self._record("alarm", layer=layer, experts=experts, text=text)
 
-    def _validate(self, dataset: TokenDataset) -> None:
-        data = self.config.data
-        scores = validate(self.model, dataset, self.token_bytes, self.hardware, data, self.config.eval_tokens)
-        self.scores = {name: {"loss": s.loss, "bits_per_byte": s.bits_per_byte} for name, s in scores.items()}
-        self._record(
-            "eval",
-            tokens=self.step * data.batch_size * data.sequence_length,
-            loss=sum(s.loss for s in scores.values()) / len(scores),
-            bits_per_byte=sum(s.bits_per_byte for s in scores.values()) / len(scores),
-            domains={name: s._asdict() for name, s in scores.items()},
-        )
+    def _validate(self) -> None:
+        if (found := self.objective.validate(self.model)) is not None:
+            self.scores = found.scores
+            self._record("eval", tokens=self.tokens, **found.record)
 
     def _record(self, kind: str, **values: Any) -> None:
         for sink in self.sinks:
@@ -226,22 +240,28 @@ class _Run:
 
     def _save(self) -> None:
         sampler = {"seed": self.config.seed, "step": self.step}
-        written = {name: getattr(self, name) for name in WRITTEN} | {"sampler": sampler, "data": self.fingerprint}
+        written = {name: getattr(self, name) for name in WRITTEN} | {
+            "sampler": sampler,
+            "data": self.objective.fingerprint,
+        }
         sums = {f"window/{name}": sums for name, sums in self.window._asdict().items()} | {"idle": self.idle}
         keep, receipt = self.config.keep_checkpoints, self._receipt()
-        state.write(self.run, self.model, self.optimizers, self.tokenizer, receipt, written, sums, keep)
+        state.write(self.run, self.model, self.optimizers, self.objective.tokenizer, receipt, written, sums, keep)
 
-    def _restore(self) -> None:
+    def _newest(self) -> Path | None:
         state.clean(self.run)
         folder = state.newest(self.run)
-        if folder is None:
-            if damaged := state.finished(self.run):
-                raise CheckpointError(
-                    f"none of the {len(damaged)} checkpoints is whole; remove {damaged[0].parent} to start again"
-                )
-            return
+        if folder is None and (damaged := state.finished(self.run)):
+            raise CheckpointError(
+                f"none of the {len(damaged)} checkpoints is whole; remove {damaged[0].parent} to start again"
+            )
+        return folder
+
+    def _restore(self, folder: Path) -> None:
         saved, tensors = state.read(folder, self.model, self.optimizers)
-        if saved["data"] != self.fingerprint:
+        if missing := set(WRITTEN) - saved.keys():
+            raise CheckpointError(f"{folder} is of an earlier version of moekit, without {', '.join(sorted(missing))}")
+        if saved["data"] != self.objective.fingerprint:
             raise ConfigError(f"data.path {self.config.data.path} holds other text than the run was started with")
         for name in WRITTEN:
             setattr(self, name, saved[name])
@@ -260,14 +280,14 @@ class _Run:
         return receipt
 
     def _receipt(self, outputs: dict[str, Any] | None = None) -> dict[str, Any]:
-        path, tokenizer = self.config.data.path, self.dataset.tokenizer_fingerprint
         return receipts.make(
             "train",
             config=self.config.model_dump(mode="json"),
             model=self.config.model,
             trains=True,
-            inputs={"data": {"path": path, "sha256": self.fingerprint, "tokenizer": tokenizer}},
+            inputs={**self.objective.inputs, **self.origin.get("inputs", {})},
             outputs=outputs or {},
+            tensors=self.origin.get("tensors", {}),
             health=self.health | {"validation": self.scores},
             seed=self.config.seed,
             device=str(self.hardware.device),

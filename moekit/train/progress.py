@@ -71,8 +71,9 @@ def line(record: dict[str, Any], steps: int) -> str:
     if record["kind"] == "alarm":
         return f"{step}  ALARM {record['text']}"
     if record["kind"] == "eval":
-        domains = "  ".join(f"{name} {s['bits_per_byte']:.3f}" for name, s in record["domains"].items())
-        return f"{step}  validation loss {record['loss']:.4f}  bits per byte: {domains}"
+        measure = "accuracy" if "accuracy" in record else "bits_per_byte"
+        domains = "  ".join(f"{name} {s[measure]:.3f}" for name, s in record["domains"].items())
+        return f"{step}  validation loss {record['loss']:.4f}  {measure.replace('_', ' ')}: {domains}"
     load = record["load"]
     worst = f"  load +{max(load['max_violation']):.0%}" if load else ""
     dead = f"  dead {sum(load['dead'])}" if load and sum(load["dead"]) else ""

@@ -144,7 +144,7 @@ def test_people_are_shown_a_table_the_findings_and_where_the_report_is(
         (["--text", "FILE", "--sequence-length", "129"], "reads at most 128 tokens"),
         (["--text", "FILE", "--trace", "x", "--trace-file", "FILE"], "--trace and --trace-file are both given"),
         (["--text", "FILE", "--trace-file", "FILE"], "tokens; allowed: 1 to 128"),
-        (["--text", "FILE", "--against", "DENSE"], "is a dense model, it has no routed experts to inspect"),
+        (["--text", "FILE", "--against", "DENSE"], "has no MoE layers to inspect: ffn.kind is dense"),
     ],
 )
 def test_a_mistake_is_one_line_before_any_work(

@@ -323,7 +323,7 @@ def _roles(model: Model) -> Iterator[tuple[str, int]]:
         yield role, parameter.numel()
 
 
-@pytest.mark.parametrize("name", moekit_config.preset_names())
+@pytest.mark.parametrize("name", [name for name in moekit_config.preset_names() if not name.startswith("meo-")])
 def test_built_model_has_the_parameters_that_its_preset_counts(name: str) -> None:
     config = moekit_config.preset(name)
     with torch.device("meta"):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from moekit.ops import reference
-from moekit.ops.attention import Seen, attend, attention_mask, seen
+from moekit.ops.attention import Seen, all_seen, attend, attention_mask, seen
 from moekit.ops.kernels import attention as native
 
 SHAPES = {  # batch, length, heads, kv_heads, head_dim, value_dim
@@ -167,5 +167,34 @@ def test_mask_lets_a_query_see_its_past_in_its_document_only(device: torch.devic
 
 def test_no_mask_is_made_where_none_is_needed(device: torch.device) -> None:
     positions = torch.arange(4, device=device).expand(2, 4)
-    assert seen(positions, 4) == (None, None, None)
+    assert seen(positions, 4) == Seen()
+    assert all_seen() == Seen(causal=False)
     assert (seen(positions + 2, 6).mask is None) == native.has_kernels(device)
+
+
+@pytest.mark.parametrize("documented", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_encoders_attention_equals_the_reference_with_every_gradient(
+    device: torch.device, documented: bool, padded: bool
+) -> None:
+    leaves = inputs(device, torch.float64, 2, 7, 4, 2, 5, 6)
+    ids = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0] * 7], device=device) if documented else None
+    real = torch.arange(7, device=device) < torch.tensor([[7], [5]], device=device) if padded else None
+    q, k, v = leaves
+    allowed = torch.ones(2, 7, 7, dtype=torch.bool, device=device)
+    if ids is not None:
+        allowed = ids[:, :, None] == ids[:, None]
+    if real is not None:
+        allowed = allowed & real[:, None]
+    allowed = allowed | torch.eye(7, dtype=torch.bool, device=device)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) * 0.3
+    shares = scores.masked_fill(~allowed.unsqueeze(1), -torch.inf).softmax(-1)
+    expected = torch.einsum("bhij,bjhd->bihd", shares, v.repeat_interleave(2, 2))
+    y = attend(q, k, v, all_seen(ids, real), 0.3)
+    weight = torch.randn_like(y)
+    for ours, theirs in zip(
+        (y, *torch.autograd.grad(y, leaves, weight)),
+        (expected, *torch.autograd.grad(expected, leaves, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)

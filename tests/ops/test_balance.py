@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moekit.ops import balance, reference
 from moekit.ops.balance import LoadSums, measure
-from moekit.ops.routing import Routing, route
+from moekit.ops.routing import Routing, route, route_noisy
 
 TIGHT = {"rtol": 0, "atol": 1e-12}
 
@@ -200,3 +200,33 @@ def test_bias_rises_where_under_loaded_falls_where_over_loaded_and_rests_at_the_
     assert (
         balance.updated_bias(torch.zeros(2, device=device), large, 1.0) == torch.tensor([1.0, -1.0], device=device)
     ).all()
+
+
+def test_importance_and_load_are_zero_at_balance_and_largest_at_collapse() -> None:
+    even = route_noisy(torch.eye(6) * 9, 1)
+    collapsed = route_noisy(torch.tensor([[9.0, 0, 0, 0, 0, 0]]).repeat(6, 1), 1)
+    for loss in (balance.importance_loss, balance.load_loss):
+        assert float(loss(even)) < 1e-6
+        torch.testing.assert_close(float(loss(collapsed)), 6.0)  # n / (n - 1) times n - 1, the variance over n - 1
+
+
+def test_importance_and_load_equal_sums_over_units_and_padding_does_not_count() -> None:
+    logits = torch.randn(9, 5, dtype=torch.float64)
+    std = torch.rand(9, 5, dtype=torch.float64) + 0.2
+    mask = torch.arange(9) < 7
+    torch.manual_seed(1)
+    routing = route_noisy(logits, 2, std, mask=mask)
+    torch.manual_seed(1)
+    drawn = logits + torch.randn_like(logits) * std
+    importance = torch.zeros(5, dtype=torch.float64)
+    for unit in range(7):
+        for weight, expert in zip(drawn[unit].topk(2).values.softmax(-1), drawn[unit].topk(2).indices, strict=True):
+            importance[expert] += weight
+    load = reference.probability_of_choice(logits, drawn, std, 2)[:7].sum(0)
+    for found, sums in ((balance.importance_loss(routing), importance), (balance.load_loss(routing), load)):
+        torch.testing.assert_close(found, sums.var() / sums.mean() ** 2)
+
+
+def test_one_expert_is_always_balanced() -> None:
+    routing = route_noisy(torch.randn(4, 1), 1)
+    assert float(balance.importance_loss(routing)) == float(balance.load_loss(routing)) == 0

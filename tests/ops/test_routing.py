@@ -10,9 +10,11 @@ from moekit.ops.routing import (
     Routing,
     balanced_hash_table,
     limit_capacity,
+    of_tokens,
     random_hash_table,
     route,
     route_by_hash,
+    route_noisy,
 )
 
 GROUPS = {
@@ -305,3 +307,58 @@ def test_balanced_hash_spreads_load_within_the_largest_single_count(k: int) -> N
 def test_balanced_hash_spreads_tokens_that_were_never_seen() -> None:
     table = balanced_hash_table(torch.zeros(80, dtype=torch.int64), 8, 1)
     assert table.flatten().bincount(minlength=8).tolist() == [10] * 8
+
+
+def noisy(k: int, seed: int = 3) -> tuple[Routing, Tensor, Tensor, Tensor]:
+    """Returns the routing of 9 units, and the logits, the noisy logits and the noise's deviations behind it."""
+    logits = torch.randn(9, 7, dtype=torch.float64, requires_grad=True)
+    std = (torch.rand(9, 7, dtype=torch.float64) + 0.1).requires_grad_()
+    torch.manual_seed(seed)
+    routing = route_noisy(logits, k, std)
+    torch.manual_seed(seed)
+    return routing, logits, logits + torch.randn_like(logits) * std, std
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_a_noisy_gate_takes_the_largest_noisy_logits_with_their_softmax(k: int) -> None:
+    routing, _, drawn, _ = noisy(k)
+    expected, ids = drawn.topk(k)
+    assert routing.expert_ids.tolist() == ids.tolist()
+    torch.testing.assert_close(routing.weights, expected.softmax(-1))
+
+
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_a_noisy_gates_scores_and_their_gradients_equal_the_reference(k: int) -> None:
+    routing, logits, drawn, std = noisy(k)
+    expected = reference.probability_of_choice(logits, drawn, std, k)
+    torch.testing.assert_close(routing.scores, expected)
+    weight = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad((s * weight).sum(), (logits, std)) for s in (routing.scores, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_noisy_gate_without_noise_is_its_logits_and_scores_say_who_was_chosen() -> None:
+    logits = torch.randn(6, 5)
+    routing = route_noisy(logits, 2, sequences=2, mask=torch.tensor([True, True, False, True, True, True]))
+    chosen = torch.zeros(6, 5).scatter(1, logits.topk(2).indices, 1)
+    chosen[2] = 0  # padding
+    torch.testing.assert_close(routing.scores, chosen)
+    assert routing.tokens_per_expert.tolist() == chosen.unflatten(0, (2, 3)).sum(1).tolist()
+    assert routing.units.tolist() == [2, 3]
+    assert routing.weights[2].tolist() == [0, 0]
+
+
+def test_equal_logits_are_told_apart_by_noise_alone() -> None:
+    torch.manual_seed(0)
+    routing = route_noisy(torch.zeros(4000, 8), 2, torch.ones(4000, 8))
+    torch.testing.assert_close(routing.tokens_per_expert / 4000, torch.full((1, 8), 0.25), rtol=0, atol=0.03)
+
+
+def test_tokens_of_a_routed_sequence_go_where_it_goes() -> None:
+    by_sequence = route_noisy(torch.randn(3, 5), 2)
+    mask = torch.arange(12) != 7
+    routing = of_tokens(by_sequence, 4, mask)
+    for token in range(12):
+        expected = by_sequence.expert_ids[token // 4].tolist() if mask[token] else [DROPPED, DROPPED]
+        assert routing.expert_ids[token].tolist() == expected
+    assert routing.units.tolist() == [4, 3, 4]

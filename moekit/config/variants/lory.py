@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from moekit.config.variants.variant import Count, Variant
+from moekit.config.variants.variant import Count, Variant, merged_at_once
 
 
 class LoryConfig(Variant):
@@ -53,3 +53,6 @@ class LoryConfig(Variant):
         segments, experts = -(-length // self.segment_size), self.n_routed_experts
         inputs = (2 if size == 2 else 1) * dim
         return size * length * (inputs + 4 * self.intermediate_size) + 4 * segments * (dim + 4 * experts)
+
+    def merged_bytes(self, dim: int, length: int, batch: int, size: int) -> int:
+        return merged_at_once(size * 2 * dim * self.intermediate_size, batch * -(-length // self.segment_size))

@@ -4,6 +4,9 @@ from typing import ClassVar, NamedTuple
 
 from moekit.config.strict import Strict
 
+MERGED_BYTES = 1 << 28
+"""What merged matrices may take at once: the bound of `ops.merge.merged_linear`."""
+
 
 class Count(NamedTuple):
     """Parameters of one role: all of them, and those used for one token."""
@@ -33,6 +36,10 @@ class Variant(Strict):
         """Returns one layer's parameters by role, of those of `counts.parameters`."""
         raise NotImplementedError
 
+    def shared_parameters(self, vocab_size: int) -> dict[str, Count]:
+        """Returns what all layers have together, by role."""
+        return {}
+
     def forward_flops(self, dim: int, length: int) -> int:
         """Returns the FLOPs of one layer's forward pass over one sequence, 2 a multiply-add; backward is twice that."""
         raise NotImplementedError
@@ -40,3 +47,16 @@ class Variant(Strict):
     def kept_bytes(self, dim: int, length: int, size: int) -> int:
         """Returns the bytes that one layer's backward pass needs for one sequence, in numbers of `size` bytes."""
         raise NotImplementedError
+
+    def merged_bytes(self, dim: int, length: int, batch: int, size: int) -> int:
+        """Returns the most bytes of merged matrices at any one time, for `batch` sequences; 0 where none is formed."""
+        return 0
+
+    def buffer_bytes(self) -> int:
+        """Returns the bytes of one layer's buffers."""
+        return 0
+
+
+def merged_at_once(matrix_bytes: int, units: int) -> int:
+    """Returns the bytes of the merged matrices that exist at once, each of `matrix_bytes` and for one unit."""
+    return min(units, max(1, MERGED_BYTES // matrix_bytes)) * matrix_bytes

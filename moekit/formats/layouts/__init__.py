@@ -31,4 +31,5 @@ def fitting(config: ModelConfig) -> str:
                 return name
             except UnsupportedError as error:
                 reasons[name] = str(error)
-    raise UnsupportedError("no other library's layout can hold this model: " + "; ".join(reasons.values()))
+    none = f"none has attention.kind {config.attention.kind} with ffn.kind {config.ffn.kind}"
+    raise UnsupportedError(f"no other library's layout can hold this model: {'; '.join(reasons.values()) or none}")

@@ -7,10 +7,10 @@ from moekit.nn.variants.meo import MEO
 from moekit.nn.variants.mumoe import MuMoE
 
 
-def build(config: Variant, dim: int, vocab_size: int, layer: int) -> VariantLayer:
+def build(config: Variant, dim: int, layer: int) -> VariantLayer:
     """Returns the layer that these settings describe."""
     if isinstance(config, MEOConfig):
-        return MEO(config, dim, vocab_size)
+        return MEO(config, dim, layer)
     if isinstance(config, LoryConfig):
         return Lory(config, dim, layer)
     assert isinstance(config, MuMoEConfig)

@@ -25,7 +25,7 @@ from moekit.nn.cache import KVCache
 from moekit.nn.router import RouterContext
 from moekit.nn.variants.layer import VariantLayer, VariantOutput
 from moekit.ops.autocast import autocast_off, cast_once
-from moekit.ops.merge import merged_linear, mixing
+from moekit.ops.merge import merged, merged_linear, mixing
 from moekit.ops.routing import Routing, route
 from moekit.ops.segments import joined, previous, segment_means, segment_tokens, segmented
 
@@ -73,12 +73,7 @@ class MergedExperts(nn.Module):
 
     def merged(self, mix: Float[Tensor, "units experts"]) -> tuple[Tensor, Tensor]:
         """Returns each unit's merged matrices, (units, 2 ff, dim) and (units, dim, ff), in autocast's dtype."""
-        gate_up, down = cast_once(self.gate_up_proj), cast_once(self.down_proj)
-        with autocast_off(mix):
-            first, second = (
-                (mix.to(weight.dtype) @ weight.flatten(1)).unflatten(1, weight.shape[1:]) for weight in (gate_up, down)
-            )
-        return first, second
+        return merged(mix, self.gate_up_proj), merged(mix, self.down_proj)
 
 
 class Lory(VariantLayer):

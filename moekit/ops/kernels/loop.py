@@ -24,6 +24,17 @@ def swiglu_experts(
     return y
 
 
+def linear_experts(
+    rows: Float[Tensor, "rows dim"],
+    weight: Float[Tensor, "experts out dim"],
+    bias: Float[Tensor, "experts out"],
+    tokens_per_expert: Int[Tensor, " experts"],
+) -> Float[Tensor, "rows out"]:
+    """Returns W_e x + b_e for rows sorted by expert; rows behind the last expert's come back as zero."""
+    y: Tensor = _linear(rows, weight, bias, tokens_per_expert)
+    return y
+
+
 def grouped_experts(
     rows: Float[Tensor, "rows dim"],
     gate_up: Float[Tensor, "experts ff2 dim"],
@@ -56,6 +67,41 @@ def grouped_unavailable(x: Tensor, gate_up: Tensor, down: Tensor) -> str | None:
 def _loop(rows: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: Tensor) -> Tensor:
     y: Tensor = _SwiGLUExperts.apply(rows, gate_up, down, tokens_per_expert.tolist())
     return y
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    y: Tensor = _LinearExperts.apply(rows, weight, bias, tokens_per_expert.tolist())
+    return y
+
+
+class _LinearExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, counts: list[int]) -> Tensor:
+        blocks = _blocks(counts, _block_sizes(rows, counts))
+        x = _spread(rows, blocks)
+        y = x.new_empty(len(x), weight.shape[1])
+        for expert, _, block in blocks:
+            torch.addmm(bias[expert], x[block], weight[expert].T, out=y[block])
+        ctx.save_for_backward(x, weight, bias)
+        ctx.blocks, ctx.counts, ctx.rows = blocks, counts, len(rows)
+        return _pack(y, blocks, len(rows))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        x, weight, bias = ctx.saved_tensors
+        d_y = _spread(d_rows, ctx.blocks)
+        d_weight = _weight_gradient(weight, ctx.counts) if ctx.needs_input_grad[1] else None
+        d_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
+        d_x = torch.empty_like(x)
+        for expert, _, block in ctx.blocks:
+            torch.mm(d_y[block], weight[expert], out=d_x[block])
+            if d_weight is not None:
+                torch.mm(d_y[block].T, x[block], out=d_weight[expert])
+            if d_bias is not None:
+                torch.sum(d_y[block], 0, out=d_bias[expert])
+        return _pack(d_x, ctx.blocks, ctx.rows), d_weight, d_bias, None
 
 
 class _SwiGLUExperts(torch.autograd.Function):

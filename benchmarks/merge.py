@@ -1,0 +1,216 @@
+"""Merging experts into one (MEO) against dispatching to them, and where merging starts to win.
+
+    python benchmarks/merge.py --out benchmarks/results/merge.md --picture benchmarks/results/merge.svg
+    python benchmarks/merge.py --sweep chosen --dtype fp32
+
+One feed-forward layer of BERT-base, 16 experts of each linear map, GELU. Vanilla is the paper's MoE: each token of each
+map through m experts, by our dispatching. MEO merges m experts of each map once for a sequence. Dense is one expert's
+network. Gates, tokens and weights are new on every call; before a call with backward the weights are written to, as an
+optimiser would.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import binding
+import measure
+import torch
+from torch import Tensor, nn
+
+from moekit import pictures
+from moekit.config import MEOConfig
+from moekit.nn.ffn import MLP
+from moekit.nn.router import RouterContext
+from moekit.nn.variants.meo import MEO
+
+SWEEPS = ("chosen", "length", "batch")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GATE_STD = 0.3
+"""Of the gates' weights: sequences and tokens then choose different experts, as those of a trained model do."""
+
+
+class Point(NamedTuple):
+    chosen: int
+    length: int
+    batch: int
+
+
+def points(sweep: str, args: argparse.Namespace) -> list[Point]:
+    """Returns the shapes of a sweep."""
+    values = getattr(args, sweep)
+    return [Point(args.at.chosen, args.at.length, args.at.batch)._replace(**{sweep: value}) for value in values]
+
+
+class Layer(nn.Module):
+    """Our MEO layer, which also wants token ids."""
+
+    def __init__(self, config: MEOConfig, dim: int) -> None:
+        super().__init__()
+        self.meo = MEO(config, dim, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        token_ids = torch.zeros(x.shape[0] * x.shape[1], dtype=torch.int64, device=x.device)
+        y: Tensor = self.meo(x, RouterContext(token_ids, len(x))).y
+        return y
+
+    @torch.no_grad()
+    def draw_gates(self, draw: torch.Generator) -> None:
+        for linear in (self.meo.up_proj, self.meo.down_proj):
+            linear.gate.weight.copy_(torch.randn(linear.gate.weight.shape, generator=draw) * GATE_STD)
+
+
+def lineup(args: argparse.Namespace, point: Point) -> dict[str, nn.Module]:
+    """Returns the layers that take turns."""
+    settings = {"intermediate_size": args.width, "n_routed_experts": args.experts, "num_experts_per_tok": point.chosen}
+    made: dict[str, nn.Module] = {
+        "dense": MLP(args.dim, args.width),
+        "vanilla": Layer(MEOConfig(mode="dispatch", level="token", **settings), args.dim),
+        "MEO": Layer(MEOConfig(mode="merge", level="sequence", **settings), args.dim),
+    }
+    for layer in made.values():
+        layer.to(args.device)
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=0.02)
+    return made
+
+
+def entrant(args: argparse.Namespace, layer: nn.Module, point: Point, dtype: str, backward: bool) -> measure.Contestant:
+    layer.train(backward)
+    state: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def prepare(number: int) -> None:
+        draw = torch.Generator().manual_seed(number % 2**31)
+        x, d_y = (torch.randn(point.batch, point.length, args.dim, generator=draw) for _ in range(2))
+        if isinstance(layer, Layer):
+            layer.draw_gates(draw)
+        state.update(x=x.to(args.device).requires_grad_(backward), d_y=d_y.to(args.device))
+        for parameter in layer.parameters():
+            parameter.grad = None
+            parameter.mul_(1)
+
+    def run() -> None:
+        with torch.set_grad_enabled(backward):
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=dtype == "bf16"):
+                y = layer(state["x"])
+            if backward:
+                y.backward(state["d_y"].to(y.dtype))
+
+    return measure.Contestant({"call": run}, prepare)
+
+
+def one(args: argparse.Namespace, point: Point, dtype: str, backward: bool) -> dict[str, measure.Seconds]:
+    """Returns the seconds of everybody at one shape."""
+    entrants = {name: entrant(args, layer, point, dtype, backward) for name, layer in lineup(args, point).items()}
+    seconds = measure.in_turn(entrants, args.repeats, args.device)
+    ratio = measure.median(seconds["MEO"]) / measure.median(seconds["vanilla"])
+    measure.progress(f"{dtype} {point} {'with backward' if backward else 'forward'}: {ratio:.2f} of vanilla")
+    return seconds
+
+
+def flops(args: argparse.Namespace, point: Point) -> tuple[float, float]:
+    """Returns the forward FLOPs of vanilla MoE and of MEO, in billions, by `MEOConfig`'s rule."""
+    settings = {"intermediate_size": args.width, "n_routed_experts": args.experts, "num_experts_per_tok": point.chosen}
+    counted = (
+        MEOConfig(mode=mode, level=level, **settings).forward_flops(args.dim, point.length)
+        for mode, level in (("dispatch", "token"), ("merge", "sequence"))
+    )
+    vanilla, merged = (point.batch * count / 1e9 for count in counted)
+    return vanilla, merged
+
+
+def sweep(args: argparse.Namespace, name: str, curves: dict[str, dict[str, list[float]]]) -> str:
+    """Returns the table of one sweep, and adds its ratios to the curves."""
+    rows = []
+    for dtype in args.dtype:
+        for backward in (False, True):
+            for point in points(name, args):
+                seconds = one(args, point, dtype, backward)
+                ms = {who: measure.median(stages) * 1e3 for who, stages in seconds.items()}
+                gains = [
+                    b / a for a, b in zip(*(measure.totals(seconds[who]) for who in ("MEO", "vanilla")), strict=True)
+                ]
+                ratio = 1 / sorted(gains)[len(gains) // 2]
+                stage = "with backward" if backward else "forward"
+                curves.setdefault(name, {}).setdefault(f"{dtype}, {stage}", []).append(ratio)
+                vanilla, merged = flops(args, point)
+                figures = [f"{ms[who]:.1f}" for who in ("dense", "vanilla", "MEO")]
+                shape = [str(point.chosen), str(point.length), str(point.batch)]
+                rows.append([*shape, dtype, stage, *figures, f"{ratio:.2f}", f"{merged / vanilla:.2f}"])
+    header = "m | tokens | sequences | dtype | pass | dense ms | vanilla ms | MEO ms | MEO / vanilla | FLOPs"
+    return f"## Over {WORDS[name]}\n\n" + measure.table(header.split(" | "), rows)
+
+
+WORDS = {
+    "chosen": "the experts chosen, m",
+    "length": "the tokens of a sequence",
+    "batch": "the sequences of a batch",
+}
+
+
+def crossing(values: Sequence[int], ratios: Sequence[float]) -> str:
+    """Returns from which value on merging is faster, as words."""
+    wins = [ratio < 1 for ratio in ratios]
+    first = next((place for place in range(len(wins)) if all(wins[place:])), None)
+    if first is None:
+        return f"does not win at {values[-1]}"
+    return f"wins from {values[first]} on"
+
+
+def verdicts(args: argparse.Namespace, curves: dict[str, dict[str, list[float]]]) -> str:
+    """Returns where merging starts to win, a line a curve."""
+    lines = [
+        f"- over {WORDS[name]}, {what}: {crossing(getattr(args, name), ratios)}"
+        for name, of in curves.items()
+        for what, ratios in of.items()
+    ]
+    return "## Where merging starts to win\n\n" + "\n".join(lines)
+
+
+def draw(args: argparse.Namespace, curves: dict[str, list[float]], name: str) -> str:
+    """Returns the picture of one sweep."""
+    axes = pictures.plot(x=WORDS[name], y="MEO's time / vanilla MoE's")
+    values = getattr(args, name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(values, [str(value) for value in values])
+    axes.axhline(1, color="#888888", linewidth=1, linestyle=":")
+    for what, ratios in curves.items():
+        axes.plot(values, ratios, marker="o", markersize=3, label=what)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return pictures.svg(axes, f"MEO's time over vanilla MoE's, over {WORDS[name]}")
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = measure.parser(__file__, __doc__, repeats=7)
+    parser.add_argument("--dim", type=int, default=768, help="width of the model (768)")
+    parser.add_argument("--width", type=int, default=3072, help="width of an expert (3072)")
+    parser.add_argument("--experts", type=int, default=16, help="of each linear map (16)")
+    parser.add_argument("--at", type=int, nargs=3, default=(4, 128, 8), metavar=("M", "TOKENS", "SEQUENCES"))
+    parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS))
+    parser.add_argument("--chosen", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--length", type=int, nargs="+", default=[8, 32, 128, 512])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8, 16])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="a picture of the sweep over m")
+    args = measure.parse(parser, argv)
+    args.at = Point(*args.at)
+    guard = measure.Guard(args.device)
+    curves: dict[str, dict[str, list[float]]] = {}
+    tables = [sweep(args, name, curves) for name in args.sweep]
+    what = (
+        f"One layer of {args.dim} and {args.width}, {args.experts} experts of each linear map; where a sweep does not "
+        f"say otherwise, m = {args.at.chosen}, {args.at.batch} sequences of {args.at.length} tokens. bf16 is autocast "
+        "over float32 weights. The last column is the counted ratio of forward FLOPs."
+    )
+    parts = [verdicts(args, curves), *tables]
+    if args.picture and "chosen" in curves:
+        args.picture.write_text(draw(args, curves["chosen"], "chosen"), encoding="utf-8")
+        parts.insert(1, f"![MEO's time over vanilla MoE's, over m]({args.picture.name})")
+    measure.report(args, "Merging against dispatching", what, guard, parts, [])
+
+
+if __name__ == "__main__":
+    binding.bound(main)

@@ -1,0 +1,45 @@
+"""What the objectives on prepared text share."""
+
+from typing import Any
+
+import numpy as np
+
+from moekit.config import RunConfig
+from moekit.data import Batch, Sampler, open_dataset
+from moekit.errors import ConfigError
+from moekit.formats.tokenizer import load_tokenizer
+from moekit.nn.model import Model, ModelOutput
+from moekit.train.hardware import Hardware, forward
+from moekit.train.objectives.objective import Validation
+
+
+class Text:
+    """Prepared text, opened and checked. An objective adds what is predicted and how it is validated."""
+
+    def __init__(self, config: RunConfig, hardware: Hardware) -> None:
+        data = config.data
+        self.config, self.hardware = config, hardware
+        self.dataset = open_dataset(data.path, "train", order=data.order)
+        self.valid = open_dataset(data.path, "valid") if "valid" in self.dataset.manifest.splits else None
+        self.tokenizer = load_tokenizer(data.path)
+        self.room = config.model.vocab_size - self.dataset.vocab_size
+        if self.room < 0:
+            raise ConfigError(
+                f"model.vocab_size is {config.model.vocab_size} but the tokenizer of {data.path} has "
+                f"{self.dataset.vocab_size} entries; use --model.vocab_size {self.dataset.vocab_size}"
+            )
+        self.fingerprint = self.dataset.fingerprint
+        tokenizer = self.dataset.tokenizer_fingerprint
+        self.inputs = {"data": {"path": data.path, "sha256": self.fingerprint, "tokenizer": tokenizer}}
+        self.token_counts = np.pad(self.dataset.token_counts(), (0, self.room))
+        self.sampler = Sampler(self.dataset, data.sequence_length, data.batch_size, config.seed, data.packing)
+
+    def batch(self, step: int) -> Batch:
+        return self.sampler.batch(step)
+
+    def forward(self, model: Model, part: Batch, **options: Any) -> ModelOutput:
+        out: ModelOutput = forward(model, part, self.hardware, self.config.data.cross_document_attention, **options)
+        return out
+
+    def validate(self, model: Model) -> Validation | None:
+        raise NotImplementedError
