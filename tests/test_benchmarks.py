@@ -5,6 +5,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,73 @@ def test_probes_of_two_models_are_a_page_with_the_papers_figures_a_picture_and_t
         script.main([*folders[:3], *words])
 
 
+def _merging(tmp_path: Path, name: str, alike: bool = False) -> tuple[str, str]:
+    """Returns a run's folder and its text: a fresh model, whose experts are copies of each other if `alike`."""
+    texts: list[list[Path]] = []
+    for split in ("train", "valid"):
+        with gzip.open(Path(moekit.quickstart.__file__).parent / f"text/math_en.{split}.jsonl.gz") as file:
+            (tmp_path / f"math_en.{split}.jsonl").write_bytes(b"".join(itertools.islice(file, 6)))
+        texts.append([tmp_path / f"math_en.{split}.jsonl"])
+    if not (tmp_path / "data").exists():
+        prepare(texts[0], tmp_path / "data", valid_paths=texts[1], vocab_size=512)
+    shrunk = {"model.vocab_size": "512", "model.hidden_size": "32", "model.num_hidden_layers": "2"}
+    model = moekit.Model(load_run_config(name, shrunk | {"model.initializer_range": "0.1"}, template=True).model)
+    for layer in model.moe_layers if alike else []:
+        for stacked in (layer.experts.gate_up_proj, layer.experts.down_proj):
+            stacked.data = stacked.data[:1].repeat(len(stacked), 1, 1)
+    folder = tmp_path / name / "seed-0"
+    moekit.save(model, folder, tokenizer=moekit.load_tokenizer(tmp_path / "data"))
+    return str(folder), str(tmp_path / "data")
+
+
+def _merging_rows(tmp_path: Path, folder: str, data: str) -> dict[str, dict[str, str]]:
+    out, words = tmp_path / "merge.md", ["--tokens", "90", "--length", "32", "--segment", "8"]  # the last is padded
+    _module("merge_at_inference").main([folder, "--data", data, *words, "--out", str(out)])
+    text = out.read_text()
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "90 tokens of validation text in windows of 32" in text
+    linear = float(re.search(r"merged by token: error ([\d.e-]+)\.", text)[1])  # type: ignore[index]
+    assert 0 < linear < 1e-6
+    return {row["routed experts"]: row for row in _rows(text.split("## Made experts")[0])}
+
+
+@pytest.mark.usefixtures("scripts")
+def test_merging_different_experts_changes_output_and_loss(tmp_path: Path) -> None:
+    rows = _merging_rows(tmp_path, *_merging(tmp_path, "tiny-gshard"))
+    assert len(rows) == 10
+    for name in ("weights merged, by token", "weights merged, then scaled, by sequence", "outputs mixed, by segment"):
+        assert float(rows[name]["error"].split("%")[0]) > 10
+    assert rows["routed experts left out"]["error"] == rows["routed experts left out"]["at best"]
+    assert rows["routed experts left out"]["error"] == "100.0% (100% to 100%)"
+
+
+@pytest.mark.usefixtures("scripts")
+def test_merging_copies_of_one_expert_or_a_single_choice_changes_nothing_if_scaled(tmp_path: Path) -> None:
+    """The sum of the chosen affinities is all that is left of a token's gate, and scaling keeps it."""
+    for name, alike in (("tiny-gshard", True), ("tiny-switch", False)):
+        rows = _merging_rows(tmp_path, *_merging(tmp_path, name, alike))
+        scaled = rows["weights merged, then scaled, by token"]
+        assert scaled["error"] == "0.0% (0% to 0%)"
+        assert float(scaled["more"]) == 0
+        assert float(rows["weights merged, by token"]["error"].split("%")[0]) > 10  # three matrices, each too small
+
+
+@pytest.mark.usefixtures("scripts")
+def test_merging_made_experts_errs_as_far_as_they_are_apart() -> None:
+    made = _module("merge_at_inference").synthetic
+    found = [sum(made(spread, seed, True) for seed in range(3)) / 3 for spread in (0.1, 0.3, 1.0, 3.0)]
+    assert found == pytest.approx([0.008, 0.073, 0.56, 0.92], rel=0.1)  # seeds differ by up to 6%
+
+
+@pytest.mark.usefixtures("scripts")
+def test_merging_refuses_models_without_affinities(tmp_path: Path) -> None:
+    folder, data = _merging(tmp_path, "tiny-hash")
+    with pytest.raises(ConfigError, match="scoring_func softmax and topk_method greedy"):
+        _module("merge_at_inference").main([folder, "--data", data])
+    with pytest.raises(ConfigError, match="segment is 3 but must divide length, 32"):
+        _module("merge_at_inference").main([folder, "--data", data, "--length", "32", "--segment", "3"])
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no list of allowed cores")
 def test_a_script_binds_its_threads_but_not_what_it_starts(tmp_path: Path) -> None:
     """The process restarts itself with the binding; a child that is let go has all cores again."""
@@ -200,3 +268,14 @@ def test_where_merging_wins_is_from_where_it_never_loses_again(scripts: None) ->
     assert crossing([1, 2, 4], [1.5, 0.9, 0.5]) == "wins from 2 on"
     assert crossing([1, 2, 4], [0.9, 1.1, 0.5]) == "wins from 4 on"
     assert crossing([1, 2, 4], [0.9, 0.8, 1.1]) == "does not win at 4"
+
+
+def test_mumoe_is_measured_beside_a_dense_layer_of_as_many_parameters(scripts: None, tmp_path: Path) -> None:
+    sizes = "--dim 32 --width 64 --tokens 8 --repeats 1 --layers cp-8 tr-2x4"
+    _module("mumoe").main([*sizes.split(), "--out", str(tmp_path / "mumoe.md")])
+    lines = [line.strip("| ").split(" | ") for line in (tmp_path / "mumoe.md").read_text().splitlines() if "| " in line]
+    assert [line[0] for line in lines if line[1] == "fp32"] == ["dense", "cp-8", "tr-2x4"]
+    assert [line[0] for line in lines if line[1] == "bf16"] == ["dense", "cp-8", "tr-2x4"]
+    parameters = [int(line[3].replace(",", "")) for line in lines if line[1] == "fp32"]
+    assert max(parameters) < 1.1 * min(parameters)
+    assert all(float(line[-1]) > 0 for line in lines if line[1] in ("fp32", "bf16"))

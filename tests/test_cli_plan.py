@@ -51,6 +51,18 @@ def test_plan_prints_the_same_figures_for_people(capsys: pytest.CaptureFixture[s
         assert figure in output
 
 
+def test_plan_prints_meos_table_and_merged_weights_for_a_model_that_merges(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "meo-bert-base"]) == 0
+    output = capsys.readouterr().out
+    for figure in ("merged weights", "m = 4 ", "71.99G", "28.73G", "28.95G", "over 128 tokens"):
+        assert figure in output
+    assert "KV cache" not in output  # an encoder has none
+    table = _json(capsys, "plan", "meo-bert-base")["meo_table"]
+    assert round(table["lines"][2]["dispatched"] / 1e9, 2) == 71.99
+    assert main(["plan", "tiny-deepseekmoe"]) == 0
+    assert "merged weights" not in capsys.readouterr().out
+
+
 def test_overrides_may_stand_anywhere_and_take_both_forms(capsys: pytest.CaptureFixture[str]) -> None:
     plain = _json(capsys, "plan", "tiny-deepseekmoe")
     first = _json(capsys, "plan", "--model.ffn.n_routed_experts", "31", "tiny-deepseekmoe")

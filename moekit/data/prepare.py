@@ -81,6 +81,8 @@ def prepare(
         )
     if embeddings is not None and not similar:
         raise ConfigError(f"embeddings is {embeddings} but takes effect only with similar")
+    if embeddings is not None and not Path(embeddings).is_file():
+        raise DataError(f"{embeddings} does not exist")
     vocab_size = 4096 if vocab_size is None else vocab_size
     given = None if tokenizer is None else load_tokenizer(tokenizer)
     arguments = {
@@ -98,8 +100,10 @@ def prepare(
         manifest = shards.read_manifest(out)
         _check_same(out, manifest, new)
         (out / shards.JOURNAL).unlink(missing_ok=True)
-        logger.info("%s is finished", out)
-        return (_with_order(out, manifest, embeddings, report) if similar else manifest).model_dump()
+        if similar:
+            return _with_order(out, manifest, embeddings, report).model_dump()
+        logger.info("%s is finished, nothing to do", out)
+        return manifest.model_dump()
 
     journal = _begin(out, new)
     if journal.tokenizer is None:

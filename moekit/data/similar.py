@@ -54,7 +54,7 @@ def normalised(rows: np.ndarray) -> np.ndarray:
 def neighbours(rows: np.ndarray, count: int, progress: Progress) -> np.ndarray:
     """Returns int64 (documents, count): the rows with the largest products, best first, none its own neighbour."""
     documents = len(rows)
-    count = min(count, documents - 1)
+    count = max(0, min(count, documents - 1))
     found = np.empty((documents, count), dtype=np.int64)
     size = max(1, BLOCK // max(documents, 1))
     for first in range(0, documents, size):

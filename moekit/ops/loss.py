@@ -16,6 +16,9 @@ IGNORED = -100
 CHUNK_ELEMENTS = 1 << 24
 """Logits held at once: 64 MiB in float32."""
 
+ROWS = 256
+"""Of a multiple of this many rows logits are formed, where only some tokens are predicted."""
+
 
 class TokenLoss(NamedTuple):
     """A sum in nats and the number of predicted tokens, so that means over ranks and micro-batches are exact."""
@@ -81,9 +84,28 @@ def _cross_entropy(logits: Tensor, targets: Tensor, differentiate: bool) -> tupl
 def linear_cross_entropy(
     hidden: Float[Tensor, "tokens dim"], weight: Float[Tensor, "vocab dim"], targets: Int[Tensor, " tokens"]
 ) -> TokenLoss:
-    """Returns the summed cross-entropy of softmax(weight @ hidden) in nats over the targets that are not -100."""
+    """Returns the summed cross-entropy of softmax(weight @ hidden) in nats over the targets that are not -100.
+
+    On a CPU, where few tokens are predicted (masked ones, answers), no logits of the others are formed.
+    """
+    hidden, targets = _predicted(hidden, targets)
     hidden, weight = cast_once(hidden), cast_once(weight)
     with autocast_off(hidden):
         # inside the function gradients are always off, so whether they are wanted is asked here
         total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())
     return TokenLoss(total, (targets != IGNORED).sum())
+
+
+def _predicted(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the rows that are predicted and some of the others, a multiple of `ROWS`; all where that spares little.
+
+    On another device than a CPU, asking for their number would wait for it. Products of few sizes: see `kernels.loop`.
+    """
+    if hidden.device.type != "cpu" or torch.compiler.is_compiling():
+        return hidden, targets
+    wanted = targets != IGNORED
+    rows = -(-int(wanted.sum()) // ROWS) * ROWS
+    if rows > len(targets) // 2:
+        return hidden, targets
+    kept = wanted.int().argsort(descending=True, stable=True)[:rows]
+    return hidden.index_select(0, kept), targets.index_select(0, kept)

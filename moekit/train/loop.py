@@ -89,6 +89,8 @@ class _Run:
         else:
             self.model = Model(config.model)
             self.model.balance_hash(torch.from_numpy(self.objective.token_counts))
+        if leak := config.model.looks_ahead:
+            logger.warning(leak)
         self.model.recompute = config.recompute
         self.model.to(device).train()
         self.model.set_experts_backend(config.backend)

@@ -128,3 +128,20 @@ def test_the_mean_over_many_targets_is_not_rounded_to_bf16(device: torch.device)
     large = whole.abs() > whole.abs().max() / 2
     # each entry is rounded by itself, up or down; a rounded factor would move them all by the same 0.2%
     assert abs(float((part * 4095 / whole)[large].mean()) - 1) < 1.2e-3
+
+
+@pytest.mark.parametrize("predicted", [1, 256, 300, 700])
+def test_few_predicted_tokens_among_many_have_the_same_loss_and_gradients_and_few_logits(
+    device: torch.device, predicted: int
+) -> None:
+    hidden, weight, targets = inputs(device, tokens=1100)
+    targets = targets.where(targets != IGNORED, 0)
+    targets[torch.randperm(1100, device=device)[predicted:]] = IGNORED
+    rows = len(loss._predicted(hidden, targets)[0])
+    if device.type == "cpu":
+        assert rows == {1: 256, 256: 256, 300: 512, 700: 1100}[predicted]
+    total, tokens = linear_cross_entropy(hidden, weight, targets)
+    assert tokens == predicted
+    ours = (total, *torch.autograd.grad(3 * total, (hidden, weight)))
+    for a, b in zip(ours, plain(hidden, weight, targets), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=1e-10)

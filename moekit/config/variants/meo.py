@@ -73,14 +73,14 @@ class MEOConfig(Variant):
     def parameters(self, dim: int) -> dict[str, Count]:
         """Returns one layer's parameters: every gate's are `router`, token attention blocks `dense`."""
         experts, ff = self.n_routed_experts, self.intermediate_size
-        bias = 2 * dim * ff + ff + dim  # both maps of one expert
+        one = 2 * dim * ff + ff + dim  # one expert of both maps
         router = sum(self._logits() * experts * self._gate_width(width) for width in (dim, ff))
         if self.level == "task":
             router += 2 * (self.description_size + 1) * self.task_width
         blocks = sum((2 * width + 1) * self._reduced(width) + width for width in (dim, ff)) * self.has_token_blocks
         return {
             "router": Count(router, router),
-            "routed": Count(experts * bias, self.num_experts_per_tok * bias),
+            "routed": Count(experts * one, self.num_experts_per_tok * one),
             "dense": Count(blocks, blocks),
         }
 
@@ -94,9 +94,8 @@ class MEOConfig(Variant):
         Gates, task descriptions (one, averaged) and token attention blocks are counted; averages and biases are not.
         """
         ff, weights, chosen = self.intermediate_size, dim * self.intermediate_size, self.num_experts_per_tok
-        merge = self.mode == "merge"
-        linear = 2 * weights * (length + chosen * self._units(length)) if merge else 2 * weights * chosen * length
-        flops = 2 * linear
+        passes = length + chosen * self._units(length) if self.mode == "merge" else chosen * length
+        flops = 2 * 2 * weights * passes  # of both maps
         for width in (dim, ff):
             flops += 2 * self._logits() * self.n_routed_experts * self._gate_width(width) * self._gated(length)
             flops += 4 * width * self._reduced(width) * length * self.has_token_blocks
