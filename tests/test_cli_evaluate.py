@@ -98,7 +98,7 @@ def test_tasks_give_their_prompt_with_their_score(folder: Path, said: Said) -> N
             ["--questions", "q.jsonl", "--sequence-length", "8"],
             "--sequence-length has no effect with --questions alone",
         ),
-        ([], "--text, --data, --tasks or --questions is missing: what to evaluate on"),
+        ([], "--text, --data, --tasks, --questions or --sentences is missing: what to evaluate on"),
         (["--text", "a", "--data", "b"], "--text and --data are both given"),
         (["--text", "{}/nothing.txt"], "nothing.txt does not exist"),
         (["--text", "{}/b.jsonl", "--stride", "65"], "stride is 65 but must be 1 to 64"),

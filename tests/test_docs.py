@@ -190,7 +190,7 @@ def test_names_of_code_exist(page: Path) -> None:
     settings = {key.key for key in describe_keys()}
     packages = "|".join(path.stem for path in (ROOT / "moekit").iterdir() if path.is_dir() or path.suffix == ".py")
     for name in re.findall(rf"`((?:{packages})(?:\.[a-zA-Z_]\w*)+)", page.read_text(encoding="utf-8")):
-        if name not in settings and not name.endswith((".py", ".json", ".yaml")):
+        if name not in settings and not name.endswith((".py", ".json", ".tsv", ".yaml")):
             pkgutil.resolve_name(f"moekit.{name}")
 
 

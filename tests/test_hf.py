@@ -395,3 +395,9 @@ def test_lm_evaluation_harness_scores_a_local_task(folder: Path, tmp_path: Path)
 def test_moekit_alone_does_not_import_transformers() -> None:
     code = "import sys, moekit; moekit.load, moekit.generate; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_encoder_is_refused_in_one_line(tiny_config: Any, tmp_path: Path) -> None:
+    moekit.save(moekit.Model(tiny_config(causal=False)), tmp_path / "model")
+    with pytest.raises(UnsupportedError, match="MoekitForCausalLM needs a model that predicts the next token"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")

@@ -28,7 +28,7 @@ def options(add: Add) -> None:
         help="a preset or a run's YAML file; not needed to resume, or with --from",
     )
     add("--from", dest="init", metavar="DIR", help="model or run whose weights to start from; sets init")
-    add("--data", metavar="DATA", help="directory that `moekit prepare` wrote; sets data.path")
+    add("--data", metavar="DATA", help="what `moekit prepare` wrote, or files of sentences; sets data.path")
     add("--out", type=Path, metavar="RUN", help="directory of the run; it must not exist, unless --resume")
     add("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
     add("--quiet", action="store_true", help="no progress display")
@@ -60,7 +60,12 @@ def run(args: argparse.Namespace) -> int:
     if receipt["status"] != "done":
         emit(args, receipt, lambda: [f"saved; `moekit train --resume --out {args.out}` goes on"])
         return 130
-    return emit(args, receipt, lambda: [f"{args.out} holds the run; next: moekit generate {args.out} --prompt ..."])
+    then = {
+        "next_token": f"generate {args.out} --prompt ...",
+        "masked": f"train --from {args.out} --objective.kind sentences ...",
+        "sentences": f"evaluate {args.out} --sentences FILE",
+    }[config.objective.kind]
+    return emit(args, receipt, lambda: [f"{args.out} holds the run; next: moekit {then}"])
 
 
 def _model(init: Path) -> "ModelConfig":

@@ -42,6 +42,8 @@ def resolve(comparison: Comparison, *, template: bool = False) -> Plan:
     if template and "path" not in base.get("data", {}):
         base = run_tree({"data": {"path": "DATA"}}, base)
     shared = validate(RunConfig, base, "recipe: ")
+    if (kind := shared.objective.kind) != "next_token":
+        raise ConfigError(f"recipe.objective.kind is {kind} but a comparison is of next tokens, in bits per byte")
     recipe = {key: value for key, value in shared.model_dump().items() if key not in ("model", "seed")}
     configs = {
         name: validate(

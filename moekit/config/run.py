@@ -13,7 +13,7 @@ from moekit.config.variants import LoryConfig, MEOConfig
 class DataConfig(Strict):
     """Which tokens a step sees."""
 
-    path: str = Field(description="directory written by `moekit prepare`; --data sets it too")
+    path: str = Field(description="directory written by `moekit prepare`, or files of sentences; --data sets it too")
     sequence_length: int = Field(256, gt=1, description="tokens per sequence")
     batch_size: int = Field(16, gt=0, description="sequences per optimiser step, the global batch")
     micro_batch_size: int | None = Field(None, gt=0, description="sequences per forward pass; null: batch_size")

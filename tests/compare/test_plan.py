@@ -185,3 +185,11 @@ def test_an_unknown_name_lists_what_there_is() -> None:
 
 def test_every_field_is_described() -> None:
     assert all(field.description for field in Comparison.model_fields.values())
+
+
+def test_what_does_not_learn_next_tokens_is_not_compared(tmp_path: Path) -> None:
+    encoder = {"preset": "tiny-dense", "model": {"causal": False}}
+    with pytest.raises(ConfigError, match=r"recipe.objective.kind is masked but a comparison is of next tokens"):
+        _plan(
+            tmp_path, size=None, architectures={"dense": encoder}, recipe={"steps": 40, "objective": {"kind": "masked"}}
+        )
