@@ -23,5 +23,6 @@
 | groups | groups of experts (devices), `n_group` |
 | sequences | sequences over which balance is measured |
 | layers | MoE layers |
+| labels | classes of a sequence, `num_labels` |
 | vocab | entries of the vocabulary |
 """

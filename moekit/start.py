@@ -22,7 +22,10 @@ def origin(config: RunConfig) -> Origin:
     assert config.init is not None
     folder = model_folder(Path(config.init))
     source = load(folder, dtype=torch.float32)
-    if load_tokenizer(folder).fingerprint != load_tokenizer(config.data.path).fingerprint:
+    if (
+        config.objective.kind != "sentences"
+        and load_tokenizer(folder).fingerprint != load_tokenizer(config.data.path).fingerprint
+    ):
         raise ConfigError(
             f"data.path {config.data.path} was prepared with another tokenizer than that of init, {folder}; "
             f"prepare it with --tokenizer {folder}"

@@ -1,6 +1,7 @@
 """What the verbs show to people: rich tables of the documents that --json prints."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -207,6 +208,13 @@ def evaluate_tables(record: dict[str, Any]) -> list[Table | str]:
         for name, found in questions.items():
             groups = ", ".join(f"{group} {share:.3f}" for group, share in found["by_group"].items())
             listed.add_row(name, f"{found['accuracy']:.4f}", f"{found['stderr']:.4f}", f"{found['n']:,}", groups)
+        parts.append(listed)
+    if found := record.get("sentences"):
+        listed = table("sentences", *(f">{metric}" for metric in found["metrics"]), ">loss", ">examples", "note")
+        measured = (f"{value:.4f}" for value in (*found["metrics"].values(), found["loss"]))
+        note = f"{found['truncated']:,} cut" if found["truncated"] else ""
+        name = found["task"] or ", ".join(Path(file).name for file in found["source"])
+        listed.add_row(escape(name), *measured, f"{found['examples']:,}", note)
         parts.append(listed)
     if tasks := record.get("tasks"):
         listed = table("task", "metric", ">value", ">+/-", ">shots", ">items", "note")

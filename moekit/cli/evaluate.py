@@ -33,6 +33,7 @@ def options(add: Add) -> None:
         metavar="FILE",
         help="of a synthetic task, as `moekit prepare --synthetic` writes them",
     )
+    add("--sentences", type=Path, metavar="FILE", help="labelled sentences, or a folder of them, as the run had them")
     add("--limit", type=positive, metavar="N", help="the first N items of each task only")
     add("--allow-code-execution", action="store_true", help="run the programs that the model writes, within limits")
     add("--batch-size", type=positive, default=8, metavar="N", help="sequences at once; no score depends on it (8)")
@@ -78,6 +79,10 @@ def run(args: argparse.Namespace) -> int:
         record["tasks"] = run_tasks(harness, tasks, args.limit)
     if args.questions:
         record["questions"] = _questions(args, model, tokenizer)
+    if args.sentences:
+        from moekit.evaluate.sentences import score_sentences
+
+        record["sentences"] = score_sentences(model, tokenizer, folder, args.sentences, args.sequence_length)
     record["seconds"] = round(time.perf_counter() - start, 1)
     if args.out is not None:
         write_json(args.out, record)
@@ -86,11 +91,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Raises unless there is something to evaluate on and every option has an effect."""
-    if not (args.text or args.data or args.tasks or args.questions):
-        raise ConfigError("--text, --data, --tasks or --questions is missing: what to evaluate on")
+    if not (args.text or args.data or args.tasks or args.questions or args.sentences):
+        raise ConfigError("--text, --data, --tasks, --questions or --sentences is missing: what to evaluate on")
     if args.text and args.data:
         raise ConfigError("--text and --data are both given; leave one of them out")
-    if args.sequence_length and not (args.text or args.data or args.tasks):
+    if args.sequence_length and not (args.text or args.data or args.tasks or args.sentences):
         raise ConfigError("--sequence-length has no effect with --questions alone; leave it out")
     if args.stride and not (args.text or args.data):
         raise ConfigError("--stride has no effect without --text or --data; leave it out")

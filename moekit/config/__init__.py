@@ -23,6 +23,7 @@ from moekit.config.model import YarnConfig as YarnConfig
 from moekit.config.objective import MaskedObjective as MaskedObjective
 from moekit.config.objective import NextTokenObjective as NextTokenObjective
 from moekit.config.objective import ObjectiveConfig as ObjectiveConfig
+from moekit.config.objective import SentencesObjective as SentencesObjective
 from moekit.config.presets import family_name as family_name
 from moekit.config.presets import preset as preset
 from moekit.config.presets import preset_names as preset_names

@@ -38,6 +38,8 @@ def parameters(config: "ModelConfig") -> dict[str, Count]:
     none = Count(0, 0)
     ffn = {"router": none, "routed": none, "shared": none, "dense": none} | _feed_forward(config)
     vectors, head = layers * (2 * d + norms) + d, 0 if config.tie_word_embeddings else vocabulary
+    if (labels := config.num_labels) is not None:
+        head = d * (d + labels) + d + labels
     return {
         "embedding": Count(vocabulary, vocabulary),
         "attention": Count(layers * (matrices + biases), layers * (matrices + biases)),
@@ -57,14 +59,17 @@ def flops(config: "ModelConfig", sequence_length: int, rule: Rule = "exact") -> 
         raise ConfigError(f"rule is {rule!r}{nearest(rule, allowed)}; allowed: {', '.join(allowed)}")
     s, d, layers, ffn = sequence_length, config.hidden_size, config.num_hidden_layers, config.ffn
     if rule not in rules(config):
-        raise ConfigError(f"rule is {rule!r} but that paper has no ffn.kind {ffn.kind}; use exact")
+        what = f"ffn.kind {ffn.kind}" if isinstance(ffn, Variant) else "num_labels"
+        raise ConfigError(f"rule is {rule!r} but that paper has no {what}; use exact")
     if rule == "paper":
         weights = layers * (4 * d * d + 8 * d * d * _active_standard_ffns(config)) + config.vocab_size * d
         return round(s * (6 * weights + 12 * layers * d * s))
     active = {role: count.active for role, count in parameters(config).items()}
-    lookups = 0 if config.tie_word_embeddings else active["embedding"]
+    lookups = 0 if config.ties_head else active["embedding"]
     vectors = active["norm"] + layers * _attention(config.attention, d).biases
     attended = 6 * layers * sum(_head_widths(config.attention)) * s * s
+    if (labels := config.num_labels) is not None:  # read once, by the mean of the sequence
+        active["head"], attended = 0, attended + 6 * d * (d + labels)
     if isinstance(ffn, Variant):
         others = active["embedding"] - lookups + active["attention"] + active["norm"] + active["head"] - vectors
         return 6 * s * others + attended + 3 * layers * ffn.forward_flops(d, s)
@@ -74,7 +79,7 @@ def flops(config: "ModelConfig", sequence_length: int, rule: Rule = "exact") -> 
 
 def rules(config: "ModelConfig") -> tuple[Rule, ...]:
     """Returns the rules that have a meaning for a model."""
-    return ("exact",) if isinstance(config.ffn, Variant) else get_args(Rule)
+    return ("exact",) if isinstance(config.ffn, Variant) or config.num_labels is not None else get_args(Rule)
 
 
 def kv_cache_bytes_per_token(config: "ModelConfig", dtype_bytes: int = 2) -> int:
@@ -142,6 +147,8 @@ def memory(
     blocks = [_block_bytes(config, layer, sequence_length, size) for layer in range(config.num_hidden_layers)]
     kept = max(blocks) + len(blocks) * 4 * d if recompute else sum(blocks)
     head = size * config.vocab_size * d + min(4 * config.vocab_size * tokens, LOGIT_BYTES)
+    if config.num_labels is not None:  # its input, mean, tanh and scores
+        head = batch * 4 * (3 * d + config.num_labels)
     training = {
         "weights": 4 * total,
         "compute_copy": 2 * matrices if precision == "bfloat16" else 0,

@@ -131,9 +131,9 @@ def _type(annotation: Any) -> str:
         return " | ".join(get_args(annotation))
     if get_origin(annotation) is tuple:
         return "list"
-    names = {type(None): "null"}
-    options = get_args(annotation) or (annotation,)
-    return " | ".join(names.get(o, "mapping" if issubclass(o, Strict) else o.__name__) for o in options)
+    if options := get_args(annotation):
+        return " | ".join(map(_type, options))
+    return "null" if annotation is type(None) else "mapping" if issubclass(annotation, Strict) else annotation.__name__
 
 
 def where(name: str) -> str:

@@ -215,6 +215,11 @@ class ModelConfig(Strict):
     attention: AttentionConfig = Field(description="attention, told apart by kind: mha or mla")
     ffn: FFNConfig = Field(description="feed-forward, told apart by kind: dense, moe, meo, lory or mumoe")
     causal: bool = Field(True, description="tokens see earlier ones only; false: an encoder, which sees all")
+    num_labels: int | None = Field(
+        None,
+        gt=0,
+        description="classes of a whole sequence, or 1 for a number, in place of words; null: predicts words",
+    )
     rms_norm_eps: float = Field(1e-6, gt=0, description="epsilon of RMSNorm")
     tie_word_embeddings: bool = Field(False, description="the head uses the embedding's weight")
     initializer_range: float = Field(0.006, gt=0, description="standard deviation of every initial weight matrix")
@@ -240,10 +245,16 @@ class ModelConfig(Strict):
 
     def check_decoder(self, what: str) -> None:
         """Raises UnsupportedError for `what`, which needs a model that predicts the next token, if this does not."""
+        needs = f"{what} needs a model that predicts the next token"
         if not self.causal:
-            raise UnsupportedError(
-                f"{what} needs a model that predicts the next token; this is an encoder, causal false"
-            )
+            raise UnsupportedError(f"{needs}; this is an encoder, causal false")
+        if self.num_labels is not None:
+            raise UnsupportedError(f"{needs}; this one has num_labels in place of words")
+
+    @property
+    def ties_head(self) -> bool:
+        """Whether the words' head, if there is one, has the embedding's weight."""
+        return self.tie_word_embeddings and self.num_labels is None
 
     def is_moe(self, layer: int) -> bool:
         """Whether the block at index `layer` holds an MoE layer (the rules of the released DeepSeek and Qwen code)."""
@@ -282,7 +293,7 @@ class ModelConfig(Strict):
     @property
     def num_active_parameters_without_embedding(self) -> int:
         """As above without the input embedding (DeepSeek-V2-Lite's 2.4B); a tied embedding is the head and counts."""
-        embedding = 0 if self.tie_word_embeddings else counts.parameters(self)["embedding"].active
+        embedding = 0 if self.ties_head else counts.parameters(self)["embedding"].active
         return self.num_active_parameters - embedding
 
     def flops(self, sequence_length: int, rule: counts.Rule = "exact") -> int:

@@ -1,4 +1,4 @@
-"""What a run learns: to predict the next token, or masked ones."""
+"""What a run learns: to predict the next token, masked ones, or the label of a sentence."""
 
 from typing import Annotated, Literal
 
@@ -34,4 +34,39 @@ class MaskedObjective(Strict):
         return self
 
 
-ObjectiveConfig = Annotated[NextTokenObjective | MaskedObjective, Field(discriminator="kind")]
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+
+_TASKS = "null: what the task says"
+
+
+class SentencesObjective(Strict):
+    """Sentences, or pairs of them, get a label or a number: files of one example a line, as in GLUE."""
+
+    kind: Literal["sentences"] = Field("sentences", description="labels of sentences or pairs, from TSV or CSV files")
+    task: Literal["sst2", "cola", "rte", "mrpc", "stsb"] | None = Field(
+        None, description="a task of GLUE, which says how its files are read; null: the settings below do"
+    )
+    text: str | None = Field(
+        None, description=f"column of the sentence: a name, or without header a number from 1; {_TASKS}"
+    )
+    pair: str | None = Field(None, description=f"column of the second sentence; {_TASKS}, or none")
+    label: str | None = Field(None, description=f"column of the label; {_TASKS}")
+    labels: tuple[str, ...] | None = Field(
+        None, strict=False, description=f"labels as the file spells them, in order; none: numbers; {_TASKS}"
+    )
+    header: bool | None = Field(None, description=f"the first line names the columns; {_TASKS}, or true")
+    separator: Literal["tab", "comma"] | None = Field(None, description=f"between columns; {_TASKS}, or tab")
+    quoted: bool | None = Field(None, description=f"fields may stand in double quotes; {_TASKS}, or false")
+    train: tuple[str, ...] | None = Field(
+        None, strict=False, description=f"files in data.path to learn from; {_TASKS}, or train.tsv (.gz)"
+    )
+    valid: tuple[str, ...] | None = Field(
+        None, strict=False, description=f"files in data.path to be judged by; {_TASKS}, or dev.tsv (.gz)"
+    )
+    metrics: tuple[Metric, ...] | None = Field(
+        None, strict=False, description=f"what is measured; {_TASKS}, or accuracy; of numbers: pearson and spearman"
+    )
+    description: str | None = Field(None, description="the task in words, which MEO at level task routes by")
+
+
+ObjectiveConfig = Annotated[NextTokenObjective | MaskedObjective | SentencesObjective, Field(discriminator="kind")]

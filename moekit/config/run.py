@@ -5,9 +5,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from moekit.config.model import ModelConfig
-from moekit.config.objective import NextTokenObjective, ObjectiveConfig
+from moekit.config.objective import NextTokenObjective, ObjectiveConfig, SentencesObjective
 from moekit.config.strict import Strict
-from moekit.config.variants import LoryConfig
+from moekit.config.variants import LoryConfig, MEOConfig
 
 
 class DataConfig(Strict):
@@ -105,7 +105,9 @@ class RunConfig(Strict):
 
     model: ModelConfig = Field(description="the model")
     data: DataConfig = Field(description="the tokens")
-    objective: ObjectiveConfig = Field(NextTokenObjective(), description="told apart by kind: next_token or masked")
+    objective: ObjectiveConfig = Field(
+        NextTokenObjective(), description="told apart by kind: next_token, masked or sentences"
+    )
     init: str | None = Field(None, description="model or run whose weights to start from; --from sets it too")
     optimizer: OptimizerConfig = Field(AdamWConfig(), description="told apart by kind: adamw or muon")
     schedule: ScheduleConfig = Field(StepSchedule(), description="told apart by kind: step, cosine, wsd or constant")
@@ -134,10 +136,7 @@ class RunConfig(Strict):
         length, longest = self.data.sequence_length, self.model.max_position_embeddings
         if length > longest:
             raise ValueError(f"data.sequence_length is {length} but model.max_position_embeddings is {longest}")
-        if (self.objective.kind == "next_token") != self.model.causal:
-            wanted = "masked" if self.objective.kind == "next_token" else "next_token"
-            found = f"objective.kind is {self.objective.kind} but model.causal is {str(self.model.causal).lower()}"
-            raise ValueError(f"{found}; use objective.kind {wanted}, or the other value of model.causal")
+        self._check_objective()
         if (warmup := self.schedule.warmup_steps) > self.steps:
             raise ValueError(f"schedule.warmup_steps is {warmup} but steps is {self.steps}, which must not be less")
         if (ffn := self.model.ffn).kind != "moe":
@@ -152,3 +151,22 @@ class RunConfig(Strict):
                 "with another before it is routed; use a longer sequence or a shorter segment"
             )
         return self
+
+    def _check_objective(self) -> None:
+        """Raises ValueError where the model cannot learn what it is to learn, or a setting would have no effect."""
+        objective, model, kind = self.objective, self.model, self.objective.kind
+        if isinstance(objective, SentencesObjective):
+            if model.num_labels is None:
+                raise ValueError("objective.kind is sentences but model.num_labels is null; give the number of labels")
+            if not self.data.cross_document_attention or self.data.packing != "stream" or self.data.order != "source":
+                idle = "data.packing, data.order and data.cross_document_attention have no effect"
+                raise ValueError(f"objective.kind is sentences, where {idle}; leave them out")
+            by_task = isinstance(model.ffn, MEOConfig) and model.ffn.level == "task"
+            if objective.description is not None and not by_task:
+                raise ValueError("objective.description takes effect only with model.ffn.kind meo and level task")
+        elif model.num_labels is not None:
+            raise ValueError(f"objective.kind is {kind} but model.num_labels is {model.num_labels}; use sentences")
+        elif (kind == "next_token") != model.causal:
+            wanted = "masked" if kind == "next_token" else "next_token"
+            found = f"objective.kind is {kind} but model.causal is {str(model.causal).lower()}"
+            raise ValueError(f"{found}; use objective.kind {wanted}, or the other value of model.causal")

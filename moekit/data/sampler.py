@@ -34,7 +34,6 @@ class Sampler:
         self, dataset: TokenDataset, sequence_length: int, batch_size: int, seed: int, packing: Packing = "stream"
     ):
         self.dataset, self.sequence_length, self.batch_size, self.seed = dataset, sequence_length, batch_size, seed
-        self._shuffle = lru_cache(maxsize=2)(self._shuffled)
         self._cuts: np.ndarray | None = None  # where windows of whole documents begin, and the end
         if packing == "documents":
             self._cuts = dataset.whole_documents(0, dataset.num_tokens, sequence_length + 1)
@@ -53,8 +52,7 @@ class Sampler:
 
     def order(self, step: int) -> list[int]:
         """Returns the numbers of the windows that a step's batch consists of."""
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return [int(self._shuffle(place // self.num_windows)[place % self.num_windows]) for place in places]
+        return places(step, self.batch_size, self.num_windows, self.seed)
 
     def windows(self, windows: list[int]) -> Batch:
         """Returns the windows with these numbers, 0 to num_windows - 1, as one batch."""
@@ -65,10 +63,17 @@ class Sampler:
             spans = [(int(self._cuts[window]), int(self._cuts[window + 1])) for window in windows]
         return _batch(self.dataset, spans, length)
 
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        """Returns an epoch's permutation: raw Philox draws are fixed for ever, numpy's own shuffles may change."""
-        draws = np.random.Philox(key=[self.seed, epoch]).random_raw(self.num_windows)
-        return np.argsort(draws, kind="stable")
+
+def places(step: int, batch_size: int, count: int, seed: int) -> list[int]:
+    """Returns which of `count` things a step's batch consists of: all once an epoch, each in an order of its own."""
+    numbers = range(step * batch_size, (step + 1) * batch_size)
+    return [int(_shuffled(seed, number // count, count)[number % count]) for number in numbers]
+
+
+@lru_cache(maxsize=4)
+def _shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
+    """Returns an epoch's permutation: raw Philox draws are fixed for ever, numpy's own shuffles may change."""
+    return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(count), kind="stable")
 
 
 def _batch(dataset: TokenDataset, spans: Sequence[tuple[int, int]], length: int) -> Batch:

@@ -82,7 +82,7 @@ def describe(
     named, tensors = str(dtype).removeprefix("torch."), Disk()
     if layout == MODEL_TYPE:
         content = {
-            "architectures": ["MoekitForCausalLM" if config.causal else "MoekitForMaskedLM"],
+            "architectures": [f"MoekitFor{_purpose(config)}"],
             "model_type": MODEL_TYPE,
             "dtype": named,
             "vocab_size": config.vocab_size,
@@ -105,6 +105,13 @@ def describe(
         tokenizer.save(folder)
         files.write_json(folder / "generation_config.json", _token_ids(tokenizer))
     return tensors
+
+
+def _purpose(config: ModelConfig) -> str:
+    """Returns what a model is for, in the words of transformers, which has no such class but for the first."""
+    if config.num_labels is not None:
+        return "SequenceClassification"
+    return "CausalLM" if config.causal else "MaskedLM"
 
 
 def _token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
@@ -189,11 +196,10 @@ def load(
     state = read(model, reader, torch.device(device), dtype)
     for key, reason in reader.finish().items():
         logger.info("%s dropped: %s", key, reason)
-    if config.tie_word_embeddings:
+    if config.ties_head:
         state["lm_head.weight"] = state["embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
     if codes is not None or mapped:
         model.requires_grad_(False)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
+    model.tie()
     return model.eval()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moekit import receipts
-from moekit.errors import CheckpointError, ConfigError
+from moekit.errors import CheckpointError, ConfigError, UnsupportedError
 from moekit.formats.checkpoint import MODEL_TYPE, describe, load, read_config, seal
 from moekit.formats.compare import BOUNDS, SEED, Bounds, blocks, check, kind, logits_checks, precision, sample
 from moekit.formats.directory import atomic_directory, listing
@@ -54,6 +54,8 @@ def convert(
         raise CheckpointError(f"{target} exists already; choose another directory or remove it")
     check_folder(source)
     config, codes, names = read_config(source)
+    if config.num_labels is not None:
+        raise UnsupportedError(f"{source} has num_labels, so it predicts no words, which convert is judged by")
     layout = fitting(config) if layout == "hf" else layout
     if dtype is None and layout == MODEL_TYPE and not names.foreign:
         precisions = ", ".join(get_args(Precision))

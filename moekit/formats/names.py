@@ -33,7 +33,7 @@ def pieces(name: str, shape: tuple[int, ...], renamed: Mapping[str, str] = {}) -
     for ours, theirs in CODED.items():
         if name.endswith(ours):
             return [Piece(key + theirs, index) for key, index in pieces(name.removesuffix(ours), shape)]
-    key = name if name.startswith("lm_head.") else f"model.{name}"
+    key = name if name.startswith(("lm_head.", "score.")) else f"model.{name}"
     for ours, theirs in RENAMED.items():
         if key.endswith(ours):
             return [Piece(key.removesuffix(ours) + theirs, ())]

@@ -32,7 +32,7 @@ SHOWN = 8
 """Places that a check names at most."""
 ROLES = (
     (r"^embed_tokens\.", "embedding"),
-    (r"^lm_head\.", "head"),
+    (r"^(lm_head|score)\.", "head"),
     (r"norm\.weight$", "norm"),
     (r"\.self_attn\.", "attention"),
     (r"^embed_task\.|\.mlp\.router\.(weight|first|\d+)$|_proj\.(gate|task_proj)\.", "router"),
@@ -202,6 +202,8 @@ def _compare(
         checks.append(check(name, apart[worst], "<=", bound, of=[worst] if apart[worst] else []))
     else:
         notes.append("the two models have other tensors, so only what they compute was compared")
+    if any(one.config.num_labels is not None for one in (model, other)):
+        return checks, [*notes, "a model with num_labels predicts no words, so only tensors were compared"]
     shorter = min((model.config, other.config), key=lambda config: config.max_position_embeddings)
     ids = sample(shorter, tokenizer, text)
     before, after = (one(ids, return_routing=True) for one in (other, model))

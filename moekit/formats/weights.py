@@ -91,7 +91,7 @@ def nbytes(stored: Stored) -> int:
 
 def tied(config: ModelConfig, name: str) -> bool:
     """Returns whether a tensor of the state dict is another one's again, and so not on disk."""
-    return config.tie_word_embeddings and name == "lm_head.weight"
+    return config.ties_head and name == "lm_head.weight"
 
 
 def write(

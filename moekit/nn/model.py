@@ -13,6 +13,7 @@ from moekit.errors import ConfigError, UnsupportedError
 from moekit.nn.attention import Attention, Context
 from moekit.nn.cache import KVCache
 from moekit.nn.ffn import MLP, SwiGLU
+from moekit.nn.head import SentenceHead
 from moekit.nn.linear import Linear
 from moekit.nn.mla import MLA
 from moekit.nn.moe import MoE
@@ -32,7 +33,7 @@ class ModelOutput(NamedTuple):
     """What a forward pass gives. The objective is `loss` plus every term of `aux`."""
 
     logits: Float[Tensor, "batch length vocab"] | None
-    """None while training on a loss: the loss is formed without ever holding them."""
+    """None while training on a loss: the loss is formed without ever holding them. None with `num_labels`."""
     loss: Float[Tensor, ""] | None
     """Mean over predicted tokens, nats, without the balance terms; 0 if no token is predicted."""
     aux: dict[str, Float[Tensor, ""]]
@@ -43,6 +44,8 @@ class ModelOutput(NamedTuple):
     """The loss as a sum and a count, for exact means over micro-batches and ranks."""
     hidden: Float[Tensor, "batch length dim"]
     """What the head reads, of all positions."""
+    scores: Float[Tensor, "batch labels"] | None = None
+    """Of each sequence, by a model with `num_labels`: logits of its classes, or a number."""
 
 
 class Block(nn.Module):
@@ -102,10 +105,17 @@ class Model(nn.Module):
             self.embed_task = nn.Embedding(config.vocab_size, config.ffn.description_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+        if config.num_labels is not None:
+            self.score = SentenceHead(config.hidden_size, config.num_labels)
+        else:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
+            self.tie()
         self.reset_parameters()
+
+    def tie(self) -> None:
+        """Makes the head's weight the embedding's, if that is what the settings ask for."""
+        if self.config.ties_head:
+            self.lm_head.weight = self.embed_tokens.weight
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -162,6 +172,10 @@ class Model(nn.Module):
             if padding_mask is not None:  # before the shift: the last real token predicts no padding
                 labels = labels.masked_fill(~padding_mask, IGNORED)
             targets = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)), dim=1)
+        if targets is not None and self.config.num_labels is not None:
+            raise ConfigError(
+                "targets are given but the model has num_labels: it scores sequences and predicts no words"
+            )
         if targets is not None and padding_mask is not None:
             targets = targets.masked_fill(~padding_mask, IGNORED)
         if cache is not None and document_ids is not None:
@@ -197,7 +211,7 @@ class Model(nn.Module):
             counts = torch.full_like(cache.lengths, length) if padding_mask is None else padding_mask.sum(1)
             cache.advance(counts, length)
         hidden = x = self.norm(x)
-        token_loss = loss_mean = logits = None
+        token_loss = loss_mean = logits = scores = None
         if targets is not None:
             rows, wanted = x.flatten(0, 1), targets.flatten()
             if not self.config.causal:  # few are masked: no logits for the rest
@@ -205,13 +219,15 @@ class Model(nn.Module):
                 rows, wanted = rows[kept], wanted[kept]
             token_loss = linear_cross_entropy(rows, self.lm_head.numbers(x.dtype), wanted)
             loss_mean = token_loss.total / token_loss.tokens.clamp(min=1)
-        if return_logits and (targets is None or not self.training):
+        if self.config.num_labels is not None:
+            scores = self.score(x, padding_mask)
+        elif return_logits and (targets is None or not self.training):
             if isinstance(logits_to_keep, int):
                 x = x[:, -logits_to_keep:]
             elif logits_to_keep is not None:
                 x = x[torch.arange(len(x), device=x.device), logits_to_keep].unsqueeze(1)
             logits = self.lm_head(x)
-        return ModelOutput(logits, loss_mean, aux, routings if return_routing else None, token_loss, hidden)
+        return ModelOutput(logits, loss_mean, aux, routings if return_routing else None, token_loss, hidden, scores)
 
     def _context(
         self, input_ids: Tensor, cache: KVCache | None, document_ids: Tensor | None, padding_mask: Tensor | None

@@ -23,7 +23,7 @@ def matrices(model: Model) -> Iterator[tuple[str, nn.Module, str]]:
         if isinstance(module, Experts):
             yield from ((f"{path}.{name}", module, name) for name in ("gate_up_proj", "down_proj"))
         elif isinstance(module, Linear):
-            tied = module is model.lm_head and model.config.tie_word_embeddings
+            tied = path == "lm_head" and model.config.tie_word_embeddings
             if not tied and not path.endswith((".kv_b_proj", ".shared_expert_gate")):
                 yield f"{path}.weight", module, "weight"
 

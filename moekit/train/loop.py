@@ -77,8 +77,9 @@ class _Run:
         self.config, self.run, self.sinks = config, run, sinks
         self.hardware = machine.choose(config.device, config.precision)
         device = self.hardware.device
-        self.objective = open_objective(config, self.hardware)
         folder = self._newest()
+        weights = state.model_folder(Path(config.init)) if folder is None and config.init is not None else folder
+        self.objective = open_objective(config, self.hardware, weights)
         if leak := config.model.looks_ahead:
             logger.warning(leak)
         torch.manual_seed(config.seed)

@@ -71,6 +71,9 @@ def line(record: dict[str, Any], steps: int) -> str:
     if record["kind"] == "alarm":
         return f"{step}  ALARM {record['text']}"
     if record["kind"] == "eval":
+        if "metrics" in record:
+            metrics = "  ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items())
+            return f"{step}  validation loss {record['loss']:.4f}  {metrics}"
         measure = "accuracy" if "accuracy" in record else "bits_per_byte"
         domains = "  ".join(f"{name} {s[measure]:.3f}" for name, s in record["domains"].items())
         return f"{step}  validation loss {record['loss']:.4f}  {measure.replace('_', ' ')}: {domains}"

@@ -1,5 +1,6 @@
 """Masked tokens of prepared text, from those on both sides (BERT, arXiv 1810.04805, section 3.1)."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -30,8 +31,8 @@ class MaskedScore(NamedTuple):
 class Masked(Text):
     """Text with holes. What is hidden is drawn by row: by the run's seed in training, alike for all in validation."""
 
-    def __init__(self, config: RunConfig, hardware: Hardware) -> None:
-        super().__init__(config, hardware)
+    def __init__(self, config: RunConfig, hardware: Hardware, weights: Path | None = None) -> None:
+        super().__init__(config, hardware, weights)
         assert isinstance(config.objective, MaskedObjective)
         self.objective, vocabulary = config.objective, self.dataset.vocab_size
         self.mask_id = vocabulary if config.objective.mask_token_id is None else config.objective.mask_token_id

@@ -1,5 +1,7 @@
 """The next token of prepared text."""
 
+from pathlib import Path
+
 from moekit.config import RunConfig
 from moekit.nn.model import Model
 from moekit.train.hardware import Hardware
@@ -11,8 +13,8 @@ from moekit.train.validation import validate
 class NextToken(Text):
     """Each token is predicted from those before it."""
 
-    def __init__(self, config: RunConfig, hardware: Hardware) -> None:
-        super().__init__(config, hardware)
+    def __init__(self, config: RunConfig, hardware: Hardware, weights: Path | None = None) -> None:
+        super().__init__(config, hardware, weights)
         self.token_bytes = self.tokenizer.token_bytes()
 
     def validate(self, model: Model) -> Validation | None:

@@ -1,5 +1,6 @@
 """What the objectives on prepared text share."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from moekit.train.objectives.objective import Validation
 class Text:
     """Prepared text, opened and checked. An objective adds what is predicted and how it is validated."""
 
-    def __init__(self, config: RunConfig, hardware: Hardware) -> None:
+    def __init__(self, config: RunConfig, hardware: Hardware, weights: Path | None = None) -> None:
+        """Opens the data; the weights to start from say nothing of it."""
         data = config.data
         self.config, self.hardware = config, hardware
         self.dataset = open_dataset(data.path, "train", order=data.order)
