@@ -185,10 +185,9 @@ def report(args: argparse.Namespace, found: dict[Run, Result]) -> str:
     for model in LEVELS:
         runs = [run for run in found if run.model == model]
         flops = {found[run].flops for run in runs}
-        seconds = [statistics.fmean(found[run].seconds for run in runs if run.task == task) for task in args.tasks
-                   if any(run.task == task for run in runs)]  # fmt: skip
+        seconds = [[found[run].seconds for run in runs if run.task == task] for task in args.tasks]
         shown = f"{statistics.fmean(flops) / 1e6:,.0f}" if flops else ""
-        cost.append([model, shown, *(f"{one:,.0f}" for one in seconds)])
+        cost.append([model, shown, *(f"{statistics.fmean(one):,.0f}" if one else "" for one in seconds)])
     left = len(args.tasks) * len(LEVELS) * args.seeds - len(found)
     parts = [
         "# MEO on sentence tasks",
