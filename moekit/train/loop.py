@@ -79,8 +79,6 @@ class _Run:
         device = self.hardware.device
         self.objective = open_objective(config, self.hardware)
         folder = self._newest()
-        if leak := config.model.looks_ahead:
-            logger.warning(leak)
         torch.manual_seed(config.seed)
         self.origin: dict[str, Any] = {}
         if config.init is not None and origin is not None and folder is None:
