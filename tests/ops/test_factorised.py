@@ -10,7 +10,7 @@ from moekit.ops import reference
 from moekit.ops.factorised import cp_linear, cp_materialise, joint, tr_linear, tr_materialise
 from moekit.ops.merge import merged_linear
 
-TIGHT = {"rtol": 0, "atol": 1e-12}  # measured: 2e-14
+TIGHT = {"rtol": 0, "atol": 1e-12}  # measured: 2e-13, ten seeds
 LEVELS = [(7,), (3, 5)]
 KINDS = ["cp", "tr"]
 DIM, OUT, TOKENS = 6, 9, 11
@@ -109,4 +109,4 @@ def test_bfloat16_is_near_under_autocast_and_without(device: torch.device, kind:
     for y in (autocast, linear(*cast(torch.bfloat16))):
         assert y.dtype == torch.bfloat16
         error = (y.double() - exact).norm() / exact.norm()
-        assert error.item() < 0.02  # measured: 0.003 to 0.006
+        assert error.item() < 0.02  # measured: 0.004 to 0.009
