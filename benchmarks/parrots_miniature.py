@@ -10,7 +10,8 @@ step; width 4; accuracy on 20,000 samples that were not trained on.
 Layers, each with a constant 1 in its input, because ours have no biases:
 plain: down(silu(gate x)) on the input itself. The up projections of our experts are held at 1, so that nothing is
 multiplied.
-biased: plain with one learned bias on the output, outside the experts and their gate. The criteria hold for this layer.
+biased: plain with one learned bias on the output, outside the experts and their gate: the reading of the reference with
+which its margins come out.
 swiglu: down(silu(gate x) * up x) on the input itself: our experts as they are.
 narrow: swiglu between an embedding and a head, and the vector between them has the layer's width too, as in the
 paper: neither experts nor router see more of the input than fits through. Here dense x4 has the size of 16 experts.
