@@ -1,7 +1,7 @@
 """Lory against a dense model of its active size, on documents in random order and beside their like.
 
     moekit prepare FILES... --out DATA
-    python benchmarks/lory.py DATA --work FOLDER --out docs/results/lory.md
+    python benchmarks/lory.py DATA --work FOLDER --out benchmarks/results/lory.md
 
 Each document of DATA is cut into passages of about --passage tokens, which are the documents of the trial: the paper's
 sequences hold several documents each, and those of a small model are short. As many tokens of each domain are taken.
@@ -185,7 +185,7 @@ def write(args: argparse.Namespace, data: Path) -> None:
         args.out.write_text(text, encoding="utf-8")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="prepared data")
     parser.add_argument("--work", type=Path, required=True, help="folder of passages and runs")
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--passage", type=int, default=128, help="tokens of a passage, about")
     parser.add_argument("--domain-tokens", type=int, default=750_000, help="of each domain, about")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     data = passage_data(args.data, args.work / "data", args.passage, args.domain_tokens)
     runs = [(seed, order, kind) for seed in range(args.seeds) for order in args.orders for kind in ("lory", "dense")]
     for seed, order, kind in runs:

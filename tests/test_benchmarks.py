@@ -139,6 +139,36 @@ def test_probes_of_two_models_are_a_page_with_the_papers_figures_a_picture_and_t
         script.main([*folders[:3], *words])
 
 
+@pytest.mark.usefixtures("scripts")
+def test_lory_beside_a_dense_model_is_a_page_of_losses_differences_and_what_routing_says(tmp_path: Path) -> None:
+    for split, domain in itertools.product(("train", "valid"), ("math_en", "poetry_zh")):
+        with gzip.open(Path(moekit.quickstart.__file__).parent / f"text/{domain}.{split}.jsonl.gz") as file:
+            (tmp_path / f"{domain}.{split}.jsonl").write_bytes(b"".join(itertools.islice(file, 6)))
+    texts = [sorted(tmp_path.glob(f"*.{split}.jsonl")) for split in ("train", "valid")]
+    prepare(texts[0], tmp_path / "data", valid_paths=texts[1], vocab_size=300)
+    words = [
+        str(tmp_path / "data"),
+        "--work",
+        str(tmp_path / "work"),
+        "--out",
+        str(tmp_path / "lory.md"),
+        "--seeds",
+        "2",
+    ]
+    sizes = {"tokens": 256, "experts": 3, "segment": 8, "length": 32, "batch": 2, "passage": 20, "domain-tokens": 1000}
+    words += [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    _module("lory").main([*words, "--orders", "shuffled", "similar"])
+    text = (tmp_path / "lory.md").read_text()
+    assert "| model | order | mean | math_en | poetry_zh |" in text
+    rows = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith(("| dense", "| lory"))]
+    assert rows[:4] == [[f"| {kind}", order] for order in ("shuffled", "similar") for kind in ("dense", "lory")]
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("receipt.json")}
+    assert len(finished) >= 4
+    _module("lory").main([*words, "--orders", "shuffled", "similar"])  # nothing is made again
+    assert finished == {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("receipt.json")}
+    assert (tmp_path / "lory.md").read_text() == text
+
+
 def _merging(tmp_path: Path, name: str, alike: bool = False) -> tuple[str, str]:
     """Returns a run's folder and its text: a fresh model, whose experts are copies of each other if `alike`."""
     texts: list[list[Path]] = []

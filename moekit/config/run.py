@@ -155,14 +155,20 @@ class RunConfig(Strict):
     def _check_objective(self) -> None:
         """Raises ValueError where the model cannot learn what it is to learn, or a setting would have no effect."""
         objective, model, kind = self.objective, self.model, self.objective.kind
+        by_task = isinstance(model.ffn, MEOConfig) and model.ffn.level == "task"
+        described = isinstance(objective, SentencesObjective) and objective.description is not None
+        if isinstance(model.ffn, MEOConfig) and by_task and not (described or model.ffn.description_ids):
+            raise ValueError(
+                "model.ffn.level is task but no task is described: give objective.description with sentences, or the "
+                "token ids of a description as model.ffn.description_ids"
+            )
         if isinstance(objective, SentencesObjective):
             if model.num_labels is None:
                 raise ValueError("objective.kind is sentences but model.num_labels is null; give the number of labels")
             if not self.data.cross_document_attention or self.data.packing != "stream" or self.data.order != "source":
                 idle = "data.packing, data.order and data.cross_document_attention have no effect"
                 raise ValueError(f"objective.kind is sentences, where {idle}; leave them out")
-            by_task = isinstance(model.ffn, MEOConfig) and model.ffn.level == "task"
-            if objective.description is not None and not by_task:
+            if described and not by_task:
                 raise ValueError("objective.description takes effect only with model.ffn.kind meo and level task")
         elif model.num_labels is not None:
             raise ValueError(f"objective.kind is {kind} but model.num_labels is {model.num_labels}; use sentences")

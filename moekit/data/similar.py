@@ -3,7 +3,7 @@
 A greedy walk over the nearest neighbours (section 3.4): go to the most similar document that is not used yet, and where
 all neighbours are, begin anew at one that is not. Differs from the paper: documents are hashed TF-IDF vectors of their
 tokens, where it has Contriever's embeddings; those or others can be given. Cost: 2 documents^2 x width FLOPs for up
-to 65,536 documents, and as much again for each such group: about a minute a group on one core.
+to 65,536 documents, and as much again for each such group: some minutes a group on one core.
 """
 
 import itertools

@@ -80,8 +80,6 @@ class _Run:
         folder = self._newest()
         weights = state.model_folder(Path(config.init)) if folder is None and config.init is not None else folder
         self.objective = open_objective(config, self.hardware, weights)
-        if leak := config.model.looks_ahead:
-            logger.warning(leak)
         torch.manual_seed(config.seed)
         self.origin: dict[str, Any] = {}
         if config.init is not None and origin is not None and folder is None:

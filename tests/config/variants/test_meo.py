@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from moekit.config import MEOConfig, ModelConfig, memory, parameters, plan, preset, preset_names
+from moekit.config import MEOConfig, ModelConfig, RunConfig, memory, parameters, plan, preset, preset_names, validate
 from moekit.config.variants.meo import paper_table
 from moekit.config.variants.variant import MERGED_BYTES
+from moekit.errors import ConfigError
 from moekit.nn.model import Model
 from moekit.ops import merge
 
@@ -179,3 +180,14 @@ def test_dispatch_keeps_rows_for_every_choice_where_merging_keeps_none() -> None
     assert few == many
     few, many = (_meo(reduce_factor=64, num_experts_per_tok=k, mode="dispatch").kept_bytes(18, 128, 4) for k in (1, 4))
     assert many - few == 128 * 3 * (4 * 2 * (18 + 26) + 2 * 28)
+
+
+def test_a_run_whose_layers_route_by_task_needs_its_description() -> None:
+    def run(**ffn: Any) -> RunConfig:
+        data = {"path": "x", "sequence_length": 16}
+        model = _model(level="task", reduce_factor=4, **ffn).model_dump()
+        return validate(RunConfig, {"model": model, "data": data, "objective": {"kind": "masked"}, "steps": 1})
+
+    with pytest.raises(ConfigError, match=r"level is task but no task is described: give objective\.description"):
+        run()
+    assert run(description_ids=(1, 2)).model.ffn.kind == "meo"
