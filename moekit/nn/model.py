@@ -213,11 +213,7 @@ class Model(nn.Module):
         hidden = x = self.norm(x)
         token_loss = loss_mean = logits = scores = None
         if targets is not None:
-            rows, wanted = x.flatten(0, 1), targets.flatten()
-            if not self.config.causal:  # few are masked: no logits for the rest
-                kept = (wanted != IGNORED).nonzero().squeeze(1)
-                rows, wanted = rows[kept], wanted[kept]
-            token_loss = linear_cross_entropy(rows, self.lm_head.numbers(x.dtype), wanted)
+            token_loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.numbers(x.dtype), targets.flatten())
             loss_mean = token_loss.total / token_loss.tokens.clamp(min=1)
         if self.config.num_labels is not None:
             scores = self.score(x, padding_mask)
