@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from measure import commit, machine, table
 
+from moekit.compare.statistics import difference
 from moekit.config import RunConfig, validate
 from moekit.data import TokenDataset, open_dataset, prepare, validation_windows
 from moekit.formats.checkpoint import load
@@ -119,13 +120,18 @@ def mean_sd(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f}" + (f" ({statistics.stdev(values):.3f})" if len(values) > 1 else "")
 
 
+def interval(differences: list[float]) -> str:
+    """Returns Student's 95% interval of the mean; nothing for one seed."""
+    found = difference(dict(enumerate(differences)), dict.fromkeys(range(len(differences)), 0.0))
+    return "" if found is None or found.low is None else f"{found.low:+.3f} to {found.high:+.3f}"
+
+
 def write(args: argparse.Namespace, data: Path) -> None:
     """Writes losses, paired differences and what routing says of domains, of all runs."""
     valid, seeds = open_dataset(data, "valid"), range(args.seeds)
     similar = valid.manifest.similar
     assert similar is not None
     losses: dict[tuple[str, str], list[dict[str, float]]] = {}
-    seconds: dict[tuple[str, str], list[float]] = {}
     routing: dict[str, list[dict[str, float]]] = {}
     for order in args.orders:
         for kind in ("dense", "lory"):
@@ -134,8 +140,6 @@ def write(args: argparse.Namespace, data: Path) -> None:
                 last = [record for record in metrics.read(folder) if record["kind"] == "eval"][-1]
                 by_domain = {domain: score["loss"] for domain, score in last["domains"].items()}
                 losses.setdefault((kind, order), []).append({"mean": last["loss"]} | by_domain)
-                trained = [record for record in metrics.read(folder) if record["kind"] == "train"][-1]
-                seconds.setdefault((kind, order), []).append(trained["seconds"])
                 if kind == "lory":
                     checkpoint = newest(folder)
                     assert checkpoint is not None
@@ -151,12 +155,14 @@ def write(args: argparse.Namespace, data: Path) -> None:
         for (kind, order), found in losses.items()
     ]
     less = [[order, *(mean_sd(gains(order, column)) for column in columns)] for order in args.orders]
-    singly = [[order, *(f"{gain:+.3f}" for gain in gains(order, "mean"))] for order in args.orders]
+    singly = [
+        [order, *(f"{gain:+.3f}" for gain in gains(order, "mean")), interval(gains(order, "mean"))]
+        for order in args.orders
+    ]
     told = [
         [order, *(mean_sd([one[key] for one in found]) for key in ("information", "overall", "active", "largest"))]
         for order, found in routing.items()
     ]
-    clock = [[kind, order, mean_sd(found)] for (kind, order), found in seconds.items()]
     command = f"python benchmarks/lory.py DATA --work FOLDER --seeds {args.seeds} --tokens {args.tokens:g}"
     counted = valid.manifest.splits["train"]
     parts = [
@@ -169,14 +175,12 @@ def write(args: argparse.Namespace, data: Path) -> None:
         table(("model", "order", *columns), rows),
         "## Lory less dense, the same seed and batches",
         table(("order", *columns), less),
-        table(("order", *(f"seed {seed}" for seed in seeds)), singly),
+        table(("order", *(f"seed {seed}" for seed in seeds), "95% interval of the mean"), singly),
         "## What routing says",
         "Information: of a segment's weights about its domain, bits, mean of layers; overall: entropy of the weights "
         f"over all text, of at most {math.log2(args.experts):g}; active: experts with a weight above 2/E; largest: the "
         "heaviest weight.",
         table(("order", "information", "overall", "active", "largest"), told),
-        "## Seconds of a run",
-        table(("model", "order", "seconds"), clock),
     ]
     text = "\n\n".join(parts) + "\n"
     if args.out is None:
