@@ -140,7 +140,10 @@ def test_every_verb_has_an_example_in_its_help(verb: str, capsys: pytest.Capture
         ("presets --model.hidden_size 3", "unknown option --model.hidden_size"),
         ("quickstart --steps soon", "'soon' is not a whole number above 0"),
         ("train --data d --out r", "PRESET or FILE is missing"),
-        ("train tiny-dense --out r", "data.path is missing: directory written by `moekit prepare`; --data sets it too"),
+        (
+            "train tiny-dense --out r",
+            "data.path is missing: directory written by `moekit prepare`, or files of sentences; --data sets it too",
+        ),
         ("train tiny-dense --data d", "--out is missing"),
         ("train tiny-dense --data d --data.path e --out r", "--data and --data.path are both given"),
         ("train tiny-dense --data d --out r --stepps 3", "unknown option --stepps (did you mean steps?)"),

@@ -274,6 +274,7 @@ def test_v1_takes_its_remote_codes_defaults_but_never_a_size() -> None:
         "tie_word_embeddings": False,
         "initializer_range": 0.02,
         "causal": True,
+        "num_labels": None,
     }
     assert config.attention.model_dump() == {
         "kind": "mha",
