@@ -1,6 +1,6 @@
 """Merging experts into one (MEO) against dispatching to them, and where merging starts to win.
 
-    python benchmarks/merge.py --out benchmarks/results/merge.md --picture benchmarks/results/merge.svg
+    python benchmarks/merge.py --out benchmarks/results/merge.md --picture benchmarks/results/merge.png
     python benchmarks/merge.py --sweep chosen --dtype fp32
 
 One feed-forward layer of BERT-base, 16 experts of each linear map, GELU. Vanilla is the paper's MoE: each token of each
@@ -169,8 +169,8 @@ def verdicts(args: argparse.Namespace, curves: dict[str, dict[str, list[float]]]
     return "## Where merging starts to win\n\n" + "\n".join(lines)
 
 
-def draw(args: argparse.Namespace, curves: dict[str, list[float]], name: str) -> str:
-    """Returns the picture of one sweep."""
+def draw(args: argparse.Namespace, curves: dict[str, list[float]], name: str) -> None:
+    """Writes the picture of one sweep."""
     axes = pictures.plot(x=WORDS[name], y="MEO's time / vanilla MoE's")
     values = getattr(args, name)
     axes.set_xscale("log", base=2)
@@ -179,8 +179,8 @@ def draw(args: argparse.Namespace, curves: dict[str, list[float]], name: str) ->
     for what, ratios in curves.items():
         axes.plot(values, ratios, marker="o", markersize=3, label=what)
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-    return pictures.svg(axes, f"MEO's time over vanilla MoE's, over {WORDS[name]}")
+    axes.legend(framealpha=1, edgecolor="none")
+    axes.get_figure().savefig(args.picture, dpi=160)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -194,7 +194,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--length", type=int, nargs="+", default=[8, 32, 128, 512])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="a picture of the sweep over m")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="a picture of the sweep over m")
     args = measure.parse(parser, argv)
     args.at = Point(*args.at)
     guard = measure.Guard(args.device)
@@ -207,7 +207,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parts = [verdicts(args, curves), *tables]
     if args.picture and "chosen" in curves:
-        args.picture.write_text(draw(args, curves["chosen"], "chosen"), encoding="utf-8")
+        draw(args, curves["chosen"], "chosen")
         parts.insert(1, f"![MEO's time over vanilla MoE's, over m]({args.picture.name})")
     measure.report(args, "Merging against dispatching", what, guard, parts, [])
 
