@@ -15,20 +15,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import binding
+import calls
 import measure
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moekit import pictures
 from moekit.config import MEOConfig
 from moekit.nn.ffn import MLP
-from moekit.nn.router import RouterContext
 from moekit.nn.variants.meo import MEO
 
 SWEEPS = ("chosen", "length", "batch")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-GATE_STD = 0.3
-"""Of the gates' weights: sequences and tokens then choose different experts, as those of a trained model do."""
+DTYPES = ("fp32", "bf16")
 
 
 class Point(NamedTuple):
@@ -43,22 +40,9 @@ def points(sweep: str, args: argparse.Namespace) -> list[Point]:
     return [Point(args.at.chosen, args.at.length, args.at.batch)._replace(**{sweep: value}) for value in values]
 
 
-class Layer(nn.Module):
-    """Our MEO layer, which also wants token ids."""
-
-    def __init__(self, config: MEOConfig, dim: int) -> None:
-        super().__init__()
-        self.meo = MEO(config, dim, 0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        token_ids = torch.zeros(x.shape[0] * x.shape[1], dtype=torch.int64, device=x.device)
-        y: Tensor = self.meo(x, RouterContext(token_ids, len(x))).y
-        return y
-
-    @torch.no_grad()
-    def draw_gates(self, draw: torch.Generator) -> None:
-        for linear in (self.meo.up_proj, self.meo.down_proj):
-            linear.gate.weight.copy_(torch.randn(linear.gate.weight.shape, generator=draw) * GATE_STD)
+def gates(layer: nn.Module) -> list[nn.Parameter]:
+    assert isinstance(layer, MEO)
+    return [linear.gate.weight for linear in (layer.up_proj, layer.down_proj)]
 
 
 def lineup(args: argparse.Namespace, point: Point) -> dict[str, nn.Module]:
@@ -66,8 +50,8 @@ def lineup(args: argparse.Namespace, point: Point) -> dict[str, nn.Module]:
     settings = {"intermediate_size": args.width, "n_routed_experts": args.experts, "num_experts_per_tok": point.chosen}
     made: dict[str, nn.Module] = {
         "dense": MLP(args.dim, args.width),
-        "vanilla": Layer(MEOConfig(mode="dispatch", level="token", **settings), args.dim),
-        "MEO": Layer(MEOConfig(mode="merge", level="sequence", **settings), args.dim),
+        "vanilla": MEO(MEOConfig(mode="dispatch", level="token", **settings), args.dim, 0),
+        "MEO": MEO(MEOConfig(mode="merge", level="sequence", **settings), args.dim, 0),
     }
     for layer in made.values():
         layer.to(args.device)
@@ -76,34 +60,12 @@ def lineup(args: argparse.Namespace, point: Point) -> dict[str, nn.Module]:
     return made
 
 
-def entrant(args: argparse.Namespace, layer: nn.Module, point: Point, dtype: str, backward: bool) -> measure.Contestant:
-    layer.train(backward)
-    state: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def prepare(number: int) -> None:
-        draw = torch.Generator().manual_seed(number % 2**31)
-        x, d_y = (torch.randn(point.batch, point.length, args.dim, generator=draw) for _ in range(2))
-        if isinstance(layer, Layer):
-            layer.draw_gates(draw)
-        state.update(x=x.to(args.device).requires_grad_(backward), d_y=d_y.to(args.device))
-        for parameter in layer.parameters():
-            parameter.grad = None
-            parameter.mul_(1)
-
-    def run() -> None:
-        with torch.set_grad_enabled(backward):
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=dtype == "bf16"):
-                y = layer(state["x"])
-            if backward:
-                y.backward(state["d_y"].to(y.dtype))
-
-    return measure.Contestant({"call": run}, prepare)
-
-
 def one(args: argparse.Namespace, point: Point, dtype: str, backward: bool) -> dict[str, measure.Seconds]:
     """Returns the seconds of everybody at one shape."""
-    entrants = {name: entrant(args, layer, point, dtype, backward) for name, layer in lineup(args, point).items()}
+    shape = point.batch, point.length
+    entrants = {
+        name: calls.entrant(args, layer, shape, dtype, backward, gates) for name, layer in lineup(args, point).items()
+    }
     seconds = measure.in_turn(entrants, args.repeats, args.device)
     ratio = measure.median(seconds["MEO"]) / measure.median(seconds["vanilla"])
     measure.progress(f"{dtype} {point} {'with backward' if backward else 'forward'}: {ratio:.2f} of vanilla")

@@ -12,31 +12,24 @@ import argparse
 from collections.abc import Sequence
 
 import binding
+import calls
 import measure
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moekit.config import MuMoEConfig
 from moekit.nn.ffn import MLP
-from moekit.nn.router import RouterContext
 from moekit.nn.variants.mumoe import MuMoE
 
-GATE_STD = 0.3
-"""Of the gates' weights: tokens then mix different experts, and most have no share, as in a trained layer."""
+
+def gates(layer: nn.Module) -> list[nn.Parameter]:
+    assert isinstance(layer, MuMoE)
+    return list(layer.router)
 
 
-class Layer(nn.Module):
-    """Our muMoE layer, which also wants token ids."""
-
-    def __init__(self, config: MuMoEConfig, dim: int) -> None:
-        super().__init__()
-        self.mumoe = MuMoE(config, dim)
-        self.mumoe.reset_parameters(0.02)
-
-    def forward(self, x: Tensor) -> Tensor:
-        token_ids = torch.zeros(x.shape[0] * x.shape[1], dtype=torch.int64, device=x.device)
-        y: Tensor = self.mumoe(x, RouterContext(token_ids, len(x))).y
-        return y
+def made(config: MuMoEConfig, dim: int) -> MuMoE:
+    layer = MuMoE(config, dim)
+    layer.reset_parameters()
+    return layer
 
 
 def settings(name: str, width: int) -> MuMoEConfig:
@@ -51,36 +44,10 @@ def settings(name: str, width: int) -> MuMoEConfig:
     })  # fmt: skip
 
 
-def entrant(args: argparse.Namespace, layer: nn.Module, dtype: str, backward: bool) -> measure.Contestant:
-    layer.to(args.device).train(backward)
-    state: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def prepare(number: int) -> None:
-        draw = torch.Generator().manual_seed(number % 2**31)
-        x, d_y = (torch.randn(1, args.tokens, args.dim, generator=draw) for _ in range(2))
-        if isinstance(layer, Layer):
-            for gate in layer.mumoe.router:
-                gate.copy_(torch.randn(gate.shape, generator=draw) * GATE_STD)
-        state.update(x=x.to(args.device).requires_grad_(backward), d_y=d_y.to(args.device))
-        for parameter in layer.parameters():
-            parameter.grad = None
-            parameter.mul_(1)
-
-    def run() -> None:
-        with torch.set_grad_enabled(backward):
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=dtype == "bf16"):
-                y = layer(state["x"])
-            if backward:
-                y.backward(state["d_y"].to(y.dtype))
-
-    return measure.Contestant({"call": run}, prepare)
-
-
 def rows(args: argparse.Namespace, dtype: str) -> list[list[str]]:
     """Returns a line a layer: what it counts, and its time forward and with backward beside the dense one's."""
     layers: dict[str, nn.Module] = {"dense": MLP(args.dim, args.width)}
-    layers |= {name: Layer(settings(name, args.width), args.dim) for name in args.layers}
+    layers |= {name: made(settings(name, args.width), args.dim) for name in args.layers}
     cells: dict[str, list[str]] = {}
     dense_flops = 4 * args.dim * args.width * args.tokens
     for name, layer in layers.items():
@@ -90,7 +57,9 @@ def rows(args: argparse.Namespace, dtype: str) -> list[list[str]]:
         rank = "" if config is None else str(config.matched_rank(args.dim))
         cells[name] = [name, dtype, rank, parameters, f"{flops / 1e9:.2f}"]
     for backward in (False, True):
-        entrants = {name: entrant(args, layer, dtype, backward) for name, layer in layers.items()}
+        entrants = {
+            name: calls.entrant(args, layer, (1, args.tokens), dtype, backward, gates) for name, layer in layers.items()
+        }
         seconds = measure.in_turn(entrants, args.repeats, args.device)
         for name, stages in seconds.items():
             cells[name] += [f"{measure.median(stages) * 1e3:.1f}", measure.speedup(seconds["dense"], stages)]

@@ -125,7 +125,9 @@ class RunConfig(Strict):
     compile: bool = Field(False, description="torch.compile the blocks; needs a compiler")
     log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
     eval_every: int | None = Field(None, gt=0, description="steps between validations; null: only at the end")
-    eval_tokens: int = Field(32768, gt=0, description="validation tokens per domain, at most")
+    eval_tokens: int = Field(
+        32768, gt=0, description="validation tokens per domain, at most; of text, not of sentences"
+    )
     save_every: int | None = Field(None, gt=0, description="steps between checkpoints; null: only at the end")
     keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints that stay on disk")
     dead_after: int = Field(5, gt=0, description="log steps in a row without a token that make an expert dead")

@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from moekit.nn.linear import Linear
+from moekit.ops.segments import sequence_means
 
 
 class SentenceHead(nn.Module):
@@ -23,10 +24,6 @@ class SentenceHead(nn.Module):
         self, hidden: Float[Tensor, "batch length dim"], real: Bool[Tensor, "batch length"] | None
     ) -> Float[Tensor, "batch labels"]:
         """Returns the scores; those of a sequence without a real token are those of a mean of 0."""
-        if real is None:
-            mean = hidden.mean(1)
-        else:
-            weight = real.unsqueeze(-1).to(hidden.dtype)
-            mean = (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+        mean = sequence_means(hidden, real).to(hidden.dtype)
         scores: Tensor = self.out(torch.tanh(self.dense(mean)))
         return scores if scores.dtype == torch.float64 else scores.float()

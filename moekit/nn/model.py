@@ -132,7 +132,7 @@ class Model(nn.Module):
                 parameter.fill_(0 if name.endswith(".bias") else 1)
         for module in self.modules():
             if isinstance(module, VariantLayer):
-                module.reset_parameters(self.config.initializer_range)
+                module.reset_parameters()
 
     def forward(
         self,

@@ -48,9 +48,8 @@ def previous(
     return torch.cat((first, values[:, :-1]), dim=1)[:, : values.shape[1]]
 
 
-def previous_means(
-    x: Float[Tensor, "batch length dim"], size: int, mask: Bool[Tensor, "batch length"] | None = None
-) -> Float[Tensor, "batch segments dim"]:
-    """Returns for each segment the mean of the one before it, at least float32; 0 for the first."""
-    means = segment_means(x, size, mask)
-    return previous(means, means.new_zeros(len(means), 1, means.shape[2]))
+def sequence_means(
+    x: Float[Tensor, "batch length dim"], mask: Bool[Tensor, "batch length"] | None = None
+) -> Float[Tensor, "batch dim"]:
+    """Returns the mean of the real tokens of each sequence, at least float32; 0 for one without any."""
+    return segment_means(x, max(x.shape[1], 1), mask).sum(1)  # of one segment, or of none

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moekit.ops.segments import joined, previous_means, segment_means, segment_tokens, segmented
+from moekit.ops.segments import joined, previous, segment_means, segment_tokens, segmented, sequence_means
+
+
+def previous_means(x: Tensor, size: int, mask: Tensor | None = None) -> Tensor:
+    """Returns what Lory's router reads: for each segment the mean of the one before it, 0 for the first."""
+    means = segment_means(x, size, mask)
+    return previous(means, torch.zeros_like(means[:, :1]))
 
 
 def loop(x: Tensor, size: int, real: Tensor) -> Tensor:
@@ -55,3 +61,13 @@ def test_means_are_float32_and_padding_counts_nowhere_whatever_it_holds(device: 
     torch.testing.assert_close(means[1], torch.stack((x[1, :2].float().mean(0), torch.zeros(3, device=device))))
     assert means[0].isfinite().all()
     assert segment_tokens(2, 6, 4, mask, device).tolist() == [[4, 1], [2, 0]]
+
+
+def test_sequence_means_are_those_of_real_tokens_and_zero_where_there_are_none(device: torch.device) -> None:
+    x = torch.randn(3, 5, 2, dtype=torch.float64, device=device)
+    mask = torch.arange(5, device=device) < torch.tensor([[5], [2], [0]], device=device)
+    x[1, 2:] = torch.nan  # whatever padding holds
+    expected = torch.stack((x[0].mean(0), x[1, :2].mean(0), torch.zeros_like(x[2, 0])))
+    torch.testing.assert_close(sequence_means(x, mask), expected)
+    assert sequence_means(x[:, :0]).tolist() == [[0, 0]] * 3
+    assert sequence_means(x.bfloat16()).dtype == torch.float32

@@ -1,5 +1,6 @@
 """What the counts ask of a feed-forward layer that is neither dense nor DeepSeekMoE's."""
 
+from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple
 
 from moekit.config.strict import Strict
@@ -15,7 +16,7 @@ class Count(NamedTuple):
     active: int
 
 
-class Variant(Strict):
+class Variant(Strict, ABC):
     """One layer in every block; its module is in `nn.variants`."""
 
     n_routed_experts: int
@@ -32,21 +33,21 @@ class Variant(Strict):
         """Returns in which way scores of a causal model may look ahead where its paper allows it, or None."""
         return None
 
+    @abstractmethod
     def parameters(self, dim: int) -> dict[str, Count]:
         """Returns one layer's parameters by role, of those of `counts.parameters`."""
-        raise NotImplementedError
 
     def shared_parameters(self, vocab_size: int) -> dict[str, Count]:
         """Returns what all layers have together, by role."""
         return {}
 
+    @abstractmethod
     def forward_flops(self, dim: int, length: int) -> int:
         """Returns the FLOPs of one layer's forward pass over one sequence, 2 a multiply-add; backward is twice that."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kept_bytes(self, dim: int, length: int, size: int) -> int:
         """Returns the bytes that one layer's backward pass needs for one sequence, in numbers of `size` bytes."""
-        raise NotImplementedError
 
     def merged_bytes(self, dim: int, length: int, batch: int, size: int) -> int:
         """Returns the most bytes of merged matrices at any one time, for `batch` sequences; 0 where none is formed."""

@@ -1,5 +1,6 @@
 """What the model asks of another paper's feed-forward layer."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,14 +17,16 @@ class VariantOutput(NamedTuple):
     """One for each gate, of whatever unit it routes; none where a gate is too wide to be one."""
 
 
-class VariantLayer(nn.Module):
+class VariantLayer(nn.Module, ABC):
     """A feed-forward layer with its own way to use experts. The residual connection is the block's."""
 
-    def reset_parameters(self, std: float) -> None:
-        """Draws what does not begin as the model's other parameters do: matrices of `std`, vectors 1, biases 0."""
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draws what does not begin as the model's other parameters, which are drawn by now: matrices and vectors."""
 
+    @abstractmethod
     def forward(self, x: Float[Tensor, "batch length dim"], context: RouterContext) -> VariantOutput:
-        raise NotImplementedError
+        """Returns the layer's output and what its gates decided."""
 
     def balance_losses(self, routings: tuple[Routing, ...]) -> dict[str, Float[Tensor, ""]]:
         """Returns each balance loss that has a factor, times its factor."""

@@ -27,7 +27,7 @@ from moekit.nn.variants.layer import VariantLayer, VariantOutput
 from moekit.ops.autocast import autocast_off, cast_once
 from moekit.ops.merge import merged, merged_linear, mixing
 from moekit.ops.routing import Routing, route
-from moekit.ops.segments import joined, previous, segment_means, segment_tokens, segmented
+from moekit.ops.segments import joined, previous, segment_means, segment_tokens, segmented, sequence_means
 
 
 class SegmentRouter(nn.Module):
@@ -87,7 +87,7 @@ class Lory(VariantLayer):
         self.dense = False
         """The step that comes is one of the warm-up: training runs the first expert alone."""
 
-    def reset_parameters(self, std: float) -> None:
+    def reset_parameters(self) -> None:
         if self.router.first is not None:
             self.router.first.zero_()
         if self.config.warmup_steps:
@@ -120,7 +120,7 @@ class Lory(VariantLayer):
         """
         batch, length, _ = x.shape
         if self.layer not in cache.routing:
-            logits = self.router(segment_means(x, max(length, 1), mask)).flatten(0, 1)
+            logits = self.router(sequence_means(x, mask).unsqueeze(1)).squeeze(1)
             cache.routing[self.layer] = logits
             cache.merged[self.layer] = self.experts.merged(logits.softmax(-1))
         gate_up, down = cache.merged[self.layer]

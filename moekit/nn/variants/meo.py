@@ -25,7 +25,7 @@ from moekit.ops.autocast import autocast_off, cast_once
 from moekit.ops.experts import mixed_linear
 from moekit.ops.merge import merged, merged_linear, mixing
 from moekit.ops.routing import Routing, of_tokens, route_noisy
-from moekit.ops.segments import joined, segment_means, segment_tokens, segmented
+from moekit.ops.segments import joined, segment_means, segment_tokens, segmented, sequence_means
 
 NOISE_FLOOR = 1e-2
 """Least standard deviation of the noise on a gate's logits (the paper's code)."""
@@ -40,7 +40,7 @@ class MEO(VariantLayer):
         self.up_proj = ExpertLinear(config, dim, config.intermediate_size, 2 * layer)
         self.down_proj = ExpertLinear(config, config.intermediate_size, dim, 2 * layer + 1)
 
-    def reset_parameters(self, std: float) -> None:
+    def reset_parameters(self) -> None:
         self.up_proj.reset_parameters()
         self.down_proj.reset_parameters()
 
@@ -117,12 +117,12 @@ class ExpertLinear(nn.Module):
     ) -> Float[Tensor, "batch width"]:
         """Returns what a gate reads of each sequence: the mean of its real tokens, or its task's description."""
         if self.task_proj is None:
-            return _mean(x, real)
+            return sequence_means(x, real)
         if context.task is None:
             raise ConfigError("ffn.level is task but no description was given: neither task_ids nor description_ids")
         embedded, described = context.task
         with autocast_off(embedded):
-            return _mean(self.task_proj(embedded), described)
+            return sequence_means(self.task_proj(embedded), described)
 
     def _by_earlier(
         self, x: Tensor, cache: KVCache | None, real: Bool[Tensor, "batch length"] | None
@@ -237,13 +237,3 @@ class TokenBlock(nn.Module):
     def forward(self, x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         y: Tensor = self.up(F.relu(self.down(x)))
         return y
-
-
-def _mean(
-    x: Float[Tensor, "batch length dim"], real: Bool[Tensor, "batch length"] | None
-) -> Float[Tensor, "batch dim"]:
-    """Returns the mean over real tokens, in float32 at least; 0 where there are none."""
-    x = x if x.dtype == torch.float64 else x.float()
-    if real is None:
-        return x.sum(1) / max(x.shape[1], 1)
-    return (x * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True).clamp(min=1)

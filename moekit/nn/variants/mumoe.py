@@ -38,7 +38,7 @@ class MuMoE(VariantLayer):
         self.experts = nn.ModuleDict({name: Factorised(config, *shape, rank) for name, shape in shapes.items()})
 
     @torch.no_grad()
-    def reset_parameters(self, std: float) -> None:
+    def reset_parameters(self) -> None:
         """Draws factors as the paper's code does, and a gate of zeros: all experts have the same weight at first."""
         for weight in self.router:
             weight.zero_()

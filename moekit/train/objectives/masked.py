@@ -14,7 +14,7 @@ from moekit.ops.loss import IGNORED
 from moekit.train import health
 from moekit.train.hardware import Hardware
 from moekit.train.objectives.objective import Validation
-from moekit.train.objectives.text import Text
+from moekit.train.objectives.text import Text, of_domains
 
 
 class MaskedScore(NamedTuple):
@@ -56,14 +56,7 @@ class Masked(Text):
         if self.valid is None:
             return None
         found = {name: score for name in self.valid.domains if (score := self._score(model, name))}
-        if not found:
-            return None
-        record = {
-            "loss": sum(s.loss for s in found.values()) / len(found),
-            "accuracy": sum(s.accuracy for s in found.values()) / len(found),
-            "domains": {name: s._asdict() for name, s in found.items()},
-        }
-        return Validation(record, {name: {"loss": s.loss, "accuracy": s.accuracy} for name, s in found.items()})
+        return of_domains(found, "accuracy")
 
     @torch.no_grad()
     def _score(self, model: Model, domain: str) -> MaskedScore | None:

@@ -1,7 +1,9 @@
 """What the objectives on prepared text share."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +16,7 @@ from moekit.train.hardware import Hardware, forward
 from moekit.train.objectives.objective import Validation
 
 
-class Text:
+class Text(ABC):
     """Prepared text, opened and checked. An objective adds what is predicted and how it is validated."""
 
     def __init__(self, config: RunConfig, hardware: Hardware, weights: Path | None = None) -> None:
@@ -43,5 +45,16 @@ class Text:
         out: ModelOutput = forward(model, part, self.hardware, self.config.data.cross_document_attention, **options)
         return out
 
+    @abstractmethod
     def validate(self, model: Model) -> Validation | None:
-        raise NotImplementedError
+        """Returns the scores on unseen text, or None where there is none."""
+
+
+def of_domains(scores: Mapping[str, NamedTuple], measure: str) -> Validation | None:
+    """Returns the validation that scores by domain make, each with a loss and a `measure`; None without any."""
+    found = {name: score._asdict() for name, score in scores.items()}
+    if not found:
+        return None
+    means = {of: sum(one[of] for one in found.values()) / len(found) for of in ("loss", measure)}
+    kept = {name: {of: one[of] for of in means} for name, one in found.items()}
+    return Validation({**means, "domains": found}, kept)
