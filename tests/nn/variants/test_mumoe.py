@@ -90,7 +90,7 @@ def test_factorised_experts_equal_the_materialised_ones(device: torch.device, ff
 @every_kind
 def test_a_fresh_gate_is_uniform_and_every_part_of_it_learns(device: torch.device, ffn: dict[str, Any]) -> None:
     made = MuMoE(settings(**ffn), DIM).to(device)
-    made.reset_parameters(0.02)
+    made.reset_parameters()
     x = torch.randn(1, 64, DIM, device=device)
     for gate in made.gate(x[0]):
         assert len(gate.unique()) == 1
@@ -104,7 +104,7 @@ def test_a_fresh_gate_is_uniform_and_every_part_of_it_learns(device: torch.devic
 @pytest.mark.parametrize("factorization", ["cp", "tr"])
 def test_the_papers_second_level_would_never_learn(device: torch.device, factorization: str) -> None:
     made = MuMoE(settings(factorization=factorization, second_level_experts=4), DIM).to(device)
-    made.reset_parameters(0.02)
+    made.reset_parameters()
     with torch.no_grad():
         for experts in made.experts.values():
             experts.levels[1].copy_(experts.levels[1].sign())  # ones, or identity matrices
@@ -277,7 +277,7 @@ def test_experts_take_a_cluster_each_and_taking_one_away_hurts_its_own(seed: int
     linear = (with_one @ torch.linalg.lstsq(with_one, y).solution - y).square().mean()
 
     made = MuMoE(settings(n_routed_experts=clusters, intermediate_size=dim, rank=64), dim)
-    made.reset_parameters(0.02)
+    made.reset_parameters()
     experts = made.experts["up_proj"]
     optimizer = torch.optim.Adam([*made.router, *experts.parameters()], 2e-2)
     for _ in range(300):
