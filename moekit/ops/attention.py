@@ -41,25 +41,28 @@ def attention_mask(
     """Returns true where a query may look: not ahead of its position, and in its own document if ids are given."""
     mask = positions.unsqueeze(-1) >= torch.arange(keys, device=positions.device)
     if document_ids is not None:
-        mask = mask & (document_ids.unsqueeze(-1) == document_ids.unsqueeze(-2))
+        mask = mask & _same(document_ids)
     return mask.unsqueeze(1)
 
 
 def all_seen(
     document_ids: Int[Tensor, "batch length"] | None = None, padding_mask: Bool[Tensor, "batch length"] | None = None
 ) -> Seen:
-    """Returns what the queries of an encoder see: every real token, earlier or later, of their own document.
+    """Returns what the queries of an encoder see: every token, earlier or later, of their own document.
 
-    A token sees itself whatever it is, so that a sequence of nothing but padding has numbers too.
+    Padding is a document of its own: no real token sees it, and a sequence of nothing else has numbers too.
     """
-    given = document_ids if padding_mask is None else padding_mask
-    if given is None:
-        return Seen(causal=False)
-    mask = torch.eye(given.shape[1], dtype=torch.bool, device=given.device).expand(len(given), -1, -1)
-    within = torch.ones_like(mask) if padding_mask is None else padding_mask.unsqueeze(1)
-    if document_ids is not None:
-        within = within & (document_ids.unsqueeze(-1) == document_ids.unsqueeze(-2))
-    return Seen(mask=(mask | within).unsqueeze(1), causal=False)
+    ids = document_ids
+    if padding_mask is not None:
+        ids = torch.zeros_like(padding_mask, dtype=torch.long) if ids is None else ids
+        ids = torch.where(padding_mask, ids, ids.min() - 1)
+    if ids is None or native.has_kernels(ids.device):
+        return Seen(document_ids=ids, causal=False)
+    return Seen(mask=_same(ids).unsqueeze(1), causal=False)
+
+
+def _same(document_ids: Int[Tensor, "batch length"]) -> Bool[Tensor, "batch length length"]:
+    return document_ids.unsqueeze(-1) == document_ids.unsqueeze(-2)
 
 
 def attend(
@@ -71,15 +74,16 @@ def attend(
 ) -> Float[Tensor, "batch length heads value_dim"]:
     """Returns softmax attention: by our kernels wherever they can run, else by torch's.
 
-    No size was found where torch's are faster on a CPU, from one query to 2048, alone or with gradients. Ours are
-    causal, so an encoder has torch's.
+    No size was found where torch's are faster on a CPU, from one query to 2048, alone or with gradients.
     """
     offsets, document_ids, mask, causal = seen
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if causal and mask is None and native.unavailable(q, k, v) is None and not (learns and offsets is not None):
-        y: Tensor = native.attention(q, k, v, scale, document_ids, offsets)
+    if mask is None and native.unavailable(q, k, v) is None and not (learns and offsets is not None):
+        y: Tensor = native.attention(q, k, v, scale, document_ids, offsets, causal)
         return y
-    if mask is None and not (offsets is None and document_ids is None):
+    if mask is None and document_ids is not None and not causal:
+        mask = _same(document_ids).unsqueeze(1)
+    elif mask is None and not (offsets is None and document_ids is None):
         positions = torch.arange(q.shape[1], device=q.device).expand(q.shape[:2])
         positions = positions if offsets is None else positions + offsets.unsqueeze(1)
         mask = attention_mask(positions, k.shape[1], document_ids)

@@ -39,14 +39,15 @@ def attention(
     scale: float,
     document_ids: Int[Tensor, "batch length"] | None = None,
     offsets: Int[Tensor, " batch"] | None = None,
+    causal: bool = True,
 ) -> Float[Tensor, "batch length heads value_dim"]:
-    """Returns softmax attention; a query sees its own document's keys up to its own position.
+    """Returns softmax attention; a query sees its own document's keys, up to its own position or all of them.
 
     Query i stands at offsets + i among its sequence's keys. With offsets there are neither documents nor gradients.
     """
     if document_ids is not None:
         document_ids = document_ids.to(torch.int32).contiguous()
-    y: Tensor = _Attention.apply(_rows(q), _rows(k), _rows(v), scale, document_ids, offsets)
+    y: Tensor = _Attention.apply(_rows(q), _rows(k), _rows(v), scale, document_ids, offsets, causal)
     return y
 
 
@@ -86,19 +87,26 @@ class _Rotate(torch.autograd.Function):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, document_ids: Tensor | None, offsets: Tensor | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        document_ids: Tensor | None,
+        offsets: Tensor | None,
+        causal: bool,
     ) -> Tensor:
         library = native().library
         assert library is not None
         y = q.new_empty(*q.shape[:3], v.shape[3])
         log_sums = torch.empty(q.shape[0], q.shape[2], q.shape[1]) if any(ctx.needs_input_grad) else None
-        kind, sizes, threads = q.dtype == torch.bfloat16, _sizes(q, k, v), torch.get_num_threads()
+        kind, sizes, threads = q.dtype == torch.bfloat16, _sizes(q, k, v, causal), torch.get_num_threads()
         pointers = (at(t) for t in (q, k, v, y, log_sums))
         library.moekit_attention(kind, sizes, scale, at(offsets), at(document_ids), threads, *pointers)
         if log_sums is not None:
             assert offsets is None
             assert k.shape[1] == q.shape[1]
-            ctx.scale = scale
+            ctx.scale, ctx.causal = scale, causal
             ctx.save_for_backward(q, k, v, document_ids, y, log_sums)
         return y
 
@@ -109,13 +117,13 @@ class _Attention(torch.autograd.Function):
         library, dy = native().library, dy.contiguous()
         assert library is not None
         gradients = tuple(torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
-        kind, sizes, threads = q.dtype == torch.bfloat16, _sizes(q, k, v), torch.get_num_threads()
+        kind, sizes, threads = q.dtype == torch.bfloat16, _sizes(q, k, v, ctx.causal), torch.get_num_threads()
         pointers = (at(t) for t in (q, k, v, y, log_sums, dy, *gradients))
         library.moekit_attention_backward(kind, sizes, ctx.scale, at(document_ids), threads, *pointers)
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
 
 
-def _sizes(q: Tensor, k: Tensor, v: Tensor) -> Any:
+def _sizes(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Any:
     (batch, length, heads, width), (_, keys, kv_heads, value_width) = q.shape, v.shape
     numbers = (
         batch,
@@ -126,6 +134,7 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> Any:
         width,
         value_width,
         *(n for t in (q, k, v) for n in t.stride()[:3]),
+        causal,
     )
     return (ctypes.c_int64 * len(numbers))(*numbers)
 

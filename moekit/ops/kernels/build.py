@@ -205,10 +205,10 @@ def _check_experts(library: ctypes.CDLL) -> None:
 def _check_attention(library: ctypes.CDLL) -> None:
     rng, (length, heads, kv_heads, width, value_width), scale = np.random.default_rng(0), (300, 4, 2, 70, 37), 0.1
     documents = (np.arange(length) // 60 % 4).astype(np.int32)  # the first comes back
-    seen = np.tril(documents[:, None] == documents)
+    same = documents[:, None] == documents
     shapes = ((length, heads, width), (length, kv_heads, width), (length, kv_heads, value_width))
     sizes = (1, length, length, heads, kv_heads, width, value_width, *(n for _, h, d in shapes for n in (0, h * d, d)))
-    for half, bound in ((0, 1e-4), (1, 3e-2)):
+    for (half, bound), causal in itertools.product(((0, 1e-4), (1, 3e-2)), (1, 0)):
         inputs = [rng.standard_normal(shape).astype(np.float32) for shape in (*shapes, (length, heads, value_width))]
         inputs = [_truncated(x) if half else x for x in inputs]
         keep, y, log_sums = (
@@ -219,13 +219,13 @@ def _check_attention(library: ctypes.CDLL) -> None:
         gradients = [_empty(half, *shape) for shape in shapes]
         *qkv, dy = (x.ctypes.data for x in keep)
         made = (y.ctypes.data, log_sums.ctypes.data)
-        numbers = (ctypes.c_int64 * len(sizes))(*sizes)
+        numbers = (ctypes.c_int64 * (len(sizes) + 1))(*sizes, causal)
         library.moekit_attention(half, numbers, scale, None, documents.ctypes.data, 2, *qkv, *made)
         rest = (documents.ctypes.data, 2, *qkv, *made, dy, *(x.ctypes.data for x in gradients))
         library.moekit_attention_backward(half, numbers, scale, *rest)
         q, k, v, d = (x.astype(np.float64).repeat(heads // x.shape[1], 1).transpose(1, 0, 2) for x in inputs)
         scores = np.exp(q @ k.transpose(0, 2, 1) * scale)
-        shares = np.where(seen, scores, 0)
+        shares = np.where(np.tril(same) if causal else same, scores, 0)
         shares /= shares.sum(-1, keepdims=True)
         d_scores = d @ v.transpose(0, 2, 1)
         d_scores = shares * (d_scores - (shares * d_scores).sum(-1, keepdims=True)) * scale
@@ -237,7 +237,7 @@ def _check_attention(library: ctypes.CDLL) -> None:
             numbers[1], offset, found = few, np.array([length - few]), _empty(half, few, heads, value_width)
             at = (keep[0][-few:].ctypes.data, *qkv[1:], found.ctypes.data, None)
             library.moekit_attention(half, numbers, scale, offset.ctypes.data, None, 2, *at)
-            shares = np.tril(scores)[:, -few:]
+            shares = (np.tril(scores) if causal else scores)[:, -few:]
             whole = (shares / shares.sum(-1, keepdims=True) @ v).transpose(1, 0, 2)
             _compare(f"attention's last {few}", half, found, whole, bound)
 

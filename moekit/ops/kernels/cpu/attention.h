@@ -1,4 +1,4 @@
-// Softmax attention, causal and within documents, by blocks of queries.
+// Softmax attention, causal or not and within documents, by blocks of queries.
 //
 // No matrix of scores is kept, only each query's log-sum-exp: a thread holds what one block needs. All is done in tiles of
 // TILE_ROWS queries and keys; those that lie ahead, or in other documents, are passed over. Sums have one order, whatever
@@ -22,6 +22,9 @@ struct Strides {
 struct Sizes {  // all of 64 bits: this comes as one array
     int64_t batch, length, keys, heads, kv_heads, d, dv;
     Strides q, k, v;
+    int64_t causal;  // 0: a query sees the keys behind it too
+    // Behind the last key that the query at a position sees.
+    int64_t horizon(int64_t position) const { return causal ? std::min(keys, position + 1) : keys; }
     Strides rows(int64_t heads_of, int64_t width) const { return {length * heads_of * width, heads_of * width, width}; }
 };
 
@@ -101,7 +104,7 @@ template <class S> void attention_few(const Attention& s, const S* q, const S* k
         for (int64_t t = 0; t < s.batch * s.heads * s.length; t++) {
             const int64_t b = t / (s.heads * s.length), h = t / s.length % s.heads, i = t % s.length;
             const int64_t kv = h * s.kv_heads / s.heads;
-            const int64_t end = std::min(s.keys, (s.offsets ? s.offsets[b] : 0) + i + 1), last = end - 1;
+            const int64_t end = s.horizon((s.offsets ? s.offsets[b] : 0) + i), last = end - 1;
             gather(query, q + s.q.at(b, i, h), s.q.row, (const int64_t*)nullptr, 1, s.d, s.d);
             float high = -INFINITY;
             for (int64_t j = 0; j < end; j += together) {
@@ -179,7 +182,7 @@ template <class S> void attention(const Attention& s, const S* q, const S* k, co
             const int64_t b = t / s.heads % s.batch, h = t % s.heads, kv = h * s.kv_heads / s.heads;
             const int64_t begin = (blocks - 1 - t / (s.batch * s.heads)) * BLOCK;  // who sees most comes first
             const int64_t count = std::min(BLOCK, s.length - begin), offset = s.offsets ? s.offsets[b] : 0;
-            const int64_t end = std::min(s.keys, offset + begin + count);
+            const int64_t end = s.horizon(offset + begin + count - 1);
             const int32_t* ids = padded_ids(own, s, b);
             gather(rows, q + s.q.at(b, begin, h), s.q.row, (const int64_t*)nullptr, count, s.d, dp);
             std::fill(out, out + BLOCK * vp, 0.0f);
@@ -195,17 +198,17 @@ template <class S> void attention(const Attention& s, const S* q, const S* k, co
                 pack_panels(value_panels, v + s.v.at(b, key, kv), s.v.row, s.dv, taken);
                 for (int64_t m = 0; m < count; m += TILE_ROWS) {
                     const int64_t height = std::min<int64_t>(TILE_ROWS, count - m), position = offset + begin + m;
-                    const int64_t seen = std::min(taken, position + height - key);
+                    const int64_t seen = std::min(taken, s.horizon(position + height - 1) - key);
                     const int64_t depth = std::min(up(seen, PANEL), deep);
                     if (seen <= 0 || strangers(ids, key, key + seen, begin + m, begin + m + height)) continue;
                     std::fill(tops, tops + TILE_ROWS * LANES, -INFINITY);
                     for (int64_t n = 0; n < seen; n += PANEL) {
                         multiply_tile(height, dp, rows + m * dp, dp / each, 1, key_panels + n * dp, c);
-                        const bool all = key + n + PANEL - 1 <= position && !ids;
+                        const bool all = key + n + PANEL <= s.horizon(position) && !ids;
                         for (int64_t i = 0; i < height; i++)
                             for (int64_t w = 0; w < PANEL; w += LANES) {
                                 vec x = load(c + i * PANEL + w) * s.scale, top = load(tops + i * LANES);
-                                if (!all) x = counting(key + n + w) <= (int32_t)(position + i) ? x : splat(-INFINITY);
+                                if (!all) x = counting(key + n + w) < (int32_t)s.horizon(position + i) ? x : splat(-INFINITY);
                                 if (ids) x = load(ids + key + n + w) == ids[position + i] ? x : splat(-INFINITY);
                                 store(tops + i * LANES, x > top ? x : top);
                                 store(scores + i * KEYS + n + w, x);

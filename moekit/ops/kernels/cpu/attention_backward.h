@@ -73,7 +73,7 @@ void attention_backward(const Attention& s, const S* q, const S* k, const S* v, 
                 std::fill(d_keys, d_keys + KEYS * dc, 0.0f);
                 std::fill(d_values, d_values + KEYS * vc, 0.0f);
                 for (int64_t g = 0; g < group; g++)
-                    for (int64_t begin = key; begin < s.length; begin += QUERIES) {
+                    for (int64_t begin = s.causal ? key : 0; begin < s.length; begin += QUERIES) {
                         const int64_t count = std::min(QUERIES, s.length - begin), wide = Units<P>::padded(count);
                         const int64_t h = kv * group + g;
                         if (strangers(ids, key, key + taken, begin, begin + count)) continue;
@@ -82,7 +82,7 @@ void attention_backward(const Attention& s, const S* q, const S* k, const S* v, 
                         pack_panels(dy_panels, from_dy, at_y.row, s.dv, count);
                         for (int64_t i = 0; i < count; i += PANEL) {  // a panel of queries with all keys that it may see
                             const int width = (int)std::min<int64_t>(PANEL, count - i);
-                            const int64_t seen = std::min(taken, up(begin + i + 1, TILE_ROWS) - key);
+                            const int64_t seen = s.causal ? std::min(taken, up(begin + i + 1, TILE_ROWS) - key) : taken;
                             pack_transposed(turned_q, from_q + i * s.q.row, s.q.row, width, s.d);
                             pack_transposed(turned_dy, from_dy + i * at_y.row, at_y.row, width, s.dv);
                             const float *high = highs + g * length + begin + i, *delta = deltas + g * length + begin + i;
@@ -99,7 +99,7 @@ void attention_backward(const Attention& s, const S* q, const S* k, const S* v, 
                                 }
                                 multiply_tile(height, dp, keys + m * dp, dp / each, 1, turned_q, c);
                                 multiply_tile(height, vp, values + m * vp, vp / each, 1, turned_dy, e);
-                                const bool all = key + m + height - 1 <= begin + i;
+                                const bool all = !s.causal || key + m + height - 1 <= begin + i;
                                 for (int64_t j = 0; j < height; j++)
                                     for (int w = 0; w < PANEL; w += LANES) {
                                         vec p = decayed(load(c + j * PANEL + w) * s.scale - load(high + w));
@@ -112,7 +112,7 @@ void attention_backward(const Attention& s, const S* q, const S* k, const S* v, 
                             }
                         }
                         for (int64_t m = 0; m < taken; m += TILE_ROWS) {
-                            const int64_t first = std::max<int64_t>(0, key + m - begin);  // before it no query sees these
+                            const int64_t first = s.causal ? std::max<int64_t>(0, key + m - begin) : 0;  // before it no query sees these
                             if (first >= count) break;
                             const P *share = shares + m * QUERIES + first, *d_score = d_scores + m * QUERIES + first;
                             const int64_t height = std::min<int64_t>(TILE_ROWS, taken - m), rs = QUERIES / each;
@@ -126,7 +126,7 @@ void attention_backward(const Attention& s, const S* q, const S* k, const S* v, 
                             }
                         }
                         const unit* left = (const unit*)d_scores;
-                        const int64_t below = std::min(deep, up(begin + count, TILE_ROWS) - key);
+                        const int64_t below = s.causal ? std::min(deep, up(begin + count, TILE_ROWS) - key) : deep;
                         if (each > 1) {
                             const int64_t rows = std::min(taken, below);
                             pack((P*)paired, d_scores, QUERIES, (const int64_t*)nullptr, QUERIES, QUERIES, rows);
@@ -139,7 +139,7 @@ void attention_backward(const Attention& s, const S* q, const S* k, const S* v, 
                         const int64_t rs = flip ? below / each : 1, ks = flip ? 1 : QUERIES;
                         for (int64_t i = 0; i < count; i += TILE_ROWS) {
                             const int64_t height = std::min<int64_t>(TILE_ROWS, count - i);
-                            const int64_t depth = std::min(below, begin + i + TILE_ROWS - key);
+                            const int64_t depth = s.causal ? std::min(below, begin + i + TILE_ROWS - key) : below;
                             float* d_query = d_queries + (g * length + begin + i) * dc;
                             for (int64_t n = 0; n < s.d; n += PANEL) {
                                 multiply_tile(height, depth, (const P*)(left + i * rs), rs, ks, key_panels + n * deep, c);
