@@ -134,7 +134,8 @@ def memory(
     - the loss: the last norm, the gradients of its output and of the head, one chunk of logits;
     - with `recompute`: the input of every block, and all of the above for one block.
     Where experts' weights are merged, `merged_weights` is what exists of merged matrices at once: the backward pass
-    merges again instead of keeping them; generation has as many while it reads the prompts.
+    merges again instead of keeping them. Generation has as many while it reads prompts, and then keeps what each
+    sequence's tokens go through: `generation_merged_weights` is the larger of the two.
     In bfloat16 every matrix keeps its own half-size copy of a float32 input. Not counted: the allocator's slack, the
     optimiser's temporaries, rows that grouped products add for alignment.
     """
@@ -162,7 +163,9 @@ def memory(
         "kv_cache": tokens * kv_cache_bytes_per_token(config, size),
     }
     if isinstance(config.ffn, Variant) and (merged := config.ffn.merged_bytes(d, sequence_length, batch, size)):
-        training["merged_weights"] = generation["generation_merged_weights"] = merged
+        cached = batch * config.num_hidden_layers * config.ffn.cached_bytes(d, sequence_length, size) * config.causal
+        training["merged_weights"] = merged
+        generation["generation_merged_weights"] = max(merged, cached)
     training["training_total"] = sum(training.values())
     generation["generation_total"] = sum(generation.values())
     return training | generation

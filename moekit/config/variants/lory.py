@@ -54,5 +54,9 @@ class LoryConfig(Variant):
         inputs = (2 if size == 2 else 1) * dim
         return size * length * (inputs + 4 * self.intermediate_size) + 4 * segments * (dim + 4 * experts)
 
+    def cached_bytes(self, dim: int, length: int, size: int) -> int:
+        """Returns the bytes of the merged network, and of the float32 logits that it was merged by."""
+        return size * 3 * dim * self.intermediate_size + 4 * self.n_routed_experts
+
     def merged_bytes(self, dim: int, length: int, batch: int, size: int) -> int:
         return merged_at_once(size * 2 * dim * self.intermediate_size, batch * -(-length // self.segment_size))

@@ -124,6 +124,14 @@ class MEOConfig(Variant):
             return 0
         return merged_at_once(size * dim * self.intermediate_size, batch * self._units(length))
 
+    def cached_bytes(self, dim: int, length: int, size: int) -> int:
+        """Returns the bytes of both maps' merged matrices and biases, and of the float32 sums over each segment."""
+        if self.mode == "dispatch":
+            return 0
+        widths, weights = dim + self.intermediate_size, 2 * dim * self.intermediate_size
+        segments = -(-length // self.segment_size) if self.segment_size else 0
+        return size * (weights + widths) + 4 * segments * widths
+
     def _units(self, length: int) -> int:
         """Returns the merged matrices of one sequence, of each linear map."""
         return -(-length // (self.segment_size or length)) if self.level == "segment" else 1

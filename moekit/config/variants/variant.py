@@ -53,6 +53,10 @@ class Variant(Strict, ABC):
         """Returns the most bytes of merged matrices at any one time, for `batch` sequences; 0 where none is formed."""
         return 0
 
+    def cached_bytes(self, dim: int, length: int, size: int) -> int:
+        """Returns the bytes that one layer adds to the cache of one sequence of up to `length` tokens."""
+        return 0
+
     def buffer_bytes(self) -> int:
         """Returns the bytes of one layer's buffers."""
         return 0
