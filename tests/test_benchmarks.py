@@ -309,3 +309,39 @@ def test_mumoe_is_measured_beside_a_dense_layer_of_as_many_parameters(scripts: N
     parameters = [int(line[3].replace(",", "")) for line in lines if line[1] == "fp32"]
     assert max(parameters) < 1.1 * min(parameters)
     assert all(float(line[-1]) > 0 for line in lines if line[1] in ("fp32", "bf16"))
+
+
+@pytest.mark.usefixtures("scripts")
+def test_sentence_tasks_are_a_page_of_scores_differences_and_costs_made_a_few_runs_at_a_time(tmp_path: Path) -> None:
+    with gzip.open(Path(moekit.quickstart.__file__).parent / "text/math_en.train.jsonl.gz") as file:
+        (tmp_path / "text.jsonl").write_bytes(b"".join(itertools.islice(file, 20)))
+    prepare([tmp_path / "text.jsonl"], tmp_path / "text", vocab_size=300)
+    shrunk = {
+        "model.vocab_size": "301",
+        "model.hidden_size": "16",
+        "model.causal": "false",
+        "model.ffn.hidden_act": "gelu",
+        "objective.kind": "masked",
+    }
+    encoder = moekit.Model(load_run_config("tiny-dense", shrunk, template=True).model)
+    moekit.save(encoder, tmp_path / "encoder", tokenizer=moekit.load_tokenizer(tmp_path / "text"))
+    (tmp_path / "glue/rte").mkdir(parents=True)
+    lines = [f"{n}\tseven and {n}\tit is {n}\t{'not_' * (n % 2)}entailment\n" for n in range(12)]
+    for split, some in (("train", lines[:8]), ("dev", lines[8:])):
+        (tmp_path / f"glue/rte/{split}.tsv").write_text("index\tsentence1\tsentence2\tlabel\n" + "".join(some))
+    out = tmp_path / "glue.md"
+    sizes = "--tasks rte --seeds 1 --experts 3 --chosen 2 --batch 4 --steps 2 --runs 2"
+    words = [str(tmp_path / "encoder"), *sizes.split(), "--out", str(out)]
+    words += ["--data", str(tmp_path / "glue"), "--work", str(tmp_path / "work")]
+    for made in (2, 4, 5):
+        _module("glue").main(words)
+        assert len([*(tmp_path / "work").glob("rte/*/receipt.json")]) == made
+        assert (f" {5 - made} runs are missing" in out.read_text()) == (made < 5)
+    scores, told, cost = (_rows(part) for part in out.read_text().split("##"))
+    models = ["dense", "vanilla MoE", "MEO, sequence", "MEO, task", "MEO, token"]
+    assert [row[""] for row in scores] == [row[""] for row in cost] == models
+    assert [row[""] for row in told] == [name for name in models if name != "vanilla MoE"]
+    assert {row["rte"] for row in scores} <= {"0.0", "25.0", "50.0", "75.0", "100.0"}  # of four examples
+    flops = {row[""]: int(row["MFLOPs"].replace(",", "")) for row in cost}
+    assert flops["dense"] <= flops["MEO, task"] < flops["MEO, token"] < flops["vanilla MoE"]
+    assert all(float(row["rte"]) >= 0 for row in cost)
