@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from moekit.config.variants.variant import MERGED_BYTES
 from moekit.ops.autocast import autocast_off, cast_once
+from moekit.ops.kernels import merge as kernel
 from moekit.ops.routing import DROPPED, Routing
 
 
@@ -32,12 +33,15 @@ def merged_linear(
 ) -> Float[Tensor, "units tokens out"]:
     """Returns x through each unit's merged matrix, with gradients to x, mix, weight and bias.
 
-    No more than `max_bytes` of merged matrices exist at once, at least one; none is kept for the backward pass, which
-    merges again. Under autocast x and weights are cast, the mixing coefficients are not.
+    No more than `max_bytes` of merged matrices exist at once, at least one, and none where our kernels run; none is
+    kept for the backward pass, which merges again. Under autocast x is cast, the mixing coefficients are not, and
+    weights only where torch multiplies.
     """
-    x, cast = cast_once(x), cast_once(weight)
+    x = cast_once(x)
+    ours = kernel.has_kernel(x, weight)
+    weight = weight if ours else cast_once(weight)
     with autocast_off(x):
-        y: Tensor = _MergedLinear.apply(x, mix, cast, max_bytes)
+        y: Tensor = kernel.merged_linear(x, mix, weight) if ours else _MergedLinear.apply(x, mix, weight, max_bytes)
         return y if bias is None else y + (mix @ bias.to(mix.dtype)).unsqueeze(1).to(y.dtype)
 
 

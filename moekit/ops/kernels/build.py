@@ -42,6 +42,8 @@ SIGNATURES: dict[str, list[type]] = {
     "moekit_decode": [_POINTER, _LONG, *[_POINTER] * 3, _INT],
     "moekit_attention": [_INT, _POINTER, ctypes.c_float, _POINTER, _POINTER, _INT, *[_POINTER] * 5],
     "moekit_attention_backward": [_INT, _POINTER, ctypes.c_float, _POINTER, _INT, *[_POINTER] * 9],
+    "moekit_merged": [_INT, _INT, _POINTER, _POINTER, _INT, _INT, *[_POINTER] * 3],
+    "moekit_merged_gradient": [_INT, _INT, _POINTER, _POINTER, _INT, *[_POINTER] * 5],
     "moekit_rotate": [_INT, *[_LONG] * 4, _POINTER, *[_LONG] * 3, *[_POINTER] * 3, *[_INT] * 3],
     "moekit_combine": [_INT, *[_LONG] * 3, *[_POINTER] * 3, _LONG, _POINTER, _INT],
 }
@@ -159,6 +161,7 @@ def check(library: ctypes.CDLL) -> None:
     """Raises BuildError unless forward and gradients equal numpy's, in float32 and bfloat16, over awkward sizes."""
     _check_experts(library)
     _check_attention(library)
+    _check_merge(library)
 
 
 def _check_experts(library: ctypes.CDLL) -> None:
@@ -240,6 +243,34 @@ def _check_attention(library: ctypes.CDLL) -> None:
             shares = (np.tril(scores) if causal else scores)[:, -few:]
             whole = (shares / shares.sum(-1, keepdims=True) @ v).transpose(1, 0, 2)
             _compare(f"attention's last {few}", half, found, whole, bound)
+
+
+def _check_merge(library: ctypes.CDLL) -> None:
+    rng, (units, tokens, experts) = np.random.default_rng(0), (5, 35, 3)
+    mix = rng.random((units, experts), dtype=np.float32) * (rng.random((units, experts)) < 0.7)
+    for (half, bound), (rows, dim) in itertools.product(((0, 1e-4), (1, 3e-2)), ((70, 37), (37, 70))):
+        sizes = (ctypes.c_int64 * 5)(units, tokens, experts, rows, dim)
+        shapes = ((units, tokens, dim), (units, tokens, rows), (experts, rows, dim))
+        values = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+        x, dy, w = (_truncated(value) if half else value for value in values)
+        keep = [_bits(half, value) for value in (x, dy, w)]
+        found = [_empty(half, *shape) for shape in (dy.shape, x.shape, w.shape)] + [_empty(0, *mix.shape)]
+        at_x, at_dy, at_w, at_mix, *to = (value.ctypes.data for value in (*keep, mix, *found))
+        library.moekit_merged(half, half, sizes, at_mix, 2, 0, at_x, at_w, to[0])
+        library.moekit_merged(half, half, sizes, at_mix, 2, 1, at_dy, at_w, to[1])
+        library.moekit_merged_gradient(half, half, sizes, at_mix, 2, at_x, at_dy, at_w, *to[2:])
+        merged = np.einsum("ue,eod->uod", mix, w)
+        d_merged = np.einsum("uto,utd->uod", dy, x)
+        wanted = (
+            np.einsum("utd,uod->uto", x, merged),
+            np.einsum("uto,uod->utd", dy, merged),
+            np.einsum("ue,uod->eod", mix, d_merged),
+            np.einsum("uod,eod->ue", d_merged, w),
+        )
+        for name, value, of, one in zip(
+            ("y", "dx", "weights", "mix"), found, wanted, (half, half, half, 0), strict=True
+        ):
+            _compare(f"merging's {name}", one, value, of, bound)
 
 
 def _compare(name: str, half: int, found: np.ndarray, wanted: np.ndarray, bound: float) -> None:

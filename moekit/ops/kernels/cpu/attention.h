@@ -45,7 +45,6 @@ inline ivec load(const int32_t* p) {
     memcpy(&x, p, sizeof(x));
     return x;
 }
-inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Whether no id of [a, a_end) is one of [b, b_end), told by their ranges.
 inline bool strangers(const int32_t* ids, int64_t a, int64_t a_end, int64_t b, int64_t b_end) {
@@ -60,24 +59,6 @@ inline const int32_t* padded_ids(int32_t* to, const Attention& s, int64_t b) {
     memcpy(to, s.documents + b * s.length, s.length * 4);
     std::fill(to + s.length, to + up(s.length, TILE_ROWS), 0);
     return to;
-}
-
-// c[rows][PANEL] = a * panel for the rows of a tile, in equal parts of what the inner product takes at once.
-template <class P>
-void multiply_tile(int64_t rows, int64_t depth, const P* a, int64_t rs, int64_t ks, const P* panel, float* c) {
-    const unit *left = (const unit*)a, *right = (const unit*)panel;
-    const int64_t parts = (rows + tile_rows<P>() - 1) / tile_rows<P>();
-    for (int64_t p = 0; p < parts; p++) {
-        const int64_t begin = rows * p / parts, end = rows * (p + 1) / parts;
-        multiply<P>(end - begin, depth / Units<P>::each, left + begin * rs, rs, ks, right, c + begin * PANEL);
-    }
-}
-
-// `count` rows of x as panels of all their columns, one behind the other: a product's right side.
-template <class P, class S> void pack_panels(P* panels, const S* x, int64_t ld, int64_t width, int64_t count) {
-    const int64_t depth = Units<P>::padded(count);
-    for (int64_t n = 0; n < width; n += PANEL)
-        pack(panels + n * depth, x + n, ld, (const int64_t*)nullptr, std::min<int64_t>(PANEL, width - n), PANEL, count);
 }
 
 // A row of floats, padded to panels, to where it belongs.

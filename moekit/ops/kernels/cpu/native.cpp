@@ -14,6 +14,7 @@
 #include "experts.h"
 #include "fetch.h"
 #include "linear.h"
+#include "merge.h"
 #include "step.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -106,6 +107,19 @@ EXPORT void moekit_weight_gradient(int s_bf16, int w_bf16, int64_t experts, cons
     const Shape s{experts, 0, 0, offsets, tokens, threads};
     BY_TYPE((weight_gradient<S, W>(s, (const S*)left, ldl, left_is_gathered, height, (const S*)right, ldr,
                                    right_is_gathered, width, (W*)gradient)))
+}
+
+// sizes: the numbers of `Merging` (merge.h), in their order. back: dy to dx.
+EXPORT void moekit_merged(int s_bf16, int w_bf16, const int64_t* sizes, const float* mix, int threads, int back, const void* x,
+                          const void* w, void* y) {
+    const Merging s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], mix, threads};
+    BY_TYPE((merged_product<S, W>(s, back, (const S*)x, (const W*)w, (S*)y)))
+}
+
+EXPORT void moekit_merged_gradient(int s_bf16, int w_bf16, const int64_t* sizes, const float* mix, int threads, const void* x,
+                                   const void* dy, const void* w, void* dw, float* d_mix) {
+    const Merging s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], mix, threads};
+    BY_TYPE((merged_gradient<S, W>(s, (const S*)x, (const S*)dy, (const W*)w, (W*)dw, d_mix)))
 }
 
 EXPORT void moekit_combine(int s_bf16, int64_t tokens, int64_t k, int64_t dim, const void* rows, const int64_t* row_of,

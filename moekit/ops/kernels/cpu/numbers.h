@@ -162,6 +162,7 @@ struct Scratch {
     template <class T> T* take(int64_t count) { return (T*)bytes(count * sizeof(T)); }
 };
 thread_local Scratch scratch;
+inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline size_t room(int64_t count, size_t size) { return (count * size + 63) / 64 * 64; }
 
 }  // namespace

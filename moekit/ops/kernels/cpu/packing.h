@@ -158,6 +158,24 @@ template <class T> void stream_row(T* to, const float* c, int64_t width) {
     store_row(to, c, width);
 }
 
+// c[rows][PANEL] = a * panel for the rows of a tile, in equal parts of what the inner product takes at once.
+template <class P>
+void multiply_tile(int64_t rows, int64_t depth, const P* a, int64_t rs, int64_t ks, const P* panel, float* c) {
+    const unit *left = (const unit*)a, *right = (const unit*)panel;
+    const int64_t parts = (rows + tile_rows<P>() - 1) / tile_rows<P>();
+    for (int64_t p = 0; p < parts; p++) {
+        const int64_t begin = rows * p / parts, end = rows * (p + 1) / parts;
+        multiply<P>(end - begin, depth / Units<P>::each, left + begin * rs, rs, ks, right, c + begin * PANEL);
+    }
+}
+
+// `count` rows of x as panels of all their columns, one behind the other: a product's right side.
+template <class P, class S> void pack_panels(P* panels, const S* x, int64_t ld, int64_t width, int64_t count) {
+    const int64_t depth = Units<P>::padded(count);
+    for (int64_t n = 0; n < width; n += PANEL)
+        pack(panels + n * depth, x + n, ld, (const int64_t*)nullptr, std::min<int64_t>(PANEL, width - n), PANEL, count);
+}
+
 // The two sides of a product in numbers P: rows with memory for a tile behind them, and a panel of weights. Each lies in
 // memory that is given, bytes(...) of it.
 

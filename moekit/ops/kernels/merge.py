@@ -1,0 +1,71 @@
+"""Products with matrices mixed from experts' weights, through our own kernels: no merged matrix is ever whole."""
+
+import ctypes
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moekit.ops.kernels.build import native
+from moekit.ops.kernels.native import at
+
+
+def has_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Returns whether `merged_linear` can run on these tensors: float32, or bfloat16 with either weights, on a CPU."""
+    kinds = (x.dtype, weight.dtype)
+    float32, bfloat16 = torch.float32, torch.bfloat16
+    return (
+        x.device.type == weight.device.type == "cpu"
+        and kinds in ((float32, float32), (bfloat16, float32), (bfloat16, bfloat16))
+        and x.numel() > 0
+        and _has_library()
+    )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_library() -> bool:
+    return native().library is not None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def merged_linear(
+    x: Float[Tensor, "units tokens dim"], mix: Float[Tensor, "units experts"], weight: Float[Tensor, "experts out dim"]
+) -> Float[Tensor, "units tokens out"]:
+    """Returns x through each unit's merged matrix, with all gradients; mixed and summed in float32."""
+    y: Tensor = _MergedLinear.apply(x, mix, weight)
+    return y
+
+
+class _MergedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mix: Tensor, weight: Tensor) -> Tensor:
+        x, by, weight = x.contiguous(), mix.float().contiguous(), weight.contiguous()
+        ctx.save_for_backward(x, by, weight)
+        ctx.mix_dtype = mix.dtype
+        y = x.new_empty(*x.shape[:2], weight.shape[1])
+        _call("merged", x, by, weight, False, x, weight, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, by, weight = ctx.saved_tensors
+        wants_x, wants_mix, wants_weight = ctx.needs_input_grad
+        dy = dy.contiguous()
+        dx = torch.empty_like(x) if wants_x else None
+        d_weight = torch.empty_like(weight) if wants_weight else None
+        d_mix = torch.empty_like(by) if wants_mix else None
+        if dx is not None:
+            _call("merged", x, by, weight, True, dy, weight, dx)
+        if wants_mix or wants_weight:
+            _call("merged_gradient", x, by, weight, x, dy, weight, d_weight, d_mix)
+        return dx, None if d_mix is None else d_mix.to(ctx.mix_dtype), d_weight
+
+
+def _call(name: str, x: Tensor, by: Tensor, weight: Tensor, *arguments: Tensor | bool | None) -> None:
+    sizes = (ctypes.c_int64 * 5)(*x.shape[:2], *weight.shape)
+    kinds = (tensor.dtype == torch.bfloat16 for tensor in (x, weight))
+    rest = (one if isinstance(one, bool) else at(one) for one in arguments)
+    getattr(native().library, f"moekit_{name}")(*kinds, sizes, at(by), torch.get_num_threads(), *rest)
