@@ -42,7 +42,7 @@ class Task(NamedTuple):
 
 TASKS = {
     "cola": Task(2, 3, ("matthews",), "Is this sentence grammatical English?"),
-    "sst2": Task(2, 0.5, ("accuracy",), "Is the mood of this film review positive or negative?"),
+    "sst2": Task(2, 0.33, ("accuracy",), "Is the mood of this film review positive or negative?"),
     "mrpc": Task(2, 3, ("f1", "accuracy"), "Do these two sentences from the news say the same?"),
     "stsb": Task(1, 3, ("pearson", "spearman"), "How alike are two sentences in meaning, from 0 to 5?"),
     "rte": Task(2, 3, ("accuracy",), "Does the second sentence follow from the first?"),
