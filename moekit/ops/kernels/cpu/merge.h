@@ -98,15 +98,14 @@ template <class S, class W> void merged_product(const Merging& s, bool back, con
                         pack(panels + n * padded + m * PANEL, part + n, STRIP, (const int64_t*)nullptr,
                              std::min<int64_t>(PANEL, columns - n), PANEL, rows);
                 }
-                for (int64_t t = 0; t < s.tokens; t += step) {
-                    const int64_t taken = std::min(step, s.tokens - t), row = u * s.tokens + t;
-                    for (int64_t n = 0; n < columns; n += PANEL) {
+                for (int64_t n = 0; n < columns; n += PANEL)
+                    for (int64_t t = 0; t < s.tokens; t += step) {
+                        const int64_t taken = std::min(step, s.tokens - t), row = u * s.tokens + t;
                         multiply<P>(taken, padded / Units<P>::each, (const unit*)(in.at + row * in.stride),
                                     padded / Units<P>::each, 1, (const unit*)(panels + n * padded), c);
                         for (int64_t i = 0; i < taken; i++)
                             store_row(y + (row + i) * wide + first + n, c + i * PANEL, columns - n);
                     }
-                }
             }
         }
     }
