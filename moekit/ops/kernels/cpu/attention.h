@@ -66,10 +66,6 @@ template <class S> void store_wide(S* to, const float* row, int64_t width) {
     for (int64_t n = 0; n < width; n += PANEL) store_row(to + n, row + n, width - n);
 }
 
-inline void add_row(float* to, const float* c) {
-    for (int w = 0; w < PANEL; w += LANES) store(to + w, load(to + w) + load(c + w));
-}
-
 // A few queries a sequence (decoding): keys and values are read as they lie, for packing would cost more than it saves.
 template <class S> void attention_few(const Attention& s, const S* q, const S* k, const S* v, S* y) {
     constexpr int together = 4;  // keys

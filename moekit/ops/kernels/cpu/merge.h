@@ -60,53 +60,101 @@ void mix(float* to, const W* from, int64_t stride, const Shares& shares, int64_t
     }
 }
 
-// y (units, tokens, rows) = x (units, tokens, dim) times each unit's matrix transposed; or, `back`, x (units, tokens, rows)
-// times the matrix itself, y (units, tokens, dim).
-template <class S, class W> void merged_product(const Merging& s, bool back, const S* x, const W* w, S* y) {
+// Rows of x as the left side of products, all of them for all threads.
+template <class P> struct Shared {
+    std::vector<char> memory;
+    Left<P> rows;
+    Shared(int64_t count, int64_t k)
+        : memory(Left<P>::bytes(count, k) + 64), rows(memory.data() + 64 - (uintptr_t)memory.data() % 64, count, k) {}
+};
+
+// y (units, tokens, rows) = x (units, tokens, dim) times each unit's matrix transposed.
+template <class S, class W> void merged_forward(const Merging& s, const S* x, const W* w, S* y) {
     typedef Product<S> P;
-    constexpr int64_t STRIP = 4 * PANEL;  // columns that are mixed at once, to read the weights in longer pieces
     const Shares shares(s);
-    const int64_t deep = back ? s.rows : s.dim, wide = back ? s.dim : s.rows, each = back ? STRIP : PANEL;
-    const int64_t strips = (wide + each - 1) / each, padded = Units<P>::padded(deep);
-    const int64_t groups = std::max<int64_t>(1, std::min(s.units, 4 * s.threads / strips));  // of units: enough tasks
-    std::vector<char> memory(Left<P>::bytes(s.all(), deep) + 64);
-    Left<P> in(memory.data() + 64 - (uintptr_t)memory.data() % 64, s.all(), deep);
+    const int64_t panels = (s.rows + PANEL - 1) / PANEL;
+    const int64_t groups = std::max<int64_t>(1, std::min(s.units, 4 * s.threads / panels));  // of units: enough tasks
+    Shared<P> in(s.all(), s.dim);
 #pragma omp parallel num_threads(s.threads)
     {
         AmxTiles tiles;
-        const int64_t mixed = back ? TILE_ROWS * STRIP : PANEL * deep;
-        scratch.reserve(room(padded * each, sizeof(P)) + room(mixed, 4) + room(TILE_ROWS * PANEL, 4));
-        P* panels = scratch.take<P>(padded * each);
-        float* part = scratch.take<float>(mixed);
+        scratch.reserve(Right<P>::bytes(s.dim) + room(PANEL * s.dim, 4) + room(TILE_ROWS * PANEL, 4));
+        Right<P> panel(scratch.bytes(Right<P>::bytes(s.dim)), s.dim);
+        float* part = scratch.take<float>(PANEL * s.dim);
         float* c = scratch.take<float>(TILE_ROWS * PANEL);
         const int64_t step = Left<P>::step();
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < s.all(); t++) in.take(t, x + t * deep, deep, nullptr, 1, deep);
+        for (int64_t t = 0; t < s.all(); t++) in.rows.take(t, x + t * s.dim, s.dim, nullptr, 1, s.dim);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < panels * groups; task++) {
+            const int64_t n = task / groups * PANEL, columns = std::min<int64_t>(PANEL, s.rows - n), group = task % groups;
+            for (int64_t u = s.units * group / groups; u < s.units * (group + 1) / groups; u++) {
+                mix(part, w + n * s.dim, s.matrix(), shares, u, columns * s.dim);
+                pack_transposed(panel.at, part, s.dim, (int)columns, s.dim);
+                for (int64_t t = u * s.tokens; t < (u + 1) * s.tokens; t += step) {
+                    const int64_t taken = std::min(step, (u + 1) * s.tokens - t);
+                    multiply(in.rows, t, taken, panel, c);
+                    for (int64_t i = 0; i < taken; i++) store_row(y + (t + i) * s.rows + n, c + i * PANEL, columns);
+                }
+            }
+        }
+    }
+}
+
+// dx (units, tokens, dim) = dy (units, tokens, rows) times each unit's matrix: some columns of some units are summed over
+// all rows of the weights, a block of which stays in the cache for these units.
+template <class S, class W> void merged_backward(const Merging& s, const S* dy, const W* w, S* dx) {
+    typedef Product<S> P;
+    constexpr int each = Units<P>::each;
+    constexpr int64_t STRIP = 4 * PANEL, DEEP = 4 * TILE_ROWS;  // columns and rows of a block
+    const Shares shares(s);
+    const int64_t strips = (s.dim + STRIP - 1) / STRIP;
+    const int64_t near = std::max<int64_t>(1, (1 << 17) / std::max<int64_t>(1, s.tokens * STRIP));  // units: their sums stay too
+    const int64_t enough = std::min(s.units, 4 * s.threads / strips);
+    const int64_t groups = std::max<int64_t>(1, std::max((s.units + near - 1) / near, enough));
+    Shared<P> in(s.all(), s.rows);
+#pragma omp parallel num_threads(s.threads)
+    {
+        AmxTiles tiles;
+        const int64_t most = (s.units + groups - 1) / groups * s.tokens;
+        scratch.reserve(room(most * STRIP, 4) + room(DEEP * STRIP, sizeof(P)) + room(TILE_ROWS * STRIP, 4) + room(TILE_ROWS * PANEL, 4));
+        float* sums = scratch.take<float>(most * STRIP);
+        P* panels = scratch.take<P>(DEEP * STRIP);
+        float* part = scratch.take<float>(TILE_ROWS * STRIP);
+        float* c = scratch.take<float>(TILE_ROWS * PANEL);
+        const int64_t step = Left<P>::step(), rs = in.rows.stride / each;
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < s.all(); t++) in.rows.take(t, dy + t * s.rows, s.rows, nullptr, 1, s.rows);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < strips * groups; task++) {
-            const int64_t first = task / groups * each, columns = std::min(each, wide - first), group = task % groups;
-            for (int64_t u = s.units * group / groups; u < s.units * (group + 1) / groups; u++) {
-                if (!back) {
-                    mix(part, w + first * s.dim, s.matrix(), shares, u, columns * deep);
-                    pack_transposed(panels, part, deep, (int)columns, deep);
-                }
-                for (int64_t m = 0; back && m < deep; m += TILE_ROWS) {
-                    const int64_t rows = std::min<int64_t>(TILE_ROWS, deep - m);
-                    for (int64_t i = 0; i < rows; i++)
-                        mix(part + i * STRIP, w + (m + i) * s.dim + first, s.matrix(), shares, u, columns);
-                    for (int64_t n = 0; n < columns; n += PANEL)
-                        pack(panels + n * padded + m * PANEL, part + n, STRIP, (const int64_t*)nullptr,
-                             std::min<int64_t>(PANEL, columns - n), PANEL, rows);
-                }
-                for (int64_t n = 0; n < columns; n += PANEL)
-                    for (int64_t t = 0; t < s.tokens; t += step) {
-                        const int64_t taken = std::min(step, s.tokens - t), row = u * s.tokens + t;
-                        multiply<P>(taken, padded / Units<P>::each, (const unit*)(in.at + row * in.stride),
-                                    padded / Units<P>::each, 1, (const unit*)(panels + n * padded), c);
-                        for (int64_t i = 0; i < taken; i++)
-                            store_row(y + (row + i) * wide + first + n, c + i * PANEL, columns - n);
+            const int64_t first = task / groups * STRIP, columns = std::min(STRIP, s.dim - first), group = task % groups;
+            const int64_t begin = s.units * group / groups, end = s.units * (group + 1) / groups;
+            std::fill(sums, sums + (end - begin) * s.tokens * STRIP, 0.0f);
+            for (int64_t m = 0; m < s.rows; m += DEEP) {
+                const int64_t deep = std::min(DEEP, s.rows - m), depth = Units<P>::padded(deep);
+                for (int64_t u = begin; u < end; u++) {
+                    for (int64_t k = 0; k < deep; k += TILE_ROWS) {
+                        const int64_t rows = std::min<int64_t>(TILE_ROWS, deep - k);
+                        for (int64_t i = 0; i < rows; i++)
+                            mix(part + i * STRIP, w + (m + k + i) * s.dim + first, s.matrix(), shares, u, columns);
+                        for (int64_t n = 0; n < columns; n += PANEL)
+                            pack(panels + n * depth + k * PANEL, part + n, STRIP, (const int64_t*)nullptr,
+                                 std::min<int64_t>(PANEL, columns - n), PANEL, rows);
                     }
+                    for (int64_t t = 0; t < s.tokens; t += step) {
+                        const int64_t taken = std::min(step, s.tokens - t);
+                        const unit* left = (const unit*)(in.rows.at + (u * s.tokens + t) * in.rows.stride + m);
+                        for (int64_t n = 0; n < columns; n += PANEL) {
+                            multiply<P>(taken, depth / each, left, rs, 1, (const unit*)(panels + n * depth), c);
+                            for (int64_t i = 0; i < taken; i++)
+                                add_row(sums + ((u - begin) * s.tokens + t + i) * STRIP + n, c + i * PANEL);
+                        }
+                    }
+                }
             }
+            for (int64_t t = 0; t < (end - begin) * s.tokens; t++)
+                for (int64_t n = 0; n < columns; n += PANEL)
+                    store_row(dx + (begin * s.tokens + t) * s.dim + first + n, sums + t * STRIP + n, columns - n);
         }
     }
 }
@@ -132,12 +180,33 @@ inline void tile_dots(const float* tiles, const float* w, int units, float* out,
     }
 }
 
+template <int N> void add_tiles_of(float* to, const float* const* tiles, const float* by, int64_t count) {
+    for (int64_t n = 0; n < count; n += LANES) {
+        vec sum = load(to + n);
+        for (int i = 0; i < N; i++) sum += by[i] * load(tiles[i] + n);
+        store(to + n, sum);
+    }
+}
+
+// to += the sum over units of mix[unit] times its tile; most experts have no part in most units.
+inline void add_tiles(float* to, const float* c, const float* mix, int64_t stride, int units, int64_t count) {
+    const float* tiles[TOGETHER];
+    float by[TOGETHER];
+    int found = 0;
+    for (int u = 0; u < units; u++)
+        if (mix[u * stride] != 0) tiles[found] = c + u * TILE, by[found++] = mix[u * stride];
+    static_assert(TOGETHER == 4, "one case for each number of units");
+    if (found == 1) add_tiles_of<1>(to, tiles, by, count);
+    if (found == 2) add_tiles_of<2>(to, tiles, by, count);
+    if (found == 3) add_tiles_of<3>(to, tiles, by, count);
+    if (found == 4) add_tiles_of<4>(to, tiles, by, count);
+}
+
 // The gradients of the weights and of the coefficients, either of which may be null. Sums have one order, whatever the
 // number of threads.
 template <class S, class W>
 void merged_gradient(const Merging& s, const S* x, const S* dy, const W* w, W* dw, float* d_mix) {
     typedef Product<S> P;
-    const Shares shares(s);
     const int64_t depth = Units<P>::padded(s.tokens), units_deep = depth / Units<P>::each, width = up(s.dim, PANEL);
     const int64_t height = up(s.rows, TILE_ROWS), across = width / PANEL, down = height / TILE_ROWS;
     // panels that a task takes: the tiles of all experts, weights and gradients, stay in the cache
@@ -185,12 +254,9 @@ void merged_gradient(const Merging& s, const S* x, const S* dy, const W* w, W* d
                         const P* left = lefts.data() + ((u + i) * height + m) * depth;
                         const P* right = rights.data() + (u + i) * depth * width + (first + p) * PANEL * depth;
                         multiply_tile(rows, depth, left, rs, ks, right, c + i * TILE);
-                        for (const auto* one = shares.begin(u + i); dw && one < shares.end(u + i); one++) {
-                            float* to = sums + (one->expert * most + p) * TILE;
-                            for (int64_t n = 0; n < rows * PANEL; n += LANES)
-                                store(to + n, load(to + n) + one->weight * load(c + i * TILE + n));
-                        }
                     }
+                    for (int64_t e = 0; dw && e < s.experts; e++)
+                        add_tiles(sums + (e * most + p) * TILE, c, s.mix + u * s.experts + e, s.experts, together, rows * PANEL);
                     for (int64_t e = 0; d_mix && e < s.experts; e++)
                         tile_dots(c, weights + (e * most + p) * TILE, together, partial.data() + (task * s.units + u) * s.experts + e, s.experts);
                 }

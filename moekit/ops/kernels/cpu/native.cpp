@@ -113,7 +113,8 @@ EXPORT void moekit_weight_gradient(int s_bf16, int w_bf16, int64_t experts, cons
 EXPORT void moekit_merged(int s_bf16, int w_bf16, const int64_t* sizes, const float* mix, int threads, int back, const void* x,
                           const void* w, void* y) {
     const Merging s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], mix, threads};
-    BY_TYPE((merged_product<S, W>(s, back, (const S*)x, (const W*)w, (S*)y)))
+    BY_TYPE((back ? merged_backward<S, W>(s, (const S*)x, (const W*)w, (S*)y)
+                  : merged_forward<S, W>(s, (const S*)x, (const W*)w, (S*)y)))
 }
 
 EXPORT void moekit_merged_gradient(int s_bf16, int w_bf16, const int64_t* sizes, const float* mix, int threads, const void* x,

@@ -146,7 +146,11 @@ template <class T> void store_row(T* to, const float* c, int64_t width) {
         for (int64_t n = 0; n < width; n++) assign(to[n], c[n]);
 }
 
-// The same past the cache, where the row allows it: nobody reads a gradient soon.
+inline void add_row(float* to, const float* c) {
+    for (int w = 0; w < PANEL; w += LANES) store(to + w, load(to + w) + load(c + w));
+}
+
+// A tile's row past the cache, where the row in memory allows it: nobody reads a gradient soon.
 template <class T> void stream_row(T* to, const float* c, int64_t width) {
 #if LANES == 16
     if constexpr (sizeof(T) == 4)
