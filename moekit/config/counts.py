@@ -133,9 +133,9 @@ def memory(
       `native` and `triton` back ends keep neither row, only each token once);
     - the loss: the last norm, the gradients of its output and of the head, one chunk of logits;
     - with `recompute`: the input of every block, and all of the above for one block.
-    Where experts' weights are merged, `merged_weights` is what exists of merged matrices at once: the backward pass
-    merges again instead of keeping them. Generation has as many while it reads prompts, and then keeps what each
-    sequence's tokens go through: `generation_merged_weights` is the larger of the two.
+    Where experts' weights are merged, `merged_weights` is what exists of merged matrices at once (none where our
+    kernels run): the backward pass merges again instead of keeping them. Generation has as many while it reads prompts,
+    and then keeps what each sequence's tokens go through: `generation_merged_weights` is the larger of the two.
     In bfloat16 every matrix keeps its own half-size copy of a float32 input. Not counted: the allocator's slack, the
     optimiser's temporaries, rows that grouped products add for alignment.
     """

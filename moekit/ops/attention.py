@@ -54,8 +54,7 @@ def all_seen(
     """
     ids = document_ids
     if padding_mask is not None:
-        ids = torch.zeros_like(padding_mask, dtype=torch.long) if ids is None else ids
-        ids = torch.where(padding_mask, ids, ids.min() - 1)
+        ids = padding_mask.long() if ids is None else (2 * ids + 1) * padding_mask  # odd for documents, 0 for padding
     if ids is None or native.has_kernels(ids.device):
         return Seen(document_ids=ids, causal=False)
     return Seen(mask=_same(ids).unsqueeze(1), causal=False)

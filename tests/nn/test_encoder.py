@@ -51,6 +51,17 @@ def test_padding_changes_nothing(tiny_config: Configs, device: torch.device, att
         assert int(found.token_loss.tokens) == 14
 
 
+@pytest.mark.parametrize(("batch", "length"), [(0, 3), (2, 0)])
+@pytest.mark.parametrize("documents", [False, True])
+def test_nothing_at_all_gives_nothing(
+    tiny_config: Configs, device: torch.device, batch: int, length: int, documents: bool
+) -> None:
+    ids = torch.zeros(batch, length, dtype=torch.long, device=device)
+    model = made(tiny_config(causal=False), device)
+    found = model(ids, document_ids=ids if documents else None, padding_mask=ids == 0).hidden
+    assert found.shape == (batch, length, model.config.hidden_size)
+
+
 def test_attention_stays_inside_a_document(tiny_config: Configs, device: torch.device) -> None:
     model = made(tiny_config(causal=False), device)
     ids = torch.randint(0, 61, (1, 9), device=device)

@@ -28,8 +28,7 @@ void linear_few(int64_t tokens, int64_t rows, int64_t k, const S* x, int64_t ldx
 // The same in panels, multiplied as P.
 template <class P, class S, class W>
 void linear_panels(int64_t tokens, int64_t rows, int64_t k, const S* x, int64_t ldx, const W& w, S* y, int threads) {
-    std::vector<char> memory(Left<P>::bytes(tokens, k) + 64);
-    Left<P> in(memory.data() + 64 - (uintptr_t)memory.data() % 64, tokens, k);
+    Shared<P> in(tokens, k);
 #pragma omp parallel num_threads(threads)
     {
         AmxTiles tiles(!std::is_same<P, Product<S>>::value);
@@ -38,14 +37,14 @@ void linear_panels(int64_t tokens, int64_t rows, int64_t k, const S* x, int64_t 
         float* c = scratch.take<float>(TILE_ROWS * PANEL);
         const int64_t step = Left<P>::step();
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++) in.take(t, x + t * ldx, ldx, nullptr, 1, k);
+        for (int64_t t = 0; t < tokens; t++) in.rows.take(t, x + t * ldx, ldx, nullptr, 1, k);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t part = 0; part < (rows + PANEL - 1) / PANEL; part++) {
             const int64_t n = part * PANEL, width = std::min<int64_t>(PANEL, rows - n);
             panel.pack(w.rows(n), width);
             for (int64_t t = 0; t < tokens; t += step) {
                 const int64_t taken = std::min<int64_t>(step, tokens - t);
-                multiply(in, t, taken, panel, c);
+                multiply(in.rows, t, taken, panel, c);
                 for (int64_t i = 0; i < taken; i++) store_row(y + (t + i) * rows + n, c + i * PANEL, width);
             }
         }

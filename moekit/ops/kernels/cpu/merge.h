@@ -39,7 +39,7 @@ struct Shares {
 
 // to = the sum over a unit's experts of weight * from, `stride` apart; `count` numbers.
 template <class W>
-void mix(float* to, const W* from, int64_t stride, const Shares& shares, int64_t u, int64_t count) {
+void mix_experts(float* to, const W* from, int64_t stride, const Shares& shares, int64_t u, int64_t count) {
     int64_t n = 0;
     for (; n + 4 * LANES <= count; n += 4 * LANES) {
         vec sum[4] = {};
@@ -59,14 +59,6 @@ void mix(float* to, const W* from, int64_t stride, const Shares& shares, int64_t
         to[n] = sum;
     }
 }
-
-// Rows of x as the left side of products, all of them for all threads.
-template <class P> struct Shared {
-    std::vector<char> memory;
-    Left<P> rows;
-    Shared(int64_t count, int64_t k)
-        : memory(Left<P>::bytes(count, k) + 64), rows(memory.data() + 64 - (uintptr_t)memory.data() % 64, count, k) {}
-};
 
 // y (units, tokens, rows) = x (units, tokens, dim) times each unit's matrix transposed.
 template <class S, class W> void merged_forward(const Merging& s, const S* x, const W* w, S* y) {
@@ -89,7 +81,7 @@ template <class S, class W> void merged_forward(const Merging& s, const S* x, co
         for (int64_t task = 0; task < panels * groups; task++) {
             const int64_t n = task / groups * PANEL, columns = std::min<int64_t>(PANEL, s.rows - n), group = task % groups;
             for (int64_t u = s.units * group / groups; u < s.units * (group + 1) / groups; u++) {
-                mix(part, w + n * s.dim, s.matrix(), shares, u, columns * s.dim);
+                mix_experts(part, w + n * s.dim, s.matrix(), shares, u, columns * s.dim);
                 pack_transposed(panel.at, part, s.dim, (int)columns, s.dim);
                 for (int64_t t = u * s.tokens; t < (u + 1) * s.tokens; t += step) {
                     const int64_t taken = std::min(step, (u + 1) * s.tokens - t);
@@ -136,7 +128,7 @@ template <class S, class W> void merged_backward(const Merging& s, const S* dy, 
                     for (int64_t k = 0; k < deep; k += TILE_ROWS) {
                         const int64_t rows = std::min<int64_t>(TILE_ROWS, deep - k);
                         for (int64_t i = 0; i < rows; i++)
-                            mix(part + i * STRIP, w + (m + k + i) * s.dim + first, s.matrix(), shares, u, columns);
+                            mix_experts(part + i * STRIP, w + (m + k + i) * s.dim + first, s.matrix(), shares, u, columns);
                         for (int64_t n = 0; n < columns; n += PANEL)
                             pack(panels + n * depth + k * PANEL, part + n, STRIP, (const int64_t*)nullptr,
                                  std::min<int64_t>(PANEL, columns - n), PANEL, rows);

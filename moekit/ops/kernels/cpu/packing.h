@@ -205,6 +205,14 @@ template <class P> struct Right {
     template <class W> void pack(const W& w, int columns) { pack_transposed(at, w, columns); }
 };
 
+// Rows of x as the left side of products, all of them for all threads.
+template <class P> struct Shared {
+    std::vector<char> memory;
+    Left<P> rows;
+    Shared(int64_t count, int64_t k)
+        : memory(Left<P>::bytes(count, k) + 64), rows(memory.data() + 64 - (uintptr_t)memory.data() % 64, count, k) {}
+};
+
 // c[rows][PANEL] = rows `first` on of a times the panel.
 template <class P> void multiply(const Left<P>& a, int64_t first, int64_t rows, const Right<P>& panel, float* c, Ahead ahead = {}) {
     const int64_t depth = a.stride / Units<P>::each;
