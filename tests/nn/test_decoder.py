@@ -151,16 +151,19 @@ def test_what_is_not_finite_is_not_rounded_away(
 
 
 @pytest.mark.parametrize("attention", [{}, {"kind": "mla"}, {"kind": "mla", "q_lora_rank": 7}])
+@pytest.mark.parametrize(("hidden_size", "width"), [(12, 5), (76, 45), (64, 96)])
 def test_in_bfloat16_it_is_no_further_from_float32_than_the_model_is(
-    tiny_config: Callable[..., ModelConfig], attention: dict[str, Any]
+    tiny_config: Callable[..., ModelConfig], hidden_size: int, width: int, attention: dict[str, Any]
 ) -> None:
-    model = Model(tiny_config(attention=attention)).eval()
+    model = Model(
+        tiny_config(hidden_size=hidden_size, attention=attention, ffn={"moe_intermediate_size": width})
+    ).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().float()
     exact = steps(model, native=False)
     model.bfloat16()
     slow, fast = ((steps(model, native).float() - exact).abs().mean() for native in (False, True))
-    assert fast < 1.2 * slow  # measured 0.5
+    assert fast < 1.2 * slow  # measured 0.09 to 0.97
 
 
 @pytest.mark.parametrize("attention", ["mha", "mla"])

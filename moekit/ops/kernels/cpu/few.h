@@ -20,12 +20,39 @@ template <int M, int N, class T> void block(const Plain<T>& w, int64_t n, const 
             for (int m = 0; m < M; m++) sum[m][j] += a[m] * b;
         }
     }
-    for (int m = 0; m < M; m++) {
-        totals(sum[m], out + m * ldo + n);
+    totals(sum, out + n, ldo);
+    for (int m = 0; m < M; m++)
         for (int64_t r = i; r < w.k; r++)
             for (int j = 0; j < N; j++) out[m * ldo + n + j] += x[m * ldx + r] * to_float(at[j * w.k + r]);
-    }
 }
+
+#ifdef HAS_BF16
+// Rows rounded to bfloat16, as a prompt's are: twice as many products an instruction, and no weight is unpacked.
+template <int M, int N>
+void block(const Plain<bf16>& w, int64_t n, const bf16* x, int64_t ldx, float* out, int64_t ldo) {
+    constexpr int64_t WIDTH = 2 * LANES;
+    vec sum[M][N] = {};
+    const bf16* at = w.at + n * w.k;
+    auto add = [&](int64_t i, __mmask32 there) __attribute__((always_inline)) {
+        __m512bh a[M];
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) a[m] = (__m512bh)_mm512_maskz_loadu_epi16(there, x + m * ldx + i);
+#pragma GCC unroll 4
+        for (int j = 0; j < N; j++) {
+            const __m512bh b = (__m512bh)_mm512_maskz_loadu_epi16(there, at + j * w.k + i);
+#pragma GCC unroll 4
+            for (int m = 0; m < M; m++) sum[m][j] = (vec)_mm512_dpbf16_ps((__m512)sum[m][j], a[m], b);
+        }
+    };
+    const int64_t whole = w.k / WIDTH * WIDTH;
+    for (int64_t i = 0; i < whole; i += WIDTH) {
+        ask((const char*)(at + N * w.k), i / WIDTH, N * WIDTH * sizeof(bf16));
+        add(i, ~(__mmask32)0);
+    }
+    if (whole < w.k) add(whole, ((__mmask32)1 << (w.k - whole)) - 1);
+    totals(sum, out + n, ldo);
+}
+#endif
 
 template <int M, int N, int BITS>
 void block(const Groups<BITS>& w, int64_t n, const float* x, int64_t ldx, float* out, int64_t ldo) {
@@ -47,7 +74,7 @@ void block(const Groups<BITS>& w, int64_t n, const float* x, int64_t ldx, float*
             }
         }
     }
-    for (int m = 0; m < M; m++) totals(sum[m], out + m * ldo + n);
+    totals(sum, out + n, ldo);
 }
 
 template <int M, class W, class X> void dots_of(const W& w, int64_t rows, const X* x, int64_t ldx, float* out, int64_t ldo) {
@@ -89,10 +116,25 @@ void rows_with(const W& w, int64_t first, int64_t last, const X* x, int64_t ldx,
                  out + m * ldo + n - first, ldo);
 }
 
-// Rows of activations for products with several matrices, rounded when the first one in codes asks for that.
+// Rows of activations for products with several matrices, rounded when the first one that wants them so asks.
 struct Rows {
     const float* x;
     int64_t ld, count, k;
+#ifdef HAS_BF16
+    std::vector<bf16> in16 = {};
+
+    void product(const Plain<bf16>& w, int64_t first, int64_t last, float* out, int64_t ldo) {
+        if (in16.empty()) {
+            in16.resize(count * k);
+            gather(in16.data(), x, ld, (const int64_t*)nullptr, count, k, k);
+        }
+        rows_with(w, first, last, in16.data(), k, count, out, ldo);
+    }
+#else
+    void product(const Plain<bf16>& w, int64_t first, int64_t last, float* out, int64_t ldo) {
+        rows_with(w, first, last, x, ld, count, out, ldo);
+    }
+#endif
 #ifdef HAS_VNNI
     std::vector<Chunk<8>> in8 = {};
     std::vector<Chunk<4>> in4 = {};
@@ -116,7 +158,7 @@ void rows_of(const Matrix& w, int64_t first, int64_t last, Rows& in, float* out,
     const Groups<8> bytes(w.data, w.scales, in.k);
     const Groups<4> halves(w.data, w.scales, in.k);
     if (w.kind == 0) rows_with(Plain<float>(w.data, w.scales, in.k), first, last, in.x, in.ld, in.count, out + first, ldo);
-    if (w.kind == 1) rows_with(Plain<bf16>(w.data, w.scales, in.k), first, last, in.x, in.ld, in.count, out + first, ldo);
+    if (w.kind == 1) in.product(Plain<bf16>(w.data, w.scales, in.k), first, last, out + first, ldo);
 #ifdef HAS_VNNI
     if (w.kind == 2) in.product(bytes, first, last, in.in8, out + first, ldo);
     if (w.kind == 3) in.product(halves, first, last, in.in4, out + first, ldo);

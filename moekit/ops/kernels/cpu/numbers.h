@@ -1,4 +1,4 @@
-// Vectors of floats that any compiler lowers, bfloat16 beside them, exp, and memory that a thread keeps.
+// Vectors of floats that any compiler lowers, bfloat16 beside them, exp, rows of them, and memory that a thread keeps.
 
 #pragma once
 
@@ -87,8 +87,12 @@ inline vec splat(float x) { return x - vec{}; }
 
 inline vec exponential(vec x) {  // Cephes' polynomial, relative error 2e-7
     const vec low = splat(-87.0f), high = splat(88.0f);
+#if LANES == 16
+    x = (vec)_mm512_min_ps((__m512)high, _mm512_max_ps((__m512)low, (__m512)x));
+#else
     x = x < low ? low : x;
     x = x > high ? high : x;
+#endif
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
     vec n = (x * 1.44269504088896341f + magic) - magic;
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -99,8 +103,12 @@ inline vec exponential(vec x) {  // Cephes' polynomial, relative error 2e-7
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
+#if LANES == 16
+    return (vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     ivec bits = (__builtin_convertvector(n, ivec) + 127) << 23;
     return p * (vec)bits;
+#endif
 }
 inline vec decayed(vec x) {  // exp of what is not above 0, with a true zero at its end
     const vec e = exponential(x), none = {};
@@ -118,19 +126,28 @@ inline float total(vec x) {
 #endif
 }
 
-// out[j] = total(x[j]).
-template <int N> inline void totals(const vec (&x)[N], float* out) {
 #if LANES == 16
-    if constexpr (N == 4) {  // four at a time, by turning them
-        const __m512 a = _mm512_unpacklo_ps(x[0], x[1]) + _mm512_unpackhi_ps(x[0], x[1]);
-        const __m512 b = _mm512_unpacklo_ps(x[2], x[3]) + _mm512_unpackhi_ps(x[2], x[3]);
-        const __m512d low = _mm512_unpacklo_pd((__m512d)a, (__m512d)b), high = _mm512_unpackhi_pd((__m512d)a, (__m512d)b);
-        const __m512 c = (__m512)low + (__m512)high;
-        const __m256 d = _mm512_castps512_ps256(c) + (__m256)_mm512_extractf64x4_pd((__m512d)c, 1);
-        return _mm_storeu_ps(out, _mm256_castps256_ps128(d) + _mm256_extractf128_ps(d, 1));
+inline __m128 totals(vec a, vec b, vec c, vec d) {  // four at a time, by turning them
+    const __m512 x = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b), y = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+    const __m512d low = _mm512_unpacklo_pd((__m512d)x, (__m512d)y), high = _mm512_unpackhi_pd((__m512d)x, (__m512d)y);
+    const __m512 z = (__m512)low + (__m512)high;
+    const __m256 half = _mm512_castps512_ps256(z) + (__m256)_mm512_extractf64x4_pd((__m512d)z, 1);
+    return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+}
+#endif
+
+// out[m * ldo + j] = total(x[m][j]). Unrolled, or the sums go by way of the stack.
+template <int M, int N> inline void totals(const vec (&x)[M][N], float* out, int64_t ldo) {
+#if LANES == 16
+    if constexpr (N == 4) {
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) _mm_storeu_ps(out + m * ldo, totals(x[m][0], x[m][1], x[m][2], x[m][3]));
+        return;
     }
 #endif
-    for (int j = 0; j < N; j++) out[j] = total(x[j]);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++)
+        for (int j = 0; j < N; j++) out[m * ldo + j] = total(x[m][j]);
 }
 
 inline float greatest(vec x) {
@@ -141,6 +158,18 @@ inline float greatest(vec x) {
     for (int i = 1; i < LANES; i++) most = std::max(most, x[i]);
     return most;
 #endif
+}
+
+// Copies rows of x (row rows[i], or i), `width` of each, to rows of `stride`, zero behind.
+template <class P, class T>
+void gather(P* to, const T* x, int64_t ld, const int64_t* rows, int64_t count, int64_t width, int64_t stride) {
+    for (int64_t i = 0; i < count; i++) {
+        const T* from = x + (rows ? rows[i] : i) * ld;
+        int64_t n = 0;
+        for (; n + LANES <= width; n += LANES) store(to + i * stride + n, load(from + n));
+        for (; n < width; n++) assign(to[i * stride + n], to_float(from[n]));
+        for (; n < stride; n++) assign(to[i * stride + n], 0.0f);
+    }
 }
 
 // Memory that a thread keeps between tasks; grows, never shrinks.

@@ -36,6 +36,19 @@ inline __m512i load_units(const bf16* p, bf16) { return _mm512_loadu_si512(p); }
 inline __m512i load_units(const float* p, bf16) {
     return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(p + 16), _mm512_loadu_ps(p));
 }
+// Numbers of two rows in turn, as units; a row that is null counts as zeros.
+inline __m512i in_turn(__m512i rows) {  // 16 of the first, then 16 of the second
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, rows);
+}
+inline __m512i side_by_side(const bf16* a, const bf16* b) {
+    const __m256i none = _mm256_setzero_si256(), x = a ? _mm256_loadu_si256((const __m256i*)a) : none;
+    return in_turn(_mm512_inserti64x4(_mm512_castsi256_si512(x), b ? _mm256_loadu_si256((const __m256i*)b) : none, 1));
+}
+inline __m512i side_by_side(const float* a, const float* b) {
+    const __m512 none = _mm512_setzero_ps(), x = a ? _mm512_loadu_ps(a) : none;
+    return in_turn((__m512i)_mm512_cvtne2ps_pbh(b ? _mm512_loadu_ps(b) : none, x));
+}
 #endif
 #endif
 
@@ -99,10 +112,7 @@ void pack(P* panel, const T* b, int64_t ld, const int64_t* rows, int64_t width, 
             }
 #ifdef HAS_BF16
             else {
-                vec x = from[0] ? load(from[0] + n) : vec{}, y = from[1] ? load(from[1] + n) : vec{};
-                __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
-                __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)y));
-                _mm512_storeu_si512((unit*)to + n, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+                _mm512_storeu_si512((unit*)to + n, side_by_side(from[0] ? from[0] + n : nullptr, from[1] ? from[1] + n : nullptr));
             }
 #endif
         }
@@ -110,18 +120,6 @@ void pack(P* panel, const T* b, int64_t ld, const int64_t* rows, int64_t width, 
         for (; n < stride; n++)
             for (int i = 0; i < each; i++)
                 assign(to[n * each + i], from[i] && n < width ? to_float(from[i][n]) : 0.0f);
-    }
-}
-
-// Copies rows of x (row rows[i], or i), `width` of each, to rows of `stride`, zero behind.
-template <class P, class T>
-void gather(P* to, const T* x, int64_t ld, const int64_t* rows, int64_t count, int64_t width, int64_t stride) {
-    for (int64_t i = 0; i < count; i++) {
-        const T* from = x + (rows ? rows[i] : i) * ld;
-        int64_t n = 0;
-        for (; n + LANES <= width; n += LANES) store(to + i * stride + n, load(from + n));
-        for (; n < width; n++) assign(to[i * stride + n], to_float(from[n]));
-        for (; n < stride; n++) assign(to[i * stride + n], 0.0f);
     }
 }
 
@@ -153,11 +151,16 @@ inline void add_row(float* to, const float* c) {
 // A tile's row past the cache, where the row in memory allows it: nobody reads a gradient soon.
 template <class T> void stream_row(T* to, const float* c, int64_t width) {
 #if LANES == 16
-    if constexpr (sizeof(T) == 4)
-        if (width >= PANEL && (uintptr_t)to % 64 == 0) {
+    if (width >= PANEL && (uintptr_t)to % 64 == 0) {
+        if constexpr (sizeof(T) == 4) {
             for (int v = 0; v < PANEL; v += LANES) _mm512_stream_ps((float*)to + v, (__m512)load(c + v));
             return;
         }
+#ifdef HAS_BF16
+        if constexpr (sizeof(T) == 2)
+            return _mm512_stream_si512((__m512i*)to, (__m512i)_mm512_cvtne2ps_pbh((__m512)load(c + LANES), (__m512)load(c)));
+#endif
+    }
 #endif
     store_row(to, c, width);
 }

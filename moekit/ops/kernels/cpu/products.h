@@ -26,7 +26,7 @@ template <class S> using Product = float;
 typedef uint32_t unit;
 
 // ---- the inner products: c[rows][PANEL] = a * panel ----------------------------------------------------------------
-// a's unit (row, k) is at a[row * rs + k * ks]; the panel holds unit k of all its columns side by side.
+// a's unit (row, k) is at a[row * rs + k * ks], one of which is 1; the panel holds unit k of all its columns side by side.
 
 // Meanwhile the weights of the next panel are asked for, 128 bytes a step: alone, the packing would wait for memory. A
 // page's address must be known by then, or the request is dropped: one byte of each is read some steps before.
@@ -49,35 +49,47 @@ struct Ahead {
     }
 };
 
-template <int M>
+// Where a unit of a lies decides how it is addressed: TURNED, its M rows lie side by side and rs is 1; else ks is 1.
+// Unrolled, or the sums go to c by way of the stack.
+template <int M, bool TURNED>
 void multiply_f32(int64_t depth, const float* a, int64_t rs, int64_t ks, const float* panel, float* c, Ahead ahead) {
     vec sum[M][VECTORS] = {};
     for (int64_t k = 0; k < depth; k++) {
         ahead.fetch(k);
+        const float* at = TURNED ? a + k * ks : a + k;
         vec b[VECTORS];
+#pragma GCC unroll 16
         for (int v = 0; v < VECTORS; v++) b[v] = load(panel + k * PANEL + v * LANES);
+#pragma GCC unroll 16
         for (int m = 0; m < M; m++)
-            for (int v = 0; v < VECTORS; v++) sum[m][v] += a[m * rs + k * ks] * b[v];
+#pragma GCC unroll 16
+            for (int v = 0; v < VECTORS; v++) sum[m][v] += at[TURNED ? m : m * rs] * b[v];
     }
+#pragma GCC unroll 16
     for (int m = 0; m < M; m++)
+#pragma GCC unroll 16
         for (int v = 0; v < VECTORS; v++) store(c + m * PANEL + v * LANES, sum[m][v]);
 }
 
 #ifdef HAS_BF16
-template <int M>
+template <int M, bool TURNED>
 void multiply_bf16(int64_t depth, const unit* a, int64_t rs, int64_t ks, const unit* panel, float* c, Ahead ahead) {
     __m512 sum[M][2];
+#pragma GCC unroll 16
     for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
     for (int64_t k = 0; k < depth; k++) {
         ahead.fetch(k);
+        const unit* at = TURNED ? a + k * ks : a + k;
         __m512bh b0 = (__m512bh)_mm512_loadu_si512(panel + k * PANEL);
         __m512bh b1 = (__m512bh)_mm512_loadu_si512(panel + k * PANEL + 16);
+#pragma GCC unroll 16
         for (int m = 0; m < M; m++) {
-            __m512bh x = (__m512bh)_mm512_set1_epi32(a[m * rs + k * ks]);
+            __m512bh x = (__m512bh)_mm512_set1_epi32(at[TURNED ? m : m * rs]);
             sum[m][0] = _mm512_dpbf16_ps(sum[m][0], x, b0);
             sum[m][1] = _mm512_dpbf16_ps(sum[m][1], x, b1);
         }
     }
+#pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
         _mm512_storeu_ps(c + m * PANEL, sum[m][0]);
         _mm512_storeu_ps(c + m * PANEL + 16, sum[m][1]);
@@ -89,9 +101,11 @@ typedef void (*MultiplyF32)(int64_t, const float*, int64_t, int64_t, const float
 typedef void (*MultiplyBF16)(int64_t, const unit*, int64_t, int64_t, const unit*, float*, Ahead);
 template <int M> struct Fill {  // the inner product for each number of rows
     template <class F, class G> static void run(F* f32, G* b16) {
-        f32[M] = multiply_f32<M>;
+        f32[0][M] = multiply_f32<M, false>;
+        f32[1][M] = multiply_f32<M, true>;
 #ifdef HAS_BF16
-        b16[M] = multiply_bf16<M>;
+        b16[0][M] = multiply_bf16<M, false>;
+        b16[1][M] = multiply_bf16<M, true>;
 #endif
         Fill<M - 1>::run(f32, b16);
     }
@@ -100,8 +114,8 @@ template <> struct Fill<0> {
     template <class F, class G> static void run(F*, G*) {}
 };
 struct Tables {
-    MultiplyF32 f32[MOST_ROWS + 1];
-    MultiplyBF16 b16[MOST_ROWS + 1];
+    MultiplyF32 f32[2][MOST_ROWS + 1];
+    MultiplyBF16 b16[2][MOST_ROWS + 1];
     Tables() { Fill<MOST_ROWS>::run(f32, b16); }
 };
 const Tables tables;
@@ -218,9 +232,9 @@ void multiply(int64_t rows, int64_t depth, const unit* a, int64_t rs, int64_t ks
 #ifdef HAS_AMX
         if (use_amx) return multiply_amx(depth, a, rs, panel, c, ahead);
 #endif
-        tables.b16[rows](depth, a, rs, ks, panel, c, ahead);
+        tables.b16[ks != 1][rows](depth, a, rs, ks, panel, c, ahead);
     } else {
-        tables.f32[rows](depth, (const float*)a, rs, ks, (const float*)panel, c, ahead);
+        tables.f32[ks != 1][rows](depth, (const float*)a, rs, ks, (const float*)panel, c, ahead);
     }
 }
 

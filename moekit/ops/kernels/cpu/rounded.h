@@ -91,7 +91,7 @@ void block(const Groups<BITS>& w, int64_t n, const Chunk<BITS>* x, int64_t ldx, 
     const int64_t whole = w.groups / groups, rest = w.groups % groups;
     for (int64_t c = 0; c < whole; c++) add(c, groups, ~(__mmask64)0);
     if (rest) add(whole, rest, ((__mmask64)1 << rest * w.each) - 1);
-    for (int m = 0; m < M; m++) totals(sum[m], out + m * ldo + n);
+    totals(sum, out + n, ldo);
 }
 #endif
 

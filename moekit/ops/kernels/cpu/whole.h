@@ -97,12 +97,14 @@ void multiply_whole(const Left<Whole<BITS>>& a, int64_t first, const Right<Whole
     for (int64_t g = 0; g < a.groups; g++) {
         ahead.fetch(g);
         __m512i whole[M][2];
+#pragma GCC unroll 8
         for (int m = 0; m < M; m++) whole[m][0] = whole[m][1] = _mm512_set1_epi32(a.offset[(first + m) * a.groups + g]);
         const uint8_t* b = panel.codes + g * GROUP * PANEL;
         const int8_t* x = a.codes + (first * a.groups + g) * GROUP;
 #pragma GCC unroll 8
         for (int u = 0; u < GROUP / 4; u++) {
             const __m512i b0 = _mm512_load_si512(b + u * 4 * PANEL), b1 = _mm512_load_si512(b + u * 4 * PANEL + 64);
+#pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
                 int32_t four;
                 memcpy(&four, x + m * a.groups * GROUP + u * 4, 4);
@@ -110,9 +112,11 @@ void multiply_whole(const Left<Whole<BITS>>& a, int64_t first, const Right<Whole
                 whole[m][1] = _mm512_dpbusd_epi32(whole[m][1], b1, _mm512_set1_epi32(four));
             }
         }
+#pragma GCC unroll 8
         for (int m = 0; m < M; m++)
             add_group(sum[m], whole[m][0], whole[m][1], panel.scales + g * PANEL, a.scales[(first + m) * a.groups + g]);
     }
+#pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
         _mm512_storeu_ps(c + m * PANEL, sum[m][0]);
         _mm512_storeu_ps(c + m * PANEL + LANES, sum[m][1]);
