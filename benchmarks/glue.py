@@ -188,14 +188,15 @@ def report(args: argparse.Namespace, found: dict[Run, Result]) -> str:
         seconds = [[found[run].seconds for run in runs if run.task == task] for task in args.tasks]
         shown = f"{statistics.fmean(flops) / 1e6:,.0f}" if flops else ""
         cost.append([model, shown, *(f"{statistics.fmean(one):,.0f}" if one else "" for one in seconds)])
+    epochs = ", ".join(f"{task} {TASKS[task].epochs:g}" for task in args.tasks)
     left = len(args.tasks) * len(LEVELS) * args.seeds - len(found)
     parts = [
         "# MEO on sentence tasks",
         f"`{shlex.join(['python', 'benchmarks/glue.py', *args.words])}`, commit {commit()}, "
         f"{machine(torch.device('cpu'))}.",
         f"{args.experts} experts of each linear map, {args.chosen} chosen; batches of {args.batch}, learning rate "
-        f"{args.lr:g}. Percent; standard deviations over {args.seeds} seeds in brackets."
-        + (f" {left} runs are missing." if left else ""),
+        f"{args.lr:g}; epochs: {epochs}. Percent; standard deviations over {args.seeds} "
+        f"seed{'s' * (args.seeds > 1)} in brackets." + (f" {left} runs are missing." if left else ""),
         table(("", *columns), scores),
         f"## Less {BASELINE}",
         "Paired by seed, mean and 95% interval of Student's t.",

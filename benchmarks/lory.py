@@ -170,7 +170,7 @@ def write(args: argparse.Namespace, data: Path) -> None:
         f"`{command}`, commit {commit()}, {machine(torch.device('cpu'))}.",
         f"{counted.documents:,} passages of {counted.tokens / counted.documents:.0f} tokens. Mean cosine of "
         f"neighbours: {similar.similarity} in similar order, {similar.similarity_shuffled} shuffled. "
-        f"Standard deviations over {args.seeds} seeds in brackets.",
+        f"Standard deviations over {args.seeds} seed{'s' * (args.seeds > 1)} in brackets.",
         "## Loss, nats per token, unseen text",
         table(("model", "order", *columns), rows),
         "## Lory less dense, the same seed and batches",

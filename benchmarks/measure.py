@@ -179,11 +179,12 @@ def machine(device: torch.device, keeps: bool = True) -> str:
         name = found[1]
     if found := re.search(r"^(?:flags|Features)\s*:\s*(.+)$", about, re.MULTILINE):
         flags = [flag for flag in FLAGS if flag in found[1].split()]
+    threads = torch.get_num_threads()
     placed = " ".join(f"{key}={os.environ[key]}" for key in binding.BOUND if key in os.environ) or "threads not bound"
     gpu = f", {torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}" if device.type == "cuda" else ""
     return (
         f"{name} ({os.cpu_count()} cores; {' '.join(flags) or 'flags unknown'}){gpu}, "
-        f"{torch.get_num_threads()} threads, {placed}, freed memory {'kept' if keeps else 'given back'}"
+        f"{threads} thread{'s' * (threads > 1)}, {placed}, freed memory {'kept' if keeps else 'given back'}"
     )
 
 
