@@ -54,9 +54,7 @@ def test_its_file_names_command_machine_and_guard_and_has_a_row_for_ours_and_the
     _module(name).main(words)
     text = out.read_text()
     assert f"`python benchmarks/{name}.py --shape tiny" in text
-    assert all(
-        part in text for part in (", commit ", f"torch {torch.__version__}", " threads", "Guard: matmul GFLOP/s")
-    )
+    assert all(part in text for part in (", commit ", f"torch {torch.__version__}", " thread", "Guard: matmul GFLOP/s"))
     rows = _rows(text)
     llama, codes = _module("llama"), _module("peers").CODES
     runs_llama = name in ("prefill", "decode") and llama.program() and llama.gguf
