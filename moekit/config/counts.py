@@ -124,7 +124,7 @@ def memory(
 
     Training keeps float32 weights, gradients and optimiser states (AdamW two moments, Muon one momentum for the routed
     experts), with bfloat16 a half-size copy of the matrices, and what the backward pass needs. In float32 that is:
-    - each norm: its input, also normalised; bfloat16 leaves this residual stream in float32;
+    - each norm: its input; bfloat16 leaves this residual stream in float32;
     - attention, fused (no matrix of scores): input, queries, keys, values and output; MLA: the latents too; norms of
       queries and keys: their inputs too;
     - dense and shared FFN: input, gate, up, silu(gate) and their product; where a gate weighs it, its output;
@@ -155,7 +155,7 @@ def memory(
         "compute_copy": 2 * matrices if precision == "bfloat16" else 0,
         "gradients": 4 * total,
         "optimizer": 8 * total - (4 * count["routed"].total if optimizer == "muon" else 0),
-        "activations": tokens * (kept + 8 * d + size * d) + head,
+        "activations": tokens * (kept + 4 * d + size * d) + head,
         "buffers": buffer_bytes(config),
     }
     generation = {
@@ -291,7 +291,7 @@ def _block_bytes(config: "ModelConfig", layer: int, length: int, size: int) -> i
     """Returns the bytes per token that the backward pass of one block needs; see `memory`."""
     d, attention, ffn, half = config.hidden_size, config.attention, config.ffn, size == 2
     queries, values = _head_widths(attention)
-    norms = 2 * 2 * 4 * d
+    norms = 2 * 4 * d
     if attention.kind == "mha":
         keys_values = 2 * attention.num_key_value_heads * attention.head_dim
         kept = (3 if half else 1) * d
@@ -299,7 +299,7 @@ def _block_bytes(config: "ModelConfig", layer: int, length: int, size: int) -> i
             kept += queries + keys_values // 2  # the norms' inputs; what they give, turned, is kept as it is without
     else:
         ranks = attention.kv_lora_rank + (attention.q_lora_rank or 0)
-        norms += 2 * 4 * ranks
+        norms += 4 * ranks
         # values are a view of the up-projection's output, whose other half, the keys' unrotated part, is kept with them
         keys_values = queries + values + attention.num_attention_heads * attention.qk_nope_head_dim
         kept = (2 if half else 1) * d + ranks

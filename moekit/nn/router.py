@@ -12,6 +12,7 @@ from moekit.errors import ConfigError, MoekitError, UnsupportedError
 from moekit.nn.cache import KVCache
 from moekit.ops import routing
 from moekit.ops.autocast import autocast_off
+from moekit.ops.linear import linear
 from moekit.ops.routing import Routing
 
 
@@ -93,7 +94,7 @@ class Router(nn.Module):
         with autocast_off(x):
             x = x if x.dtype == torch.float64 else x.float()
             return routing.route(
-                x @ self.weight.to(x.dtype).T,
+                linear(x, self.weight.to(x.dtype)),
                 k,
                 scoring_func=config.scoring_func,
                 norm_topk_prob=config.norm_topk_prob,

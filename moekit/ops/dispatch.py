@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moekit.ops.kernels.choice import has_choice, sort_pairs
 from moekit.ops.routing import DROPPED
 
 
@@ -23,6 +24,8 @@ class Plan(NamedTuple):
 
 def plan(expert_ids: Int[Tensor, "tokens k"], n_experts: int) -> Plan:
     """Returns the stable sort of all (token, choice) pairs by expert."""
+    if has_choice(expert_ids):
+        return Plan(*sort_pairs(expert_ids, n_experts))
     pairs = torch.where(expert_ids == DROPPED, n_experts, expert_ids).flatten()
     order = pairs.argsort(stable=True)
     inverse = torch.empty_like(order)

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from moekit.ops.autocast import autocast_off, cast_once
 from moekit.ops.kernels import native
+from moekit.ops.product import product
 
 IGNORED = -100
 """The target of a position that is not predicted (the convention of torch and transformers)."""
@@ -35,12 +36,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted = [gradients and needed for needed in ctx.needs_input_grad[:2]]
         total = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
-        d_weight = torch.zeros(weight.shape, dtype=total.dtype, device=weight.device) if wanted[1] else None
+        d_weight = None
         fused = native.has_rest(hidden, weight)
         size = max(1, CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, len(hidden), size):
             chunk, target = hidden[start : start + size], targets[start : start + size]
-            logits = chunk @ weight.T
+            logits = product(chunk, weight.T)
             if fused:
                 d_logits = logits
                 total += native.cross_entropy_(d_logits, target, any(wanted)).sum()
@@ -48,11 +49,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 losses, d_logits = _cross_entropy(logits.to(total.dtype), target, any(wanted))
                 total += losses
                 d_logits = d_logits.to(hidden.dtype)
-            if any(wanted):
-                if d_hidden is not None:
-                    torch.mm(d_logits, weight, out=d_hidden[start : start + size])
-                if d_weight is not None:
-                    d_weight += d_logits.T @ chunk
+            if d_hidden is not None:
+                d_hidden[start : start + size] = product(d_logits, weight)
+            if wanted[1]:
+                part = product(d_logits.T, chunk)
+                d_weight = part.to(total.dtype) if d_weight is None else d_weight.add_(part)
+        if wanted[1] and d_weight is None:
+            d_weight = torch.zeros(weight.shape, dtype=total.dtype, device=weight.device)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtype = weight.dtype
         return total

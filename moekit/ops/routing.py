@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moekit.ops.kernels.choice import has_choice, largest
+
 DROPPED = -1
 """The expert id of a choice that no expert computes: padding, or a token that a full expert refused."""
 
@@ -36,7 +38,9 @@ class Routing(NamedTuple):
 
 def top_k(choice: Float[Tensor, "units experts"], k: int) -> Int[Tensor, "units k"]:
     """Returns the ids of the k largest, best first; among equals the lower id wins, on every device."""
-    return choice.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    if has_choice(choice):
+        return largest(choice, k)
+    return choice.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()  # lets the rest go
 
 
 def limit_groups(

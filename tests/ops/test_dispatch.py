@@ -38,6 +38,12 @@ def test_dropped_pairs_lie_behind_all_experts_and_are_not_counted(device: torch.
     assert plan.tokens_per_expert.tolist() == [2, 2, 0]
 
 
+@pytest.mark.parametrize("id_", [-2, 4])
+def test_an_id_of_no_expert_is_an_error(id_: int) -> None:
+    with pytest.raises((IndexError, RuntimeError), match=r"-1 to 2|out of bounds"):
+        dispatch.plan(torch.tensor([[0, 1], [2, id_]]), 3)
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_gather_and_combine_equal_plain_indexing_with_every_gradient(
     device: torch.device, shape: tuple[int, int, int]

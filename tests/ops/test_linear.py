@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from moekit.errors import UnsupportedError
+from moekit.ops import product as ops_product
 from moekit.ops.kernels import build, native
 from moekit.ops.linear import linear
 from moekit.ops.quantize import dequantize, quantize
@@ -49,6 +50,40 @@ def test_gradients_are_those_of_the_plain_product(device: torch.device) -> None:
     theirs = torch.autograd.grad((x @ weight.T).square().sum(), (x, weight))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "out"), [((300,), 130, 70), ((2, 150), 70, 131), ((1,), 64, 70), ((9,), 1, 3)]
+)
+@pytest.mark.parametrize("lies", ["as it comes", "across", "apart", "everywhere the same"])
+def test_wide_products_are_the_plain_ones(
+    rows: tuple[int, ...], width: int, out: int, lies: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(ops_product, "LEAST", 0)
+    monkeypatch.setattr(ops_product, "native", lambda: build.native()._replace(wide_amd=True))
+
+    def drawn(*shape: int) -> Tensor:
+        if lies == "across":
+            return torch.randn(*shape[::-1]).permute(*range(len(shape))[::-1])
+        if lies == "apart":
+            return torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
+        return torch.randn(1, *[1] * (len(shape) - 1)).expand(shape) if lies != "as it comes" else torch.randn(shape)
+
+    x, weight, dy = drawn(*rows, width), drawn(out, width), drawn(*rows, out)
+    inputs = [part.detach().requires_grad_() for part in (x, weight)]
+    assert ops_product.is_wide(x.reshape(-1, width), weight.T)
+    y = linear(*inputs)
+    exact = [part.detach().double().requires_grad_() for part in inputs]
+    wanted = exact[0] @ exact[1].T
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-4)
+    y.backward(dy)
+    wanted.backward(dy.double())
+    for ours, theirs in zip(inputs, exact, strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-5, atol=1e-4)
 
 
 def test_under_autocast_it_is_autocasts(device: torch.device) -> None:

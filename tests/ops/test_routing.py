@@ -15,6 +15,7 @@ from moekit.ops.routing import (
     route,
     route_by_hash,
     route_noisy,
+    top_k,
 )
 
 GROUPS = {
@@ -51,6 +52,18 @@ def test_ties_go_to_the_lower_id(device: torch.device, groups: dict[str, int]) -
     assert routing.expert_ids.tolist() == reference.chosen_experts(routing.scores, 5, **groups)
     equal = route(torch.zeros(3, 12, device=device), 4, **groups)
     assert equal.expert_ids.tolist() == [[0, 1, 2, 3]] * 3
+
+
+@pytest.mark.parametrize("equal", [[], [3, 90], [0, 1, 2], [95]], ids=str)
+@pytest.mark.parametrize("value", [2.0, -2.0, float("nan"), float("-inf")])
+@pytest.mark.parametrize("k", [1, 5, 95, 96])
+def test_the_k_largest_are_the_first_of_a_stable_sort(
+    device: torch.device, k: int, value: float, equal: list[int]
+) -> None:
+    choice = torch.rand(50, 96, device=device)
+    choice[7, equal] = value
+    assert torch.equal(top_k(choice, k), choice.sort(dim=-1, descending=True, stable=True).indices[:, :k])
+    assert top_k(choice[:0], k).shape == (0, k)
 
 
 @pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])

@@ -36,6 +36,8 @@ SIGNATURES: dict[str, list[type]] = {
         *(_POINTER, _LONG, _INT, _LONG) * 2,
         _POINTER,
     ],
+    "moekit_largest": [*[_LONG] * 3, *[_POINTER] * 2, _INT],
+    "moekit_plan": [*[_LONG] * 2, *[_POINTER] * 4],
     "moekit_cross_entropy": [_INT, _LONG, _LONG, *[_POINTER] * 3, _INT, _INT],
     "moekit_norm": [_INT, _LONG, _LONG, _POINTER, _POINTER, ctypes.c_float, _POINTER, _POINTER, _INT],
     "moekit_norm_backward": [_INT, _LONG, _LONG, *[_POINTER] * 6, _LONG, _INT],
@@ -60,6 +62,8 @@ class Native(NamedTuple):
     """Weights in codes are multiplied in 8-bit integers, activations rounded to such (decisions 29 and 30)."""
     lanes: int
     """Floats in a vector."""
+    wide_amd: bool
+    """Vectors of 16 floats are one step of a processor to which MKL gives vectors of 8 (`ops.product`)."""
     reason: str | None
 
 
@@ -101,7 +105,8 @@ def load(path: Path) -> Native:
         getattr(library, name).argtypes = types
         getattr(library, name).restype = None
     features = int(library.moekit_features())
-    return Native(library, bool(features & 1), bool(features & 2), bool(features & 4), features >> 8, None)
+    bfloat16, amx, rounds, wide_amd = (bool(features & 1 << bit) for bit in range(4))
+    return Native(library, bfloat16, amx, rounds, features >> 8, wide_amd, None)
 
 
 def compile_source(compiler: str, target: Path, *more: str) -> None:
@@ -147,7 +152,7 @@ def cpu() -> str:
 
 def _none(reason: str) -> Native:
     logger.info("no native kernels: %s; torch's products are used", reason)
-    return Native(None, False, False, False, 0, reason)
+    return Native(None, False, False, False, 0, False, reason)
 
 
 def matrices(count: int, kind: int, data: int, data_bytes: int, scales: int = 0, scales_bytes: int = 0) -> np.ndarray:
@@ -162,6 +167,7 @@ def check(library: ctypes.CDLL) -> None:
     _check_experts(library)
     _check_attention(library)
     _check_merge(library)
+    _check_choice(library)
 
 
 def _check_experts(library: ctypes.CDLL) -> None:
@@ -271,6 +277,21 @@ def _check_merge(library: ctypes.CDLL) -> None:
             ("y", "dx", "weights", "mix"), found, wanted, (half, half, half, 0), strict=True
         ):
             _compare(f"merging's {name}", one, value, of, bound)
+
+
+def _check_choice(library: ctypes.CDLL) -> None:
+    x = np.random.default_rng(0).standard_normal((9, 37)).astype(np.float32).round(1)  # many are equal
+    x[1, [3, 5]], x[2, 7], x[3, :30] = np.nan, np.inf, -np.inf
+    ids = np.empty((9, 20), np.int64)
+    library.moekit_largest(*x.shape, 20, x.ctypes.data, ids.ctypes.data, 2)
+    if not np.array_equal(ids, np.argsort(np.where(np.isnan(x), -np.inf, -x), axis=1, kind="stable")[:, :20]):
+        raise BuildError("the choice of the largest is not that of a stable sort")
+    pairs = np.where(ids.ravel() % 5 == 4, -1, ids.ravel())
+    order, inverse, counts = np.empty_like(pairs), np.empty_like(pairs), np.empty(39, np.int64)
+    library.moekit_plan(len(pairs), 37, *(array.ctypes.data for array in (pairs, order, inverse, counts)))
+    wanted = np.argsort(np.where(pairs < 0, 37, pairs), kind="stable")
+    if not (np.array_equal(order, wanted) and np.array_equal(inverse[order], np.arange(len(order)))):
+        raise BuildError("the order of pairs is not that of a stable sort")
 
 
 def _compare(name: str, half: int, found: np.ndarray, wanted: np.ndarray, bound: float) -> None:

@@ -11,17 +11,34 @@
 
 #include "decode.h"
 #include "attention_backward.h"
+#include "choice.h"
 #include "experts.h"
 #include "fetch.h"
 #include "linear.h"
 #include "merge.h"
 #include "step.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// What the file was compiled for: bit 0 bfloat16 products, bit 1 AMX, bit 2 codes in 8-bit integers, the lanes of a float32 vector from bit 8 on.
+// Whether this is AMD's family 26 (Zen 5) or a later one: their vectors of 16 floats are one step, not two.
+bool is_wide_amd() {
+#if defined(__x86_64__) && LANES == 16
+    unsigned a, b, c, d;
+    if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx || !__get_cpuid(1, &a, &b, &c, &d)) return false;
+    return (a >> 8 & 15) + (a >> 20 & 255) >= 26;
+#else
+    return false;
+#endif
+}
+
+// What the file was compiled for: bit 0 bfloat16 products, bit 1 AMX, bit 2 codes in 8-bit integers, bit 3 as above, the
+// lanes of a float32 vector from bit 8 on.
 EXPORT int moekit_features() {
-    int features = LANES << 8;
+    int features = LANES << 8 | is_wide_amd() << 3;
 #ifdef HAS_BF16
     features |= 1;
 #endif
@@ -129,6 +146,14 @@ EXPORT void moekit_combine(int s_bf16, int64_t tokens, int64_t k, int64_t dim, c
         combine<bf16>(tokens, k, dim, (const bf16*)rows, row_of, weights, computed, (bf16*)y, threads);
     else
         combine<float>(tokens, k, dim, (const float*)rows, row_of, weights, computed, (float*)y, threads);
+}
+
+EXPORT void moekit_largest(int64_t rows, int64_t width, int64_t k, const float* x, int64_t* ids, int threads) {
+    largest(rows, width, k, x, ids, threads);
+}
+
+EXPORT void moekit_plan(int64_t pairs, int64_t experts, const int64_t* ids, int64_t* order, int64_t* inverse, int64_t* counts) {
+    plan(pairs, experts, ids, order, inverse, counts);
 }
 
 EXPORT void moekit_cross_entropy(int bf16_logits, int64_t rows, int64_t vocab, void* logits, const int64_t* targets,
