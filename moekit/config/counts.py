@@ -127,7 +127,7 @@ def memory(
     - each norm: its input; bfloat16 leaves this residual stream in float32;
     - attention, fused (no matrix of scores): input, queries, keys, values and output; MLA: the latents too; norms of
       queries and keys: their inputs too;
-    - dense and shared FFN: input, gate, up, silu(gate) and their product; where a gate weighs it, its output;
+    - dense and shared FFN: input, gate, up and silu(gate) * up; where a gate weighs it, its output;
     - router: logits and scores, always float32;
     - routed experts, per choice: input row, gate, up, output row, and 28 bytes of ids, order and weight (the
       `native` and `triton` back ends keep neither row, only each token once);
@@ -307,9 +307,9 @@ def _block_bytes(config: "ModelConfig", layer: int, length: int, size: int) -> i
     if isinstance(ffn, Variant):
         return norms + size * kept + ffn.kept_bytes(d, length, size) // length
     if ffn.kind == "dense" or not config.is_moe(layer):
-        widths = 2 if ffn.kind == "dense" and ffn.hidden_act == "gelu" else 4
+        widths = 2 if ffn.kind == "dense" and ffn.hidden_act == "gelu" else 3
         return norms + size * (kept + (2 if half else 1) * d + widths * (ffn.intermediate_size or 0))
     width, k = ffn.moe_intermediate_size, ffn.num_experts_per_tok
-    kept += d + 4 * ffn.shared_width + k * (2 * d + 2 * width) + (d if ffn.shared_expert_gate else 0)
+    kept += d + 3 * ffn.shared_width + k * (2 * d + 2 * width) + (d if ffn.shared_expert_gate else 0)
     router = 0 if ffn.topk_method == "hash" else 8 * ffn.n_routed_experts + (4 * d if half else 0)
     return norms + size * kept + 28 * k + router

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from moekit.nn.linear import Linear
 from moekit.ops.autocast import cast_once
+from moekit.ops.swiglu import swiglu
 
 
 class SwiGLU(nn.Module):
@@ -23,7 +24,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         x = cast_once(x)
-        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        y: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
         return y
 
 

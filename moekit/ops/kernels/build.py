@@ -39,6 +39,8 @@ SIGNATURES: dict[str, list[type]] = {
     "moekit_largest": [*[_LONG] * 3, *[_POINTER] * 2, _INT],
     "moekit_plan": [*[_LONG] * 2, *[_POINTER] * 4],
     "moekit_cross_entropy": [_INT, _LONG, _LONG, *[_POINTER] * 3, _INT, _INT],
+    "moekit_swiglu": [_INT, _LONG, *[_POINTER] * 3, _INT],
+    "moekit_swiglu_backward": [_INT, _LONG, *[_POINTER] * 5, _INT],
     "moekit_norm": [_INT, _LONG, _LONG, _POINTER, _POINTER, ctypes.c_float, _POINTER, _POINTER, _INT],
     "moekit_norm_backward": [_INT, _LONG, _LONG, *[_POINTER] * 6, _LONG, _INT],
     "moekit_decode": [_POINTER, _LONG, *[_POINTER] * 3, _INT],

@@ -108,7 +108,7 @@ def linear(x: Float[Tensor, "*batch dim"], weight: Float[Tensor, "out dim"] | Qu
 
 
 def has_rest(*tensors: Tensor) -> bool:
-    """Returns whether `cross_entropy_` and `rms_norm` can run on these tensors."""
+    """Returns whether `cross_entropy_`, `swiglu` and `rms_norm` can run on these tensors."""
     return all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.bfloat16) for t in tensors) and (
         native().library is not None
     )
@@ -130,6 +130,30 @@ def cross_entropy_(
         torch.get_num_threads(),
     )
     return losses
+
+
+def swiglu(gate: Float[Tensor, "*rows ff"], up: Float[Tensor, "*rows ff"]) -> Float[Tensor, "*rows ff"]:
+    """Returns silu(gate) * up; autograd does not see it."""
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(gate)
+    _by_number("moekit_swiglu", gate, up, y)
+    return y
+
+
+def swiglu_backward(
+    gate: Float[Tensor, "*rows ff"], up: Float[Tensor, "*rows ff"], dy: Float[Tensor, "*rows ff"]
+) -> tuple[Float[Tensor, "*rows ff"], Float[Tensor, "*rows ff"]]:
+    """Returns the gradients of gate and up."""
+    gate, up, dy = gate.contiguous(), up.contiguous(), dy.contiguous()
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    _by_number("moekit_swiglu_backward", gate, up, dy, d_gate, d_up)
+    return d_gate, d_up
+
+
+def _by_number(name: str, *tensors: Tensor) -> None:
+    first = tensors[0]
+    function = getattr(native().library, name)
+    function(int(first.dtype == torch.bfloat16), first.numel(), *map(at, tensors), torch.get_num_threads())
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

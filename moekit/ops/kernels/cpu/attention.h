@@ -12,7 +12,8 @@
 namespace {
 
 constexpr int64_t KEYS = 256;     // keys that are packed at once
-static_assert(KEYS % TILE_ROWS == 0 && BLOCK % TILE_ROWS == 0 && TILE_ROWS % PANEL == 0, "blocks are whole tiles of whole panels");
+constexpr int64_t QUERY_BLOCK = 256;  // queries of one task
+static_assert(KEYS % TILE_ROWS == 0 && QUERY_BLOCK % TILE_ROWS == 0 && TILE_ROWS % PANEL == 0, "blocks are whole tiles of whole panels");
 
 struct Strides {
     int64_t batch, row, head;
@@ -132,39 +133,39 @@ template <class S> void attention(const Attention& s, const S* q, const S* k, co
     typedef Product<S> P;
     constexpr int each = Units<P>::each;
     if (s.length <= FEW && !s.documents && !log_sums) return attention_few(s, q, k, v, y);
-    const int64_t dp = Units<P>::padded(s.d), vp = up(s.dv, PANEL), blocks = (s.length + BLOCK - 1) / BLOCK;
+    const int64_t dp = Units<P>::padded(s.d), vp = up(s.dv, PANEL), blocks = (s.length + QUERY_BLOCK - 1) / QUERY_BLOCK;
     const Strides at_y = s.rows(s.heads, s.dv);
-    const size_t bytes = room((BLOCK + TILE_ROWS) * dp, sizeof(P)) + room(KEYS * dp, sizeof(P)) + room(KEYS * vp, sizeof(P)) +
+    const size_t bytes = room((QUERY_BLOCK + TILE_ROWS) * dp, sizeof(P)) + room(KEYS * dp, sizeof(P)) + room(KEYS * vp, sizeof(P)) +
                          room(TILE_ROWS * KEYS, sizeof(P)) + room(TILE_ROWS * KEYS, 4) + room(TILE_ROWS * PANEL, 4) +
-                         room(BLOCK * vp, 4) + 2 * room(BLOCK, 4) + room(TILE_ROWS * LANES, 4) + room(TILE_ROWS, 4) +
+                         room(QUERY_BLOCK * vp, 4) + 2 * room(QUERY_BLOCK, 4) + room(TILE_ROWS * LANES, 4) + room(TILE_ROWS, 4) +
                          room(up(s.length, TILE_ROWS), 4);
 #pragma omp parallel num_threads(s.threads)
     {
         AmxTiles tiles;
         scratch.reserve(bytes);
-        P* rows = scratch.take<P>((BLOCK + TILE_ROWS) * dp);
+        P* rows = scratch.take<P>((QUERY_BLOCK + TILE_ROWS) * dp);
         P* key_panels = scratch.take<P>(KEYS * dp);
         P* value_panels = scratch.take<P>(KEYS * vp);
         P* shares = scratch.take<P>(TILE_ROWS * KEYS);
         float* scores = scratch.take<float>(TILE_ROWS * KEYS);
         float* c = scratch.take<float>(TILE_ROWS * PANEL);
-        float* out = scratch.take<float>(BLOCK * vp);
-        float* highs = scratch.take<float>(BLOCK);
-        float* sums = scratch.take<float>(BLOCK);
+        float* out = scratch.take<float>(QUERY_BLOCK * vp);
+        float* highs = scratch.take<float>(QUERY_BLOCK);
+        float* sums = scratch.take<float>(QUERY_BLOCK);
         float* tops = scratch.take<float>(TILE_ROWS * LANES);
         float* factors = scratch.take<float>(TILE_ROWS);
         int32_t* own = scratch.take<int32_t>(up(s.length, TILE_ROWS));
 #pragma omp for schedule(dynamic, 1)
         for (int64_t t = 0; t < blocks * s.batch * s.heads; t++) {
             const int64_t b = t / s.heads % s.batch, h = t % s.heads, kv = h * s.kv_heads / s.heads;
-            const int64_t begin = (blocks - 1 - t / (s.batch * s.heads)) * BLOCK;  // who sees most comes first
-            const int64_t count = std::min(BLOCK, s.length - begin), offset = s.offsets ? s.offsets[b] : 0;
+            const int64_t begin = (blocks - 1 - t / (s.batch * s.heads)) * QUERY_BLOCK;  // who sees most comes first
+            const int64_t count = std::min(QUERY_BLOCK, s.length - begin), offset = s.offsets ? s.offsets[b] : 0;
             const int64_t end = s.horizon(offset + begin + count - 1);
             const int32_t* ids = padded_ids(own, s, b);
             gather(rows, q + s.q.at(b, begin, h), s.q.row, (const int64_t*)nullptr, count, s.d, dp);
-            std::fill(out, out + BLOCK * vp, 0.0f);
-            std::fill(sums, sums + BLOCK, 0.0f);
-            std::fill(highs, highs + BLOCK, -INFINITY);
+            std::fill(out, out + QUERY_BLOCK * vp, 0.0f);
+            std::fill(sums, sums + QUERY_BLOCK, 0.0f);
+            std::fill(highs, highs + QUERY_BLOCK, -INFINITY);
             for (int64_t key = 0; key < end; key += KEYS) {
                 const int64_t taken = std::min(KEYS, end - key), deep = Units<P>::padded(taken);
                 if (strangers(ids, key, key + taken, begin, begin + count)) continue;

@@ -12,10 +12,12 @@ struct Task {
     int part;
 };
 
-std::vector<Task> row_blocks(const int64_t* offsets, int64_t experts) {
+// A block packs its expert's weights anew, so blocks are large where they are enough for all threads.
+std::vector<Task> row_blocks(const int64_t* offsets, int64_t experts, int threads) {
     std::vector<Task> tasks;
+    const int64_t most = offsets[experts] >= 8 * threads * BLOCK ? BLOCK : BLOCK / 2;
     for (int64_t e = 0; e < experts; e++) {
-        int64_t rows = offsets[e + 1] - offsets[e], blocks = (rows + BLOCK - 1) / BLOCK;
+        int64_t rows = offsets[e + 1] - offsets[e], blocks = (rows + most - 1) / most;
         for (int64_t b = 0; b < blocks; b++)  // equal parts, not a full block and a crumb
             tasks.push_back({e, offsets[e] + rows * b / blocks, offsets[e] + rows * (b + 1) / blocks, 0});
     }
@@ -112,7 +114,7 @@ void forward_few(const Shape& s, const Task& task, const S* x, int64_t ldx, cons
 // hidden (rows, 2 ff) gets gate and up before SiLU unless it is null; y (rows, dim) gets the experts' outputs.
 template <class S, class W>
 void forward(const Shape& s, const S* x, int64_t ldx, const Expert* experts, S* hidden, S* y) {
-    const std::vector<Task> tasks = row_blocks(s.offsets, s.experts);
+    const std::vector<Task> tasks = row_blocks(s.offsets, s.experts, s.threads);
 #pragma omp parallel for num_threads(s.threads) schedule(dynamic, 1)
     for (int64_t t = 0; t < (int64_t)tasks.size(); t++) {
         const Task task = tasks[t];
@@ -135,7 +137,7 @@ void backward_rows(const Shape& s, const S* dy, int64_t ldy, const W* gate_up, c
     typedef Product<S> P;
     constexpr int each = Units<P>::each;
     const int64_t d = s.dim, f = s.ff, dp = Units<P>::padded(d), fp = Units<P>::padded(2 * f);
-    const std::vector<Task> tasks = row_blocks(s.offsets, s.experts);
+    const std::vector<Task> tasks = row_blocks(s.offsets, s.experts, s.threads);
     const size_t bytes = room((BLOCK + TILE_ROWS) * dp, sizeof(P)) + room((BLOCK + TILE_ROWS) * fp, sizeof(P)) +
                          room(std::max(dp, fp) * PANEL, sizeof(P)) + 2 * room(TILE_ROWS * PANEL, 4) +
                          room(BLOCK * LANES, 4);
@@ -231,7 +233,7 @@ void weight_gradient(const Shape& s, const S* left, int64_t ldl, bool left_is_ga
     int64_t deepest = 0;
     for (int64_t e = 0; e < s.experts; e++) deepest = std::max(deepest, s.offsets[e + 1] - s.offsets[e]);
     const bool flip = is_bf16<P>() && use_amx;
-    const int64_t group = flip ? TILE_ROWS : 4 * MOST_ROWS;  // columns of `left` that are packed side by side
+    const int64_t group = flip ? TILE_ROWS : 16 * MOST_ROWS;  // columns of `left` that are packed side by side, whole cache lines
     const int64_t most = Units<P>::padded(std::min(deepest, DEPTH)), groups = (height + group - 1) / group;
     const size_t bytes = room(most * group * groups, sizeof(P)) + room(most * group, sizeof(P)) + room(most * PANEL, sizeof(P)) + room(TILE_ROWS * PANEL, 4);
 #pragma omp parallel num_threads(s.threads)
@@ -251,7 +253,8 @@ void weight_gradient(const Shape& s, const S* left, int64_t ldl, bool left_is_ga
             if (task.begin == task.end)
                 for (int64_t m = 0; m < height; m++) memset((void*)(to + m * width + first), 0, (last - first) * sizeof(W));
             for (int64_t begin = task.begin; begin < task.end; begin += DEPTH) {
-                const int64_t count = std::min(DEPTH, task.end - begin), depth = Units<P>::padded(count) / each;
+                const int64_t count = std::min(DEPTH, task.end - begin);
+                const int64_t depth = flip ? Units<P>::padded(count) / each : (count + each - 1) / each;
                 const int64_t* rows = s.tokens ? s.tokens + begin : nullptr;
                 const S* from = left_is_gathered && rows ? left : left + begin * ldl;
                 const int64_t rs = flip ? depth : 1, ks = flip ? 1 : group;

@@ -164,6 +164,21 @@ EXPORT void moekit_cross_entropy(int bf16_logits, int64_t rows, int64_t vocab, v
         cross_entropy(rows, vocab, (float*)logits, targets, losses, differentiate, threads);
 }
 
+EXPORT void moekit_swiglu(int bf16_rows, int64_t count, const void* gate, const void* up, void* y, int threads) {
+    if (bf16_rows)
+        swiglu(count, (const bf16*)gate, (const bf16*)up, (bf16*)y, threads);
+    else
+        swiglu(count, (const float*)gate, (const float*)up, (float*)y, threads);
+}
+
+EXPORT void moekit_swiglu_backward(int bf16_rows, int64_t count, const void* gate, const void* up, const void* dy, void* d_gate,
+                                   void* d_up, int threads) {
+    if (bf16_rows)
+        swiglu_backward(count, (const bf16*)gate, (const bf16*)up, (const bf16*)dy, (bf16*)d_gate, (bf16*)d_up, threads);
+    else
+        swiglu_backward(count, (const float*)gate, (const float*)up, (const float*)dy, (float*)d_gate, (float*)d_up, threads);
+}
+
 EXPORT void moekit_norm(int rows_bf16, int64_t rows, int64_t dim, const void* x, const float* weight, float eps, void* y,
                         float* scales, int threads) {
     if (rows_bf16)

@@ -37,7 +37,7 @@ namespace {
 constexpr int PANEL = 2 * LANES < 16 ? 16 : 2 * LANES;  // columns of a panel
 constexpr int VECTORS = PANEL / LANES;
 constexpr int TILE_ROWS = 32;       // rows of a tile, the most that any inner product takes at once
-constexpr int64_t BLOCK = 256;      // rows of one expert that one task takes
+constexpr int64_t BLOCK = 512;      // rows of one expert that one task takes at most
 constexpr int64_t DEPTH = 2048;     // rows summed at once in the weights' gradients
 
 typedef float vec __attribute__((vector_size(4 * LANES)));

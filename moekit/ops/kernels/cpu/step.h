@@ -1,4 +1,5 @@
-// What of a training step is not a product: cross-entropy, RMSNorm and rotary embedding, each row once through the cache.
+// What of a training step is not a product: cross-entropy, SwiGLU, RMSNorm and rotary embedding, each row once through the
+// cache.
 
 #pragma once
 
@@ -36,6 +37,35 @@ void cross_entropy(int64_t rows, int64_t vocab, T* logits, const int64_t* target
         for (int64_t i = 0; i < whole; i += LANES) store(x + i, exponential(load(x + i) - high) * scale);
         for (int64_t i = whole; i < vocab; i++) assign(x[i], std::exp(to_float(x[i]) - high) * scale);
         assign(x[targets[r]], at_target);
+    }
+}
+
+// y = silu(gate) * up.
+template <class T> void swiglu(int64_t count, const T* gate, const T* up, T* y, int threads) {
+    const int64_t whole = count / LANES * LANES;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < whole; i += LANES) {
+        const vec g = load(gate + i);
+        store(y + i, g * sigmoid(g) * load(up + i));
+    }
+    for (int64_t i = whole; i < count; i++) {
+        const float g = to_float(gate[i]);
+        assign(y[i], g / (1 + std::exp(-g)) * to_float(up[i]));
+    }
+}
+
+template <class T> void swiglu_backward(int64_t count, const T* gate, const T* up, const T* dy, T* d_gate, T* d_up, int threads) {
+    const int64_t whole = count / LANES * LANES;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < whole; i += LANES) {
+        const vec g = load(gate + i), d = load(dy + i), s = sigmoid(g), silu = g * s;
+        store(d_gate + i, d * load(up + i) * (s + silu * (1.0f - s)));
+        store(d_up + i, d * silu);
+    }
+    for (int64_t i = whole; i < count; i++) {
+        const float g = to_float(gate[i]), d = to_float(dy[i]), s = 1 / (1 + std::exp(-g)), silu = g * s;
+        assign(d_gate[i], d * to_float(up[i]) * (s + silu * (1 - s)));
+        assign(d_up[i], d * silu);
     }
 }
 
