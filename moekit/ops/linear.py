@@ -29,9 +29,8 @@ def linear(
         if native.has_linear(x, weight):
             y: Tensor = native.linear(x, weight)
             return y
-        rows = x.reshape(-1, x.shape[-1])
-        if isinstance(weight, Tensor) and is_wide(rows, weight.T):
-            wide: Tensor = _Wide.apply(rows, weight)
+        if isinstance(weight, Tensor) and is_wide(x, weight, x.numel() * len(weight)):
+            wide: Tensor = _Wide.apply(x.reshape(-1, x.shape[-1]), weight)
             return wide.view(*x.shape[:-1], -1)
     return F.linear(x, dequantize(weight, x.dtype) if isinstance(weight, Quantized) else weight)
 

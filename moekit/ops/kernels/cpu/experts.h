@@ -254,6 +254,7 @@ void weight_gradient(const Shape& s, const S* left, int64_t ldl, bool left_is_ga
                 for (int64_t m = 0; m < height; m++) memset((void*)(to + m * width + first), 0, (last - first) * sizeof(W));
             for (int64_t begin = task.begin; begin < task.end; begin += DEPTH) {
                 const int64_t count = std::min(DEPTH, task.end - begin);
+                // only AMX reads the zeros behind the rows; else the next group overwrites them
                 const int64_t depth = flip ? Units<P>::padded(count) / each : (count + each - 1) / each;
                 const int64_t* rows = s.tokens ? s.tokens + begin : nullptr;
                 const S* from = left_is_gathered && rows ? left : left + begin * ldl;
