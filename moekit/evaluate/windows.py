@@ -7,7 +7,7 @@ import torch
 
 from moekit.errors import ConfigError
 from moekit.nn.model import Model
-from moekit.ops.loss import CHUNK_ELEMENTS
+from moekit.ops.loss import CHUNK_BYTES
 
 
 class Window(NamedTuple):
@@ -80,7 +80,7 @@ def score_windows(model: Model, windows: Sequence[Window], batch_size: int) -> l
             owners += [owner] * predicted
         sums = torch.zeros(len(numbers), dtype=torch.float64, device=device)
         misses = torch.zeros(len(numbers), dtype=torch.int64, device=device)
-        size = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
+        size = max(1, CHUNK_BYTES // (4 * model.config.vocab_size))
         places = torch.tensor([rows, columns, targets, owners], device=device)
         for row, column, target, owner in (chunk.unbind() for chunk in places.split(size, dim=1)):
             logits = model.lm_head(hidden[row, column]).float()

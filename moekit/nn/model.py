@@ -72,17 +72,25 @@ class Block(nn.Module):
             self.mlp = MLP(dim, width) if gelu else SwiGLU(dim, width)
 
     def forward(
-        self, x: Float[Tensor, "batch length dim"], context: Context, units: RouterContext
-    ) -> tuple[Float[Tensor, "batch length dim"], tuple[Routing, ...]]:
-        x = x + self.self_attn(self.input_layernorm(x), context)
-        normed = self.post_attention_layernorm(x)
-        if isinstance(self.mlp, MoE):
-            y, routing = self.mlp(normed, units)
-            return x + y, (routing,)
+        self,
+        x: Float[Tensor, "batch length dim"],
+        delta: Float[Tensor, "batch length dim"] | None,
+        context: Context,
+        units: RouterContext,
+    ) -> tuple[Float[Tensor, "batch length dim"], Float[Tensor, "batch length dim"], tuple[Routing, ...]]:
+        """Returns two parts of the residual stream, x and what is to be added to it, as it takes them: the next norm
+        adds them while it reads them."""
+        x, _, normed = self.input_layernorm.add(x, delta)
+        attended = self.self_attn(normed, context)
         if isinstance(self.mlp, VariantLayer):
-            y, routings = self.mlp(normed, units)
-            return x + y, routings
-        return x + self.mlp(normed), ()
+            x = x + attended
+            return x, *self.mlp(self.post_attention_layernorm(x), units)
+        routes = isinstance(self.mlp, MoE)
+        x, exact, normed = self.post_attention_layernorm.add(x, attended, exact=routes)
+        if routes:
+            y, routing = self.mlp(exact, units, normed)
+            return x, y, (routing,)
+        return x, self.mlp(normed), ()
 
 
 class Model(nn.Module):
@@ -186,15 +194,15 @@ class Model(nn.Module):
         plain = RouterContext(
             input_ids.flatten(), len(input_ids), real, cache=cache, task=self._task(task_ids, len(input_ids))
         )
-        x = self.embed_tokens(input_ids)
+        x, delta = self.embed_tokens(input_ids), None
         routings: list[Routing] = []
         aux: dict[str, Tensor] = {}
         for block in self.layers:
             units = plain if probes is None else plain._replace(probe=probes[min(len(routings), len(probes) - 1)])
             if self.recompute and self.training and cache is None:
-                x, routed = checkpoint(block, x, context, units, use_reentrant=False)
+                x, delta, routed = checkpoint(block, x, delta, context, units, use_reentrant=False)
             else:
-                x, routed = block(x, context, units)
+                x, delta, routed = block(x, delta, context, units)
             if targets is not None or self.training:
                 losses: dict[str, Tensor] = {}
                 if isinstance(block.mlp, MoE):
@@ -210,7 +218,7 @@ class Model(nn.Module):
             length = input_ids.shape[1]
             counts = torch.full_like(cache.lengths, length) if padding_mask is None else padding_mask.sum(1)
             cache.advance(counts, length)
-        hidden = x = self.norm(x)
+        hidden = x = self.norm(x if delta is None else x + delta)
         token_loss = loss_mean = logits = scores = None
         if targets is not None:
             token_loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.numbers(x.dtype), targets.flatten())

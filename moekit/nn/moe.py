@@ -35,7 +35,13 @@ class MoE(nn.Module):
         self.shared_experts = SwiGLU(dim, config.shared_width) if config.n_shared_experts else None
         self.shared_expert_gate = Linear(dim, 1) if config.shared_expert_gate else None
 
-    def forward(self, x: Float[Tensor, "batch length dim"], context: RouterContext) -> MoEOutput:
+    def forward(
+        self,
+        x: Float[Tensor, "batch length dim"],
+        context: RouterContext,
+        low: Float[Tensor, "batch length dim"] | None = None,
+    ) -> MoEOutput:
+        """Returns the experts' sum. The router reads `x`, the experts `low`, which is autocast's x."""
         if context.probe is not None and (refused := context.probe.refusal(self.config)):
             raise refused
         tokens = x.flatten(0, 1)
@@ -45,7 +51,7 @@ class MoE(nn.Module):
             # a tensor: padding takes no capacity, and asking the device for the number of real tokens would wait for it
             capacity = (self.config.capacity_factor * k * routing.units.sum().double() / experts).ceil()
             routing = limit_capacity(routing, capacity, self.config.drop_policy)
-        tokens = cast_once(tokens)  # the router has seen it in float32
+        tokens = cast_once(tokens) if low is None else low.flatten(0, 1)
         plan = dispatch.plan(routing.expert_ids, self.config.n_routed_experts)
         y = self.experts(tokens, plan.tokens_per_expert, plan=plan, weights=routing.weights)
         if self.shared_experts is not None and (context.probe is None or context.probe.shared):

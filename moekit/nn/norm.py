@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moekit.ops.norm import rms_norm
+from moekit.ops.norm import Normed, add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -17,3 +17,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         return rms_norm(x, self.weight, self.eps)
+
+    def add(
+        self, x: Float[Tensor, "*batch dim"], delta: Float[Tensor, "*batch dim"] | None, exact: bool = False
+    ) -> Normed:
+        """Returns x + delta with its norm, which without `exact` is only given as products read it."""
+        return add_rms_norm(x, delta, self.weight, self.eps, exact)

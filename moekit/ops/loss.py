@@ -14,8 +14,8 @@ from moekit.ops.product import product
 IGNORED = -100
 """The target of a position that is not predicted (the convention of torch and transformers)."""
 
-CHUNK_ELEMENTS = 1 << 24
-"""Logits held at once: 64 MiB in float32."""
+CHUNK_BYTES = 1 << 26
+"""Memory of the logits that are held at once."""
 
 ROWS = 256
 """Of a multiple of this many rows logits are formed, where only some tokens are predicted."""
@@ -32,13 +32,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The gradient is formed beside the loss, while the chunk's logits are at hand; backward only scales it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, gradients: bool) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, low: torch.dtype, gradients: bool) -> Tensor:
+        ctx.dtypes = hidden.dtype, weight.dtype
+        hidden, weight = hidden.to(low), weight.to(low)
         wanted = [gradients and needed for needed in ctx.needs_input_grad[:2]]
-        total = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+        total = hidden.new_zeros((), dtype=torch.float64 if low == torch.float64 else torch.float32)
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
         d_weight = None
         fused = native.has_rest(hidden, weight)
-        size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        size = max(1, CHUNK_BYTES // (len(weight) * (low if fused else total.dtype).itemsize))
         for start in range(0, len(hidden), size):
             chunk, target = hidden[start : start + size], targets[start : start + size]
             logits = product(chunk, weight.T)
@@ -48,7 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 losses, d_logits = _cross_entropy(logits.to(total.dtype), target, any(wanted))
                 total += losses
-                d_logits = d_logits.to(hidden.dtype)
+                d_logits = d_logits.to(low)
             if d_hidden is not None:
                 d_hidden[start : start + size] = product(d_logits, weight)
             if wanted[1]:
@@ -57,19 +59,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if wanted[1] and d_weight is None:
             d_weight = torch.zeros(weight.shape, dtype=total.dtype, device=weight.device)
         ctx.save_for_backward(d_hidden, d_weight)
-        ctx.dtype = weight.dtype
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # scaled in the precision of the loss: 1 / targets itself would be rounded in bf16, and vanish in fp16
-        d_hidden, d_weight = ctx.saved_tensors
-        if d_hidden is not None:
-            d_hidden = (d_hidden.to(grad.dtype) * grad).to(d_hidden.dtype)
-        if d_weight is not None:
-            d_weight = (d_weight * grad).to(ctx.dtype)
-        return d_hidden, d_weight, None, None
+        d_hidden, d_weight = (
+            None if d is None else (d.to(grad.dtype) * grad).to(dtype)
+            for d, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return d_hidden, d_weight, None, None, None
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, differentiate: bool) -> tuple[Tensor, Tensor]:
@@ -92,10 +92,10 @@ def linear_cross_entropy(
     On a CPU, where few tokens are predicted (masked ones, answers), no logits of the others are formed.
     """
     hidden, targets = _predicted(hidden, targets)
-    hidden, weight = cast_once(hidden), cast_once(weight)
+    low = cast_once(hidden.new_empty(0)).dtype
     with autocast_off(hidden):
         # inside the function gradients are always off, so whether they are wanted is asked here
-        total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())
+        total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, low, torch.is_grad_enabled())
     return TokenLoss(total, (targets != IGNORED).sum())
 
 

@@ -28,7 +28,7 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]
 def test_sum_and_gradients_equal_the_reference_in_chunks(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, rows_at_once: int
 ) -> None:
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 11 * rows_at_once)
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 8 * 11 * rows_at_once)
     hidden, weight, targets = inputs(device)
     total, tokens = linear_cross_entropy(hidden, weight, targets)
     ours = (total, *torch.autograd.grad(3 * total, (hidden, weight)))

@@ -6,6 +6,7 @@ What the backward pass needs is x, the inputs of SiLU (rows, 2 ff) and nothing e
 routing weight is the dot product of the activation with dy W_down, which is at hand there (SonicMoE, arXiv 2512.14080).
 """
 
+import ctypes
 from typing import Any
 
 import numpy as np
@@ -156,11 +157,26 @@ def _by_number(name: str, *tensors: Tensor) -> None:
     function(int(first.dtype == torch.bfloat16), first.numel(), *map(at, tensors), torch.get_num_threads())
 
 
+def has_norm(x: Tensor, delta: Tensor | None, weight: Tensor) -> bool:
+    """Returns whether `add_norm` can run on these tensors."""
+    return has_rest(x, weight) and (delta is None or delta.dtype == x.dtype or delta.dtype == torch.bfloat16)
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def rms_norm(x: Float[Tensor, "*batch dim"], weight: Float[Tensor, " dim"], eps: float) -> Float[Tensor, "*batch dim"]:
-    """Returns x / rms(x) * weight in x's dtype, computed in float32."""
-    y: Tensor = _Norm.apply(x, weight, eps)
-    return y
+def add_norm(
+    x: Float[Tensor, "*batch dim"],
+    delta: Float[Tensor, "*batch dim"] | None,
+    weight: Float[Tensor, " dim"],
+    eps: float,
+    exact: bool = True,
+    low: bool = False,
+) -> tuple[Float[Tensor, "*batch dim"] | None, ...]:
+    """Returns s = x + delta, and s / rms(s) * weight in x's dtype if `exact` and in bfloat16 if `low`, else None.
+
+    The norm is computed in float32.
+    """
+    total, y, rounded = _Norm.apply(x, delta, weight, eps, exact, low)
+    return x if delta is None else total, y, rounded
 
 
 class _Norm(torch.autograd.Function):
@@ -168,29 +184,44 @@ class _Norm(torch.autograd.Function):
     """Rows are summed for the weight's gradient in so many parts, whatever the number of threads."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x, scales, by = x.contiguous(), torch.empty(x.shape[:-1]), weight.float()
-        y = torch.empty_like(x)
-        _call_norm("moekit_norm", x, at(by), eps, at(y), at(scales))
-        ctx.save_for_backward(x, weight, scales)
-        return y
+    def forward(
+        ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, exact: bool, low: bool
+    ) -> tuple[Tensor | None, ...]:
+        x, by, scales = x.contiguous(), weight.float(), torch.empty(x.shape[:-1])
+        ctx.delta = None if delta is None else delta.dtype
+        delta = None if delta is None else delta.contiguous()
+        total = None if delta is None else torch.empty_like(x)
+        y = torch.empty_like(x) if exact else None
+        rounded = torch.empty_like(x, dtype=torch.bfloat16) if low else None
+        kinds = x.dtype == torch.bfloat16, ctx.delta == torch.bfloat16
+        sizes = x.numel() // x.shape[-1], x.shape[-1]
+        inputs, outputs = map(at, (x, delta, by)), map(at, (total, y, rounded, scales))
+        _library().moekit_norm(*kinds, *sizes, *inputs, eps, *outputs, torch.get_num_threads())
+        ctx.save_for_backward(x if total is None else total, weight, scales)
+        ctx.set_materialize_grads(False)
+        return total, y, rounded
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scales = ctx.saved_tensors
-        dy, dx, by = dy.contiguous(), torch.empty_like(x), weight.float()
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, weight, scales = ctx.saved_tensors
+        given = [None if d is None else d.contiguous() for d in gradients]
+        dx, by = torch.empty_like(total), weight.float()
+        d_delta = dx if ctx.delta == total.dtype else None
+        if ctx.delta is not None and d_delta is None:
+            d_delta = torch.empty_like(total, dtype=ctx.delta)
         parts = torch.empty(_Norm.PARTS, len(weight))
-        _call_norm("moekit_norm_backward", x, *map(at, (by, scales, dy, dx, parts)), len(parts))
-        return dx, parts.sum(0).to(weight.dtype), None
+        _library().moekit_norm_backward(
+            *(total.dtype == torch.bfloat16, scales.numel(), len(weight), *map(at, (total, by, scales, *given, dx))),
+            *(None if d_delta is dx else at(d_delta), at(parts), len(parts), torch.get_num_threads()),
+        )
+        return dx, d_delta, parts.sum(0).to(weight.dtype), None, None, None
 
 
-def _call_norm(name: str, x: Tensor, *arguments: Any) -> None:
-    dim = x.shape[-1]
-    rows = x.numel() // dim
-    getattr(native().library, name)(
-        int(x.dtype == torch.bfloat16), rows, dim, at(x), *arguments, torch.get_num_threads()
-    )
+def _library() -> ctypes.CDLL:
+    library = native().library
+    assert library is not None
+    return library
 
 
 class _Experts(torch.autograd.Function):

@@ -284,30 +284,38 @@ void weight_gradient(const Shape& s, const S* left, int64_t ldl, bool left_is_ga
     }
 }
 
+// y[t] from columns n on = the sum of weight * row, N vectors of it.
+template <int N, class S>
+void combine_part(int64_t k, int64_t d, int64_t n, const S* rows, const int64_t* row_of, const float* weights, int64_t computed, S* y) {
+    vec sums[N] = {};
+    for (int64_t j = 0; j < k; j++)
+        if (row_of[j] < computed)
+#pragma GCC unroll 4
+            for (int i = 0; i < N; i++) sums[i] += (weights ? weights[j] : 1.0f) * load(rows + row_of[j] * d + n + i * LANES);
+#pragma GCC unroll 4
+    for (int i = 0; i < N; i++) store(y + n + i * LANES, sums[i]);
+}
+
 // y (tokens, dim) = sum over choices of weight * row; a pair whose row is not below `computed` counts nothing.
 template <class S>
 void combine(int64_t tokens, int64_t k, int64_t d, const S* rows, const int64_t* row_of, const float* weights,
              int64_t computed, S* y, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t n = 0; n < d; n += LANES) {
-            vec sum = {};
-            float tail[LANES] = {};
-            const int64_t width = std::min<int64_t>(LANES, d - n);
-            for (int64_t j = 0; j < k; j++) {
-                const int64_t row = row_of[t * k + j];
-                if (row >= computed) continue;
-                const float weight = weights ? weights[t * k + j] : 1.0f;
-                if (width == LANES)
-                    sum += weight * load(rows + row * d + n);
-                else
-                    for (int64_t i = 0; i < width; i++) tail[i] += weight * to_float(rows[row * d + n + i]);
-            }
-            if (width == LANES)
-                store(y + t * d + n, sum);
-            else
-                for (int64_t i = 0; i < width; i++) assign(y[t * d + n + i], tail[i]);
+    for (int64_t t = 0; t < tokens; t++) {
+        const int64_t *own = row_of + t * k, *next = own + (t + 1 < tokens ? k : 0);  // rows lie anywhere: the next are asked for
+        const float* by = weights ? weights + t * k : nullptr;
+        for (int64_t j = 0; j < k; j++)
+            for (int64_t n = 0; next[j] < computed && n < d; n += 64 / sizeof(S)) __builtin_prefetch(rows + next[j] * d + n);
+        int64_t n = 0;
+        for (; n + 4 * LANES <= d; n += 4 * LANES) combine_part<4>(k, d, n, rows, own, by, computed, y + t * d);
+        for (; n + LANES <= d; n += LANES) combine_part<1>(k, d, n, rows, own, by, computed, y + t * d);
+        for (; n < d; n++) {
+            float sum = 0;
+            for (int64_t j = 0; j < k; j++)
+                if (own[j] < computed) sum += (by ? by[j] : 1.0f) * to_float(rows[own[j] * d + n]);
+            assign(y[t * d + n], sum);
         }
+    }
 }
 
 }  // namespace

@@ -179,20 +179,23 @@ EXPORT void moekit_swiglu_backward(int bf16_rows, int64_t count, const void* gat
         swiglu_backward(count, (const float*)gate, (const float*)up, (const float*)dy, (float*)d_gate, (float*)d_up, threads);
 }
 
-EXPORT void moekit_norm(int rows_bf16, int64_t rows, int64_t dim, const void* x, const float* weight, float eps, void* y,
-                        float* scales, int threads) {
-    if (rows_bf16)
-        norm(rows, dim, (const bf16*)x, weight, eps, (bf16*)y, scales, threads);
+EXPORT void moekit_norm(int x_bf16, int delta_bf16, int64_t rows, int64_t dim, const void* x, const void* delta, const float* weight,
+                        float eps, void* sum, void* y, void* low, float* scales, int threads) {
+    if (x_bf16)
+        norm(rows, dim, (const bf16*)x, (const bf16*)delta, weight, eps, (bf16*)sum, (bf16*)y, (bf16*)low, scales, threads);
+    else if (delta_bf16)
+        norm(rows, dim, (const float*)x, (const bf16*)delta, weight, eps, (float*)sum, (float*)y, (bf16*)low, scales, threads);
     else
-        norm(rows, dim, (const float*)x, weight, eps, (float*)y, scales, threads);
+        norm(rows, dim, (const float*)x, (const float*)delta, weight, eps, (float*)sum, (float*)y, (bf16*)low, scales, threads);
 }
 
-EXPORT void moekit_norm_backward(int rows_bf16, int64_t rows, int64_t dim, const void* x, const float* weight,
-                                 const float* scales, const void* dy, void* dx, float* d_weights, int64_t parts, int threads) {
-    if (rows_bf16)
-        norm_backward(rows, dim, (const bf16*)x, weight, scales, (const bf16*)dy, (bf16*)dx, d_weights, parts, threads);
+EXPORT void moekit_norm_backward(int x_bf16, int64_t rows, int64_t dim, const void* sum, const float* weight, const float* scales,
+                                 const void* d_sum, const void* dy, const void* d_low, void* dx, void* d_delta,
+                                 float* d_weights, int64_t parts, int threads) {
+    if (x_bf16)
+        norm_backward(rows, dim, (const bf16*)sum, weight, scales, (const bf16*)d_sum, (const bf16*)dy, (const bf16*)d_low, (bf16*)dx, (bf16*)d_delta, d_weights, parts, threads);
     else
-        norm_backward(rows, dim, (const float*)x, weight, scales, (const float*)dy, (float*)dx, d_weights, parts, threads);
+        norm_backward(rows, dim, (const float*)sum, weight, scales, (const float*)d_sum, (const float*)dy, (const bf16*)d_low, (float*)dx, (bf16*)d_delta, d_weights, parts, threads);
 }
 
 EXPORT void moekit_decode(const DecodeModel* model, int64_t batch, const int64_t* ids, const int64_t* lengths, float* logits,

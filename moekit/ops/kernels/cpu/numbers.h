@@ -83,6 +83,27 @@ inline void store(bf16* p, vec x) {
 }
 #endif
 
+// Of a row's last `left` numbers those that a vector holds, zero behind; and back.
+template <class T> inline vec load(const T* p, int64_t left) {
+    if (left >= LANES) return load(p);
+    float part[LANES] = {};
+    for (int64_t i = 0; i < left; i++) part[i] = to_float(p[i]);
+    return load(part);
+}
+template <class T> inline void store(T* p, vec x, int64_t left) {
+    if (left >= LANES) return store(p, x);
+    float part[LANES];
+    store(part, x);
+    for (int64_t i = 0; i < left; i++) assign(p[i], part[i]);
+}
+
+// step(i, left) for each vector of a row of `count` numbers: the one at i, of which `left` are the row's.
+template <class F> inline void by_vector(int64_t count, F step) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) step(i, LANES);
+    if (i < count) step(i, count - i);
+}
+
 inline vec splat(float x) { return x - vec{}; }
 
 inline vec exponential(vec x) {  // Cephes' polynomial, relative error 2e-7

@@ -69,52 +69,58 @@ template <class T> void swiglu_backward(int64_t count, const T* gate, const T* u
     }
 }
 
-// y = x / rms(x) * weight; scales (rows) gets 1 / rms(x).
-template <class T>
-void norm(int64_t rows, int64_t dim, const T* x, const float* weight, float eps, T* y, float* scales, int threads) {
+// sum = x + delta, and y = sum / rms(sum) * weight, in x's numbers, in bfloat16 (`low`), or both; scales (rows) gets
+// 1 / rms(sum). A null delta is 0 and sum then x itself; what is null of y and low is not wanted.
+template <class X, class D>
+void norm(int64_t rows, int64_t dim, const X* x, const D* delta, const float* weight, float eps, X* sum, X* y, bf16* low, float* scales, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < rows; r++) {
-        const T* a = x + r * dim;
-        const int64_t whole = dim / LANES * LANES;
-        vec sums = {};
-        for (int64_t i = 0; i < whole; i += LANES) sums += load(a + i) * load(a + i);
-        float sum = total(sums);
-        for (int64_t i = whole; i < dim; i++) sum += to_float(a[i]) * to_float(a[i]);
-        const float scale = scales[r] = 1 / std::sqrt(sum / dim + eps);
-        for (int64_t i = 0; i < whole; i += LANES) store(y + r * dim + i, load(a + i) * scale * load(weight + i));
-        for (int64_t i = whole; i < dim; i++) assign(y[r * dim + i], to_float(a[i]) * scale * weight[i]);
+        const int64_t at = r * dim;
+        const X* a = x + at;
+        if (delta) {
+            by_vector(dim, [&](int64_t i, int64_t left) { store(sum + at + i, load(a + i, left) + load(delta + at + i, left), left); });
+            a = sum + at;
+        }
+        vec squares = {};
+        by_vector(dim, [&](int64_t i, int64_t left) { squares += load(a + i, left) * load(a + i, left); });
+        const float scale = scales[r] = 1 / std::sqrt(total(squares) / dim + eps);
+        by_vector(dim, [&](int64_t i, int64_t left) {
+            const vec scaled = load(a + i, left) * scale * load(weight + i, left);
+            if (y) store(y + at + i, scaled, left);
+            if (low) store(low + at + i, scaled, left);
+        });
     }
 }
 
-// dx, and d_weight summed over fixed parts of the rows, `parts` of them, one row of d_weights each.
-template <class T>
-void norm_backward(int64_t rows, int64_t dim, const T* x, const float* weight, const float* scales, const T* dy, T* dx,
-                   float* d_weights, int64_t parts, int threads) {
+// dx, what sum's own gradient and those of y and low make of it, and the same in bfloat16 as d_delta; null ones are 0, or
+// not wanted. The weight's gradient is summed over fixed parts of the rows, `parts` of them, one row of d_weights each.
+template <class X>
+void norm_backward(int64_t rows, int64_t dim, const X* sum, const float* weight, const float* scales, const X* d_sum, const X* dy,
+                   const bf16* d_low, X* dx, bf16* d_delta, float* d_weights, int64_t parts, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t p = 0; p < parts; p++) {
         float* dw = d_weights + p * dim;
         std::fill(dw, dw + dim, 0.0f);
         for (int64_t r = rows * p / parts; r < rows * (p + 1) / parts; r++) {
-            const T *a = x + r * dim, *b = dy + r * dim;
-            const int64_t whole = dim / LANES * LANES;
+            const int64_t at = r * dim;
+            const auto gradient = [&](int64_t i, int64_t left) {  // of the normed row
+                const vec none = {};
+                return (dy ? load(dy + at + i, left) : none) + (d_low ? load(d_low + at + i, left) : none);
+            };
             const float scale = scales[r];
             vec sums = {};
-            for (int64_t i = 0; i < whole; i += LANES) {
-                const vec g = load(b + i), n = load(a + i) * scale;
-                sums += g * load(weight + i) * n;
-                store(dw + i, load(dw + i) + g * n);
-            }
-            float sum = total(sums);
-            for (int64_t i = whole; i < dim; i++) {
-                const float g = to_float(b[i]), n = to_float(a[i]) * scale;
-                sum += g * weight[i] * n;
-                dw[i] += g * n;
-            }
-            const float mean = sum / dim * scale;
-            for (int64_t i = 0; i < whole; i += LANES)
-                store(dx + r * dim + i, load(b + i) * load(weight + i) * scale - load(a + i) * scale * mean);
-            for (int64_t i = whole; i < dim; i++)
-                assign(dx[r * dim + i], to_float(b[i]) * weight[i] * scale - to_float(a[i]) * scale * mean);
+            by_vector(dim, [&](int64_t i, int64_t left) {
+                const vec g = gradient(i, left), n = load(sum + at + i, left) * scale;
+                sums += g * load(weight + i, left) * n;
+                store(dw + i, load(dw + i, left) + g * n, left);
+            });
+            const float mean = total(sums) / dim * scale;
+            by_vector(dim, [&](int64_t i, int64_t left) {
+                vec d = gradient(i, left) * load(weight + i, left) * scale - load(sum + at + i, left) * scale * mean;
+                if (d_sum) d += load(d_sum + at + i, left);
+                store(dx + at + i, d, left);
+                if (d_delta) store(d_delta + at + i, d, left);
+            });
         }
     }
 }
