@@ -63,6 +63,10 @@ void forward_block(const Shape& s, const Task& task, const S* x, int64_t ldx, co
         const Ahead next_g = last ? next_rows(down, 0, d) : next_rows(gate, n + PANEL, f), next_u = next_rows(up, n + PANEL, f);
         for (int64_t m = 0; m < count; m += step) {
             const int64_t taken = std::min<int64_t>(step, count - m);
+            for (int64_t row = task.begin + m; hidden && row < task.begin + m + taken; row++) {  // written behind the products
+                __builtin_prefetch(hidden + row * 2 * f + n, 1);
+                __builtin_prefetch(hidden + row * 2 * f + f + n, 1);
+            }
             multiply(rows, m, taken, panel_g, g, next_g.part(m / step, blocks));
             multiply(rows, m, taken, panel_u, u, next_u.part(m / step, blocks));
             for (int64_t i = 0; i < taken; i++) {
@@ -168,6 +172,13 @@ void backward_rows(const Shape& s, const S* dy, int64_t ldy, const W* gate_up, c
                 const Ahead next = next_columns(v, n + PANEL, f, d);
                 for (int64_t m = 0; m < count; m += step) {
                     const int64_t taken = std::min<int64_t>(step, count - m);
+                    for (int64_t row = task.begin + m; row < task.begin + m + taken; row++) {  // read and written behind the product
+                        __builtin_prefetch(hidden + row * 2 * f + n);
+                        __builtin_prefetch(hidden + row * 2 * f + f + n);
+                        __builtin_prefetch(act + row * f + n, 1);
+                        __builtin_prefetch(d_hidden + row * 2 * f + n, 1);
+                        __builtin_prefetch(d_hidden + row * 2 * f + f + n, 1);
+                    }
                     multiply<P>(taken, dp / each, (const unit*)(rows + m * dp), dp / each, 1, (const unit*)panel, c, next.part(m / step, blocks));
                     for (int64_t i = 0; i < taken; i++) {
                         const int64_t row = task.begin + m + i;

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -187,6 +188,10 @@ void gather(P* to, const T* x, int64_t ld, const int64_t* rows, int64_t count, i
     for (int64_t i = 0; i < count; i++) {
         const T* from = x + (rows ? rows[i] : i) * ld;
         int64_t n = 0;
+        if constexpr (std::is_same<P, T>::value) {
+            memcpy((void*)(to + i * stride), from, width * sizeof(T));
+            n = width;
+        }
         for (; n + LANES <= width; n += LANES) store(to + i * stride + n, load(from + n));
         for (; n < width; n++) assign(to[i * stride + n], to_float(from[n]));
         for (; n < stride; n++) assign(to[i * stride + n], 0.0f);
