@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moekit.ops.kernels.choice import has_choice, largest
+from moekit.ops.kernels import choice as compiled
 
 DROPPED = -1
 """The expert id of a choice that no expert computes: padding, or a token that a full expert refused."""
@@ -38,8 +38,8 @@ class Routing(NamedTuple):
 
 def top_k(choice: Float[Tensor, "units experts"], k: int) -> Int[Tensor, "units k"]:
     """Returns the ids of the k largest, best first; among equals the lower id wins, on every device."""
-    if has_choice(choice):
-        return largest(choice, k)
+    if compiled.has_choice(choice):
+        return compiled.largest(choice, k)
     return choice.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()  # lets the rest go
 
 
@@ -87,6 +87,18 @@ def route(
     both, and we always scale, as DeepSeek-V3 does.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
+    if n_group == 1 and not skip_top and mask is None and compiled.has_choice(logits):
+        found = compiled.route(
+            *(logits, expert_bias, k, sequences),
+            sigmoid=scoring_func == "sigmoid",
+            normed=norm_topk_prob,
+            factor=routed_scaling_factor,
+        )
+        length = torch.full((sequences,), len(logits) // max(sequences, 1), device=logits.device)
+        return Routing(
+            *(found.ids, found.weights, found.scores, found.counts, length.unsqueeze(-1)),
+            *(found.score_sums, found.squared_lse_sums, length),
+        )
     scores = logits.softmax(-1) if scoring_func == "softmax" else logits.sigmoid()
     choice = scores.detach() if expert_bias is None else scores.detach() + expert_bias
     affinities = scores

@@ -193,3 +193,19 @@ def test_padding_is_a_document_of_its_own(device: torch.device, documented: bool
         for ours, theirs in zip(gradients, expected, strict=True):
             torch.testing.assert_close(ours[row, :count].double(), theirs[0], rtol=0, atol=bound)
             assert not ours[row, count:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+def test_what_is_no_number_reaches_all_that_see_it_and_no_other_head(
+    device: torch.device, dtype: torch.dtype, which: str
+) -> None:
+    parts = dict(zip("qkv", inputs(device, dtype, 1, 300, 2, 2, 33, 40), strict=True))
+    with torch.no_grad():
+        parts[which][0, 70, 1, 3] = torch.nan
+    y = attend(*parts.values(), Seen(), 0.2)
+    broken = y.isnan().any(-1)[0]
+    assert not broken[:, 0].any()
+    assert which == "v" or not broken[:70, 1].any()  # a share of 0 times no number is none either
+    assert broken[70, 1]
+    assert bool(broken[71:, 1].all()) == (which != "q")

@@ -138,6 +138,52 @@ def test_weights_carry_the_reference_gradient(device: torch.device) -> None:
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("norm_topk_prob", [False, True])
+@pytest.mark.parametrize(("experts", "k"), [(1, 1), (12, 5), (16, 16), (37, 3), (160, 8)])
+@pytest.mark.parametrize("used", [(0,), (1,), (2,), (3,), (0, 1, 2, 3)], ids=str)
+def test_working_precision_gives_the_exact_routing_and_gradients(
+    device: torch.device, scoring_func: str, norm_topk_prob: bool, experts: int, k: int, used: tuple[int, ...]
+) -> None:
+    exact = 3 * logits(device, tokens=3 * 70, experts=experts)
+    bias = torch.randn(experts, device=device)
+    found, gradients = [], []
+    for x in (exact.float().requires_grad_(), exact.float().double().requires_grad_()):
+        r = route(
+            *(x, k),
+            scoring_func=scoring_func,
+            norm_topk_prob=norm_topk_prob,
+            routed_scaling_factor=2.5,
+            expert_bias=bias,
+            sequences=3,
+        )
+        outputs = r.scores, r.weights, r.score_sums, r.squared_lse_sums
+        found.append(r)
+        torch.manual_seed(1)
+        probes = [torch.randn(out.shape, dtype=torch.float64, device=device).to(x.dtype) for out in outputs]
+        total = sum((outputs[n] * probes[n]).sum() for n in used)
+        gradients.append(torch.autograd.grad(total, x)[0])
+    for ours, theirs in zip(*found, strict=True):
+        if ours.is_floating_point():
+            torch.testing.assert_close(ours.double(), theirs, rtol=3e-6, atol=1e-7)  # measured worst: 8e-7
+        else:
+            assert torch.equal(ours, theirs)
+            assert ours.dtype == theirs.dtype
+    scale = gradients[1].abs().max().clamp(min=1)
+    assert (gradients[0].double() - gradients[1]).abs().max() <= 5e-6 * scale  # measured worst: 1e-6
+
+
+def test_logits_out_of_range_are_routed_as_exactly(device: torch.device) -> None:
+    x = torch.zeros(6, 20, device=device)
+    x[0, :5], x[1, 7], x[2], x[3, 4], x[4, 2:4] = -torch.inf, 1e15, -1e15, torch.nan, 200
+    for scoring_func in ("softmax", "sigmoid"):
+        ours = route(x, 3, scoring_func=scoring_func, sequences=6)
+        theirs = route(x.double(), 3, scoring_func=scoring_func, sequences=6)
+        assert torch.equal(ours.expert_ids, theirs.expert_ids)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.double(), b.double(), rtol=3e-6, atol=1e-15, equal_nan=True)
+
+
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS.keys())
 @pytest.mark.parametrize("padded", [False, True])
 def test_sums_per_sequence_equal_counting_by_hand(device: torch.device, groups: dict[str, int], padded: bool) -> None:

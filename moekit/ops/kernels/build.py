@@ -37,6 +37,8 @@ SIGNATURES: dict[str, list[type]] = {
         _POINTER,
     ],
     "moekit_largest": [*[_LONG] * 3, *[_POINTER] * 2, _INT],
+    "moekit_route": [_POINTER, ctypes.c_float, _INT, *[_POINTER] * 9],
+    "moekit_route_backward": [_POINTER, ctypes.c_float, _INT, *[_POINTER] * 9],
     "moekit_plan": [*[_LONG] * 2, *[_POINTER] * 4],
     "moekit_cross_entropy": [_INT, _LONG, _LONG, *[_POINTER] * 3, _INT, _INT],
     "moekit_swiglu": [_INT, _LONG, *[_POINTER] * 3, _INT],
@@ -288,12 +290,37 @@ def _check_choice(library: ctypes.CDLL) -> None:
     library.moekit_largest(*x.shape, 20, x.ctypes.data, ids.ctypes.data, 2)
     if not np.array_equal(ids, np.argsort(np.where(np.isnan(x), -np.inf, -x), axis=1, kind="stable")[:, :20]):
         raise BuildError("the choice of the largest is not that of a stable sort")
+    _check_routes(library)
     pairs = np.where(ids.ravel() % 5 == 4, -1, ids.ravel())
     order, inverse, counts = np.empty_like(pairs), np.empty_like(pairs), np.empty(39, np.int64)
     library.moekit_plan(len(pairs), 37, *(array.ctypes.data for array in (pairs, order, inverse, counts)))
     wanted = np.argsort(np.where(pairs < 0, 37, pairs), kind="stable")
     if not (np.array_equal(order, wanted) and np.array_equal(inverse[order], np.arange(len(order)))):
         raise BuildError("the order of pairs is not that of a stable sort")
+
+
+def _check_routes(library: ctypes.CDLL) -> None:
+    x = np.random.default_rng(0).standard_normal((6, 37)).astype(np.float32)
+    scores, weights, log_sums = np.empty_like(x), np.empty((6, 5), np.float32), np.empty(6, np.float32)
+    sums, squares = np.empty((2, 37), np.float32), np.empty(2, np.float32)
+    ids, counts = np.empty((6, 5), np.int64), np.empty((2, 37), np.int64)
+    outputs = (scores, ids, weights, log_sums, sums, squares, counts)
+    library.moekit_route(
+        np.array([2, 3, 37, 5, 0, 0]).ctypes.data, 1, 2, x.ctypes.data, None, *(array.ctypes.data for array in outputs)
+    )
+    exact = np.exp(x.astype(np.float64))
+    shares = exact / exact.sum(1, keepdims=True)
+    wanted = np.argsort(-x, axis=1, kind="stable")[:, :5]
+    of = np.log(exact.sum(1)).reshape(2, 3)
+    if not (np.array_equal(ids, wanted) and np.array_equal(counts.sum(1), [15, 15])):
+        raise BuildError("the choice of experts is not that of their affinities")
+    for name, found, right in (
+        ("affinities", scores, shares),
+        ("weights", weights, np.take_along_axis(shares, wanted, 1)),
+        ("sums of affinities", sums, shares.reshape(2, 3, 37).sum(1)),
+        ("sums of squared log-sums", squares, (of * of).sum(1)),
+    ):
+        _compare(name, 0, found, right, 1e-5)
 
 
 def _compare(name: str, half: int, found: np.ndarray, wanted: np.ndarray, bound: float) -> None:

@@ -1,14 +1,18 @@
-"""The compiled choice of experts: each token's best, and each expert's rows."""
+"""The compiled choice of experts: affinities, each token's best, and each expert's rows."""
+
+import ctypes
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moekit.ops.kernels.build import native
 
 
 def has_choice(of: Tensor) -> bool:
-    """Returns whether `largest` (of float32) and `sort_pairs` (of int64) can run on this tensor."""
+    """Returns whether `largest`, `route` (of float32) and `sort_pairs` (of int64) can run on this tensor."""
     return (
         of.device.type == "cpu"
         and of.dtype in (torch.float32, torch.int64)
@@ -25,6 +29,75 @@ def largest(choice: Float[Tensor, "units experts"], k: int) -> Int[Tensor, "unit
     ids = torch.empty(len(choice), k, dtype=torch.int64)
     library.moekit_largest(*choice.shape, k, choice.data_ptr(), ids.data_ptr(), torch.get_num_threads())
     return ids
+
+
+class Routes(NamedTuple):
+    """What `route` returns; ids and counts have no gradient."""
+
+    scores: Float[Tensor, "units experts"]
+    ids: Int[Tensor, "units k"]
+    weights: Float[Tensor, "units k"]
+    score_sums: Float[Tensor, "sequences experts"]
+    squared_lse_sums: Float[Tensor, " sequences"]
+    counts: Int[Tensor, "sequences experts"]
+
+
+def route(
+    logits: Float[Tensor, "units experts"],
+    bias: Float[Tensor, " experts"] | None,
+    k: int,
+    sequences: int,
+    *,
+    sigmoid: bool,
+    normed: bool,
+    factor: float,
+) -> Routes:
+    """Returns `ops.routing.route`'s tensors without padding or groups, in one pass."""
+    return Routes(*_Route.apply(logits, bias, k, sequences, sigmoid, normed, factor))
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        bias: Tensor | None,
+        k: int,
+        sequences: int,
+        sigmoid: bool,
+        normed: bool,
+        factor: float,
+    ) -> tuple[Tensor, ...]:
+        library, logits = native().library, logits.contiguous()
+        assert library is not None
+        units, experts = logits.shape
+        sizes = (ctypes.c_int64 * 6)(sequences, units // max(sequences, 1), experts, k, sigmoid, normed)
+        scores, log_sums, squared = torch.empty_like(logits), logits.new_empty(units), logits.new_empty(sequences)
+        ids, counts = torch.empty(units, k, dtype=torch.int64), torch.empty(sequences, experts, dtype=torch.int64)
+        weights, sums = logits.new_empty(units, k), logits.new_empty(sequences, experts)
+        bias = None if bias is None else bias.float().contiguous()
+        ctx.call = sizes, factor
+        library.moekit_route(
+            *(sizes, factor, torch.get_num_threads(), logits.data_ptr(), None if bias is None else bias.data_ptr()),
+            *(tensor.data_ptr() for tensor in (scores, ids, weights, log_sums, sums, squared, counts)),
+        )
+        ctx.save_for_backward(logits if sigmoid else None, scores, ids, log_sums)
+        ctx.mark_non_differentiable(ids, counts)
+        ctx.set_materialize_grads(False)
+        return scores, ids, weights, sums, squared, counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        library, saved = native().library, ctx.saved_tensors
+        assert library is not None
+        given = [None if d is None else d.contiguous() for d in (gradients[0], *gradients[2:5])]
+        d_logits, (sizes, factor) = torch.empty_like(saved[1]), ctx.call
+        library.moekit_route_backward(
+            *(sizes, factor, torch.get_num_threads()),
+            *(None if tensor is None else tensor.data_ptr() for tensor in (*saved, *given, d_logits)),
+        )
+        return d_logits, *[None] * 6
 
 
 def sort_pairs(

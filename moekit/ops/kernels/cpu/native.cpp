@@ -152,6 +152,22 @@ EXPORT void moekit_largest(int64_t rows, int64_t width, int64_t k, const float* 
     largest(rows, width, k, x, ids, threads);
 }
 
+// sizes: the numbers of `Routes` (choice.h), in their order.
+Routes routes(const int64_t* sizes, float factor, int threads) {
+    return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4] != 0, sizes[5] != 0, factor, threads};
+}
+
+EXPORT void moekit_route(const int64_t* sizes, float factor, int threads, const float* logits, const float* bias, float* scores,
+                         int64_t* ids, float* weights, float* log_sums, float* score_sums, float* squared, int64_t* counts) {
+    route(routes(sizes, factor, threads), logits, bias, scores, ids, weights, log_sums, score_sums, squared, counts);
+}
+
+EXPORT void moekit_route_backward(const int64_t* sizes, float factor, int threads, const float* logits, const float* scores,
+                                  const int64_t* ids, const float* log_sums, const float* d_scores, const float* d_weights,
+                                  const float* d_sums, const float* d_squared, float* d_logits) {
+    route_backward(routes(sizes, factor, threads), logits, scores, ids, log_sums, d_scores, d_weights, d_sums, d_squared, d_logits);
+}
+
 EXPORT void moekit_plan(int64_t pairs, int64_t experts, const int64_t* ids, int64_t* order, int64_t* inverse, int64_t* counts) {
     plan(pairs, experts, ids, order, inverse, counts);
 }

@@ -134,7 +134,7 @@ inline vec exponential(vec x) {  // Cephes' polynomial, relative error 2e-7
 }
 inline vec decayed(vec x) {  // exp of what is not above 0, with a true zero at its end
     const vec e = exponential(x), none = {};
-    return x > -87.0f ? e : none;
+    return x <= -87.0f ? none : e;  // no number stays none
 }
 inline vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
 
