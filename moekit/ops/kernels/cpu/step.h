@@ -125,39 +125,63 @@ void norm_backward(int64_t rows, int64_t dim, const X* sum, const float* weight,
     }
 }
 
+// A vector of pairs' first numbers and one of their second ones, of pairs that lie side by side; and back.
+inline void read_pairs(const float* x, vec& a, vec& b) {
+    for (int i = 0; i < LANES; i++) a[i] = x[2 * i], b[i] = x[2 * i + 1];
+}
+inline void write_pairs(float* x, vec a, vec b) {
+    for (int i = 0; i < LANES; i++) x[2 * i] = a[i], x[2 * i + 1] = b[i];
+}
+#ifdef HAS_BF16
+inline void read_pairs(const bf16* x, vec& a, vec& b) {
+    const __m512i pairs = _mm512_loadu_si512(x);
+    a = (vec)_mm512_slli_epi32(pairs, 16);
+    b = (vec)_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000));
+}
+inline void write_pairs(bf16* x, vec a, vec b) {
+    const __m512i first = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a)), second = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b));
+    _mm512_storeu_si512(x, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+}
+#else
+inline void read_pairs(const bf16* x, vec& a, vec& b) {
+    for (int i = 0; i < LANES; i++) a[i] = to_float(x[2 * i]), b[i] = to_float(x[2 * i + 1]);
+}
+inline void write_pairs(bf16* x, vec a, vec b) {
+    for (int i = 0; i < LANES; i++) assign(x[2 * i], a[i]), assign(x[2 * i + 1], b[i]);
+}
+#endif
+
 // y (positions, heads, 2 half) = x with each pair turned by its position's angle, or back; a pair is (2i, 2i + 1) when
 // interleaved, else (i, i + half). x's head h at position b * length + i is at b * batch + i * row + h * head.
 template <class S>
 void rotate(int64_t batches, int64_t length, int64_t heads, int64_t half, const S* x, int64_t batch, int64_t row, int64_t head,
             const float* cos, const float* sin, S* y, bool interleaved, bool back, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        scratch.reserve(2 * room(2 * half, 4));
-        float* __restrict in = scratch.take<float>(2 * half);
-        float* __restrict out = scratch.take<float>(2 * half);
-#pragma omp for schedule(static)
-        for (int64_t p = 0; p < batches * length; p++)
-            for (int64_t h = 0; h < heads; h++) {
-                const S* from = x + p / length * batch + p % length * row + h * head;
-                const float *c = cos + p * half, *s = sin + p * half, sign = back ? -1 : 1;
-                int64_t n = 0;
-                for (; n + LANES <= 2 * half; n += LANES) store(in + n, load(from + n));
-                for (; n < 2 * half; n++) in[n] = to_float(from[n]);
-                if (interleaved)
-                    for (int64_t i = 0; i < half; i++) {
-                        out[2 * i] = in[2 * i] * c[i] - in[2 * i + 1] * s[i] * sign;
-                        out[2 * i + 1] = in[2 * i + 1] * c[i] + in[2 * i] * s[i] * sign;
-                    }
-                else
-                    for (int64_t i = 0; i < half; i++) {
-                        out[i] = in[i] * c[i] - in[half + i] * s[i] * sign;
-                        out[half + i] = in[half + i] * c[i] + in[i] * s[i] * sign;
-                    }
-                S* to = y + (p * heads + h) * 2 * half;
-                for (n = 0; n + LANES <= 2 * half; n += LANES) store(to + n, load(out + n));
-                for (; n < 2 * half; n++) assign(to[n], out[n]);
+    const float sign = back ? -1 : 1;
+    const int64_t whole = half / LANES * LANES, second = interleaved ? 1 : half, step = interleaved ? 2 : 1;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t p = 0; p < batches * length; p++)
+        for (int64_t h = 0; h < heads; h++) {
+            const S* from = x + p / length * batch + p % length * row + h * head;
+            S* to = y + (p * heads + h) * 2 * half;
+            for (int64_t i = 0; i < whole; i += LANES) {
+                const vec c = load(cos + p * half + i), s = load(sin + p * half + i) * sign;
+                vec a, b;
+                if (interleaved) {
+                    read_pairs(from + 2 * i, a, b);
+                    write_pairs(to + 2 * i, a * c - b * s, b * c + a * s);
+                } else {
+                    a = load(from + i), b = load(from + half + i);
+                    store(to + i, a * c - b * s);
+                    store(to + half + i, b * c + a * s);
+                }
             }
-    }
+            for (int64_t i = whole; i < half; i++) {
+                const float c = cos[p * half + i], s = sin[p * half + i] * sign;
+                const float a = to_float(from[step * i]), b = to_float(from[step * i + second]);
+                assign(to[step * i], a * c - b * s);
+                assign(to[step * i + second], b * c + a * s);
+            }
+        }
 }
 
 }  // namespace
