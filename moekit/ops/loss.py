@@ -55,7 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 d_hidden[start : start + size] = product(d_logits, weight)
             if wanted[1]:
                 part = product(d_logits.T, chunk)
-                d_weight = part.to(total.dtype) if d_weight is None else d_weight.add_(part)
+                d_weight = part if d_weight is None else d_weight.to(total.dtype).add_(part)
         if wanted[1] and d_weight is None:
             d_weight = torch.zeros(weight.shape, dtype=total.dtype, device=weight.device)
         ctx.save_for_backward(d_hidden, d_weight)
@@ -66,7 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # scaled in the precision of the loss: 1 / targets itself would be rounded in bf16, and vanish in fp16
         d_hidden, d_weight = (
-            None if d is None else (d.to(grad.dtype) * grad).to(dtype)
+            None if d is None else (d * grad.view(1)).to(dtype)  # of one dimension: then it is grad's dtype that counts
             for d, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return d_hidden, d_weight, None, None, None

@@ -11,32 +11,41 @@ namespace {
 // become their gradient, softmax - one-hot.
 template <class T>
 void cross_entropy(int64_t rows, int64_t vocab, T* logits, const int64_t* targets, float* losses, bool differentiate, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t r = 0; r < rows; r++) {
-        T* x = logits + r * vocab;
-        losses[r] = 0;
-        if (targets[r] < 0) {
-            if (differentiate) memset((void*)x, 0, vocab * sizeof(T));
-            continue;
+#pragma omp parallel num_threads(threads)
+    {
+        scratch.reserve(room(vocab, 4));
+        float* exps = scratch.take<float>(vocab);
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) {
+            T* x = logits + r * vocab;
+            losses[r] = 0;
+            if (targets[r] < 0) {
+                if (differentiate) memset((void*)x, 0, vocab * sizeof(T));
+                continue;
+            }
+            const int64_t whole = vocab / LANES * LANES;
+            vec most = splat(-INFINITY);
+            for (int64_t i = 0; i < whole; i += LANES) {
+                const vec a = load(x + i);
+                most = a > most ? a : most;
+            }
+            float high = greatest(most);
+            for (int64_t i = whole; i < vocab; i++) high = std::max(high, to_float(x[i]));
+            vec sums = {};
+            for (int64_t i = 0; i < whole; i += LANES) {
+                const vec e = exponential(load(x + i) - high);
+                sums += e;
+                store(exps + i, e);
+            }
+            float sum = total(sums);
+            for (int64_t i = whole; i < vocab; i++) sum += exps[i] = std::exp(to_float(x[i]) - high);
+            losses[r] = high + std::log(sum) - to_float(x[targets[r]]);
+            if (!differentiate) continue;
+            const float scale = 1 / sum;
+            exps[targets[r]] -= sum;
+            for (int64_t i = 0; i < whole; i += LANES) store(x + i, load(exps + i) * scale);
+            for (int64_t i = whole; i < vocab; i++) assign(x[i], exps[i] * scale);
         }
-        const int64_t whole = vocab / LANES * LANES;
-        vec most = splat(-INFINITY);
-        for (int64_t i = 0; i < whole; i += LANES) {
-            const vec a = load(x + i);
-            most = a > most ? a : most;
-        }
-        float high = greatest(most);
-        for (int64_t i = whole; i < vocab; i++) high = std::max(high, to_float(x[i]));
-        vec sums = {};
-        for (int64_t i = 0; i < whole; i += LANES) sums += exponential(load(x + i) - high);
-        float sum = total(sums);
-        for (int64_t i = whole; i < vocab; i++) sum += std::exp(to_float(x[i]) - high);
-        losses[r] = high + std::log(sum) - to_float(x[targets[r]]);
-        if (!differentiate) continue;
-        const float scale = 1 / sum, at_target = std::exp(to_float(x[targets[r]]) - high) * scale - 1;
-        for (int64_t i = 0; i < whole; i += LANES) store(x + i, exponential(load(x + i) - high) * scale);
-        for (int64_t i = whole; i < vocab; i++) assign(x[i], std::exp(to_float(x[i]) - high) * scale);
-        assign(x[targets[r]], at_target);
     }
 }
 
