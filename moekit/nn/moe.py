@@ -41,7 +41,7 @@ class MoE(nn.Module):
         context: RouterContext,
         low: Float[Tensor, "batch length dim"] | None = None,
     ) -> MoEOutput:
-        """Returns the experts' sum. The router reads `x`, the experts `low`, which is autocast's x."""
+        """Returns the experts' sum. The router reads `x`, the experts `low`: x in autocast's dtype, made if None."""
         if context.probe is not None and (refused := context.probe.refusal(self.config)):
             raise refused
         tokens = x.flatten(0, 1)

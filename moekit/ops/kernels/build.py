@@ -172,6 +172,7 @@ def check(library: ctypes.CDLL) -> None:
     _check_attention(library)
     _check_merge(library)
     _check_choice(library)
+    _check_routes(library)
 
 
 def _check_experts(library: ctypes.CDLL) -> None:
@@ -290,7 +291,6 @@ def _check_choice(library: ctypes.CDLL) -> None:
     library.moekit_largest(*x.shape, 20, x.ctypes.data, ids.ctypes.data, 2)
     if not np.array_equal(ids, np.argsort(np.where(np.isnan(x), -np.inf, -x), axis=1, kind="stable")[:, :20]):
         raise BuildError("the choice of the largest is not that of a stable sort")
-    _check_routes(library)
     pairs = np.where(ids.ravel() % 5 == 4, -1, ids.ravel())
     order, inverse, counts = np.empty_like(pairs), np.empty_like(pairs), np.empty(39, np.int64)
     library.moekit_plan(len(pairs), 37, *(array.ctypes.data for array in (pairs, order, inverse, counts)))
