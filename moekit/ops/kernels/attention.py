@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moekit.ops.kernels.build import native
+from moekit.ops.kernels.build import library, native
 from moekit.ops.kernels.native import at
 
 
@@ -66,13 +66,12 @@ def rotate(
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> Tensor:
-        library, x = native().library, _rows(x)
-        assert library is not None
+        x = _rows(x)
         (batch, length, heads, _), half = x.shape, cos.shape[2]
         y, pointers = x.new_empty(x.shape), (at(cos), at(sin))
         how = (interleaved, back, torch.get_num_threads())
         kind = x.dtype == torch.bfloat16
-        library.moekit_rotate(kind, batch, length, heads, half, at(x), *x.stride()[:3], *pointers, at(y), *how)
+        library().moekit_rotate(kind, batch, length, heads, half, at(x), *x.stride()[:3], *pointers, at(y), *how)
         ctx.interleaved = interleaved
         ctx.save_for_backward(cos, sin)
         return y
@@ -96,13 +95,11 @@ class _Attention(torch.autograd.Function):
         offsets: Tensor | None,
         causal: bool,
     ) -> Tensor:
-        library = native().library
-        assert library is not None
         y = q.new_empty(*q.shape[:3], v.shape[3])
         log_sums = torch.empty(q.shape[0], q.shape[2], q.shape[1]) if any(ctx.needs_input_grad) else None
         kind, sizes, threads = q.dtype == torch.bfloat16, _sizes(q, k, v, causal), torch.get_num_threads()
         pointers = (at(t) for t in (q, k, v, y, log_sums))
-        library.moekit_attention(kind, sizes, scale, at(offsets), at(document_ids), threads, *pointers)
+        library().moekit_attention(kind, sizes, scale, at(offsets), at(document_ids), threads, *pointers)
         if log_sums is not None:
             assert offsets is None
             assert k.shape[1] == q.shape[1]
@@ -114,12 +111,11 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, document_ids, y, log_sums = ctx.saved_tensors
-        library, dy = native().library, dy.contiguous()
-        assert library is not None
+        dy = dy.contiguous()
         gradients = tuple(torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
         kind, sizes, threads = q.dtype == torch.bfloat16, _sizes(q, k, v, ctx.causal), torch.get_num_threads()
         pointers = (at(t) for t in (q, k, v, y, log_sums, dy, *gradients))
-        library.moekit_attention_backward(kind, sizes, ctx.scale, at(document_ids), threads, *pointers)
+        library().moekit_attention_backward(kind, sizes, ctx.scale, at(document_ids), threads, *pointers)
         return *gradients, None, None, None, None
 
 

@@ -95,6 +95,13 @@ class BuildError(Exception):
     """The library could not be made, or its products are wrong."""
 
 
+def library() -> ctypes.CDLL:
+    """Returns the library where `native` has found one."""
+    found = native().library
+    assert found is not None
+    return found
+
+
 def folder() -> Path:
     """Returns where compiled kernels are kept: $MOEKIT_CACHE, else moekit in the user's cache."""
     if given := os.environ.get("MOEKIT_CACHE"):

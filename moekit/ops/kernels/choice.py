@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moekit.ops.kernels.build import native
+from moekit.ops.kernels.build import library, native
 
 
 def has_choice(of: Tensor) -> bool:
@@ -24,10 +24,9 @@ def has_choice(of: Tensor) -> bool:
 
 def largest(choice: Float[Tensor, "units experts"], k: int) -> Int[Tensor, "units k"]:
     """Returns the first k of a stable descending sort's indices; k is at most the number of experts."""
-    library, choice = native().library, choice.contiguous()
-    assert library is not None
+    choice = choice.contiguous()
     ids = torch.empty(len(choice), k, dtype=torch.int64)
-    library.moekit_largest(*choice.shape, k, choice.data_ptr(), ids.data_ptr(), torch.get_num_threads())
+    library().moekit_largest(*choice.shape, k, choice.data_ptr(), ids.data_ptr(), torch.get_num_threads())
     return ids
 
 
@@ -68,8 +67,7 @@ class _Route(torch.autograd.Function):
         normed: bool,
         factor: float,
     ) -> tuple[Tensor, ...]:
-        library, logits = native().library, logits.contiguous()
-        assert library is not None
+        logits = logits.contiguous()
         units, experts = logits.shape
         sizes = (ctypes.c_int64 * 6)(sequences, units // max(sequences, 1), experts, k, sigmoid, normed)
         scores, log_sums, squared = torch.empty_like(logits), logits.new_empty(units), logits.new_empty(sequences)
@@ -77,7 +75,7 @@ class _Route(torch.autograd.Function):
         weights, sums = logits.new_empty(units, k), logits.new_empty(sequences, experts)
         bias = None if bias is None else bias.float().contiguous()
         ctx.call = sizes, factor
-        library.moekit_route(
+        library().moekit_route(
             *(sizes, factor, torch.get_num_threads(), logits.data_ptr(), None if bias is None else bias.data_ptr()),
             *(tensor.data_ptr() for tensor in (scores, ids, weights, log_sums, sums, squared, counts)),
         )
@@ -89,11 +87,10 @@ class _Route(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        library, saved = native().library, ctx.saved_tensors
-        assert library is not None
+        saved = ctx.saved_tensors
         given = [None if d is None else d.contiguous() for d in (gradients[0], *gradients[2:5])]
         d_logits, (sizes, factor) = torch.empty_like(saved[1]), ctx.call
-        library.moekit_route_backward(
+        library().moekit_route_backward(
             *(sizes, factor, torch.get_num_threads()),
             *(None if tensor is None else tensor.data_ptr() for tensor in (*saved, *given, d_logits)),
         )
@@ -104,10 +101,9 @@ def sort_pairs(
     expert_ids: Int[Tensor, "tokens k"], n_experts: int
 ) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"], Int[Tensor, " experts"]]:
     """Returns `dispatch.Plan`'s tensors; IndexError for an id that is neither an expert nor -1."""
-    library, ids = native().library, expert_ids.contiguous()
-    assert library is not None
+    ids = expert_ids.contiguous()
     order, inverse, counts = ids.new_empty(ids.numel()), ids.new_empty(ids.numel()), ids.new_empty(n_experts + 2)
-    library.moekit_plan(ids.numel(), n_experts, *(tensor.data_ptr() for tensor in (ids, order, inverse, counts)))
+    library().moekit_plan(ids.numel(), n_experts, *(tensor.data_ptr() for tensor in (ids, order, inverse, counts)))
     if counts[-1]:
         raise IndexError(f"expert ids are {int(ids.min())} to {int(ids.max())} but must be -1 to {n_experts - 1}")
     return order, inverse, counts[:n_experts]

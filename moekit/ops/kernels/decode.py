@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moekit.ops.kernels.build import native
+from moekit.ops.kernels.build import library, native
 from moekit.ops.kernels.native import KINDS, at, contiguous, table
 from moekit.ops.mapped import Mapped, Weights
 from moekit.ops.quantize import GROUP, Quantized
@@ -105,12 +105,10 @@ class Decoder:
 
     def step(self, ids: Int[Tensor, " batch"], lengths: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
         """Returns the logits in float32 after one more token of each sequence, written to the cache at `lengths`."""
-        library = native().library
-        assert library is not None
         ids, lengths = ids.contiguous(), lengths.contiguous()
         logits = torch.empty(len(ids), self.vocab)
         addresses = (ids.data_ptr(), lengths.data_ptr(), logits.data_ptr())
-        library.moekit_decode(ctypes.byref(self._model), len(ids), *addresses, torch.get_num_threads())
+        library().moekit_decode(ctypes.byref(self._model), len(ids), *addresses, torch.get_num_threads())
         return logits
 
     def _layer(self, layer: Layer) -> "_Layer":

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moekit.ops.kernels.build import native
+from moekit.ops.kernels.build import library, native
 from moekit.ops.kernels.native import at
 
 
@@ -68,4 +68,4 @@ def _call(name: str, x: Tensor, by: Tensor, weight: Tensor, *arguments: Tensor |
     sizes = (ctypes.c_int64 * 5)(*x.shape[:2], *weight.shape)
     kinds = (tensor.dtype == torch.bfloat16 for tensor in (x, weight))
     rest = (one if isinstance(one, bool) else at(one) for one in arguments)
-    getattr(native().library, f"moekit_{name}")(*kinds, sizes, at(by), torch.get_num_threads(), *rest)
+    getattr(library(), f"moekit_{name}")(*kinds, sizes, at(by), torch.get_num_threads(), *rest)

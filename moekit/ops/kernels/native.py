@@ -6,7 +6,6 @@ What the backward pass needs is x, the inputs of SiLU (rows, 2 ff) and nothing e
 routing weight is the dot product of the activation with dy W_down, which is at hand there (SonicMoE, arXiv 2512.14080).
 """
 
-import ctypes
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moekit.ops.dispatch import Plan
-from moekit.ops.kernels.build import matrices, native
+from moekit.ops.kernels.build import library, matrices, native
 from moekit.ops.mapped import Mapped, Weights
 from moekit.ops.quantize import Quantized
 from moekit.ops.scaled import Matrix, Scaled
@@ -98,10 +97,9 @@ def has_linear(x: Tensor, weight: Tensor | Quantized) -> bool:
 
 def linear(x: Float[Tensor, "*batch dim"], weight: Float[Tensor, "out dim"] | Quantized) -> Float[Tensor, "*batch out"]:
     """Returns x W^T, summed in float32."""
-    library, flat, weight = native().library, _rows(x.reshape(-1, x.shape[-1])), contiguous(weight)
-    assert library is not None
+    flat, weight = _rows(x.reshape(-1, x.shape[-1])), contiguous(weight)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    library.moekit_linear(
+    library().moekit_linear(
         *(int(x.dtype == torch.bfloat16), KINDS[_stored(weight).dtype], len(flat), *weight.shape),
         *(torch.get_num_threads(), at(flat), flat.stride(0), *_weights_at(weight), at(y)),
     )
@@ -109,7 +107,7 @@ def linear(x: Float[Tensor, "*batch dim"], weight: Float[Tensor, "out dim"] | Qu
 
 
 def has_rest(*tensors: Tensor) -> bool:
-    """Returns whether `cross_entropy_`, `swiglu` and `rms_norm` can run on these tensors."""
+    """Returns whether `cross_entropy_` and `swiglu` can run on these tensors."""
     return all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.bfloat16) for t in tensors) and (
         native().library is not None
     )
@@ -119,11 +117,10 @@ def cross_entropy_(
     logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"], differentiate: bool
 ) -> Float[Tensor, " tokens"]:
     """Returns each token's loss in nats, 0 for a negative target; with `differentiate` the logits turn to d_logits."""
-    library, targets = native().library, targets.contiguous()
-    assert library is not None
+    targets = targets.contiguous()
     assert logits.is_contiguous()
     losses = torch.empty(len(logits))
-    library.moekit_cross_entropy(
+    library().moekit_cross_entropy(
         int(logits.dtype == torch.bfloat16),
         *logits.shape,
         *map(at, (logits, targets, losses)),
@@ -153,7 +150,7 @@ def swiglu_backward(
 
 def _by_number(name: str, *tensors: Tensor) -> None:
     first = tensors[0]
-    function = getattr(native().library, name)
+    function = getattr(library(), name)
     function(int(first.dtype == torch.bfloat16), first.numel(), *map(at, tensors), torch.get_num_threads())
 
 
@@ -196,7 +193,7 @@ class _Norm(torch.autograd.Function):
         kinds = x.dtype == torch.bfloat16, ctx.delta == torch.bfloat16
         sizes = x.numel() // x.shape[-1], x.shape[-1]
         inputs, outputs = map(at, (x, delta, by)), map(at, (total, y, rounded, scales))
-        _library().moekit_norm(*kinds, *sizes, *inputs, eps, *outputs, torch.get_num_threads())
+        library().moekit_norm(*kinds, *sizes, *inputs, eps, *outputs, torch.get_num_threads())
         ctx.save_for_backward(x if total is None else total, weight, scales)
         ctx.set_materialize_grads(False)
         return total, y, rounded
@@ -211,17 +208,11 @@ class _Norm(torch.autograd.Function):
         if ctx.delta is not None and d_delta is None:
             d_delta = torch.empty_like(total, dtype=ctx.delta)
         parts = torch.empty(_Norm.PARTS, len(weight))
-        _library().moekit_norm_backward(
+        library().moekit_norm_backward(
             *(total.dtype == torch.bfloat16, scales.numel(), len(weight), *map(at, (total, by, scales, *given, dx))),
             *(None if d_delta is dx else at(d_delta), at(parts), len(parts), torch.get_num_threads()),
         )
         return dx, d_delta, parts.sum(0).to(weight.dtype), None, None, None
-
-
-def _library() -> ctypes.CDLL:
-    library = native().library
-    assert library is not None
-    return library
 
 
 class _Experts(torch.autograd.Function):
@@ -306,28 +297,26 @@ class _Call:
     """The library's functions with what all calls of one layer share."""
 
     def __init__(self, x: Tensor, gate_up: Weights, offsets: Tensor, tokens: Tensor | None) -> None:
-        library = native().library
-        assert library is not None
-        self.library, self.offsets, self.tokens = library, offsets, tokens
+        self.offsets, self.tokens = offsets, tokens
         self.types, self.threads = _TYPES[x.dtype, _stored(gate_up).dtype], torch.get_num_threads()
 
     def forward(self, x: Tensor, gate_up: Weights, down: Weights, hidden: Tensor | None, y: Tensor) -> None:
         experts = table(gate_up, down)
         if isinstance(gate_up, Mapped):
-            self.library.moekit_fetch(*down.shape, at(self.offsets), experts.ctypes.data)
-        self.library.moekit_forward(
+            library().moekit_fetch(*down.shape, at(self.offsets), experts.ctypes.data)
+        library().moekit_forward(
             self.types[0], *self._shape(down), at(x), x.stride(0), experts.ctypes.data, at(hidden), at(y)
         )
 
     def backward_rows(self, dy: Tensor, gate_up: Tensor, down: Tensor, *rest: Tensor | None) -> None:
-        self.library.moekit_backward_rows(
+        library().moekit_backward_rows(
             *self.types, *self._shape(down), at(dy), dy.stride(0), at(gate_up), at(down), *map(at, rest)
         )
 
     def weight_gradient(
         self, left: Tensor, left_gathered: bool, right: Tensor, right_gathered: bool, gradient: Tensor
     ) -> None:
-        self.library.moekit_weight_gradient(
+        library().moekit_weight_gradient(
             *self.types,
             len(gradient),
             at(self.offsets),
@@ -343,7 +332,7 @@ class _Call:
         tokens = row_of.numel() // k
         y = rows.new_empty(tokens, rows.shape[1])
         computed = int(self.offsets[-1])
-        self.library.moekit_combine(
+        library().moekit_combine(
             *(self.types[0], tokens, k, rows.shape[1], at(rows), at(row_of), at(weights), computed, at(y)),
             self.threads,
         )
