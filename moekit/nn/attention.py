@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moekit.config import MHAConfig
 from moekit.nn.cache import KVCache
-from moekit.nn.linear import Linear
+from moekit.nn.linear import Linear, together
 from moekit.nn.norm import RMSNorm
 from moekit.nn.rope import Rotation, rotate, softmax_scale
 from moekit.ops.attention import Seen, attend
@@ -49,10 +49,10 @@ class Attention(nn.Module):
     def forward(self, x: Float[Tensor, "batch length dim"], context: Context) -> Float[Tensor, "batch length dim"]:
         x, norm = cast_once(x), self.config.qk_norm
         split = (-1, self.config.head_dim)
-        q, k = self.q_proj(x), self.k_proj(x)
+        q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
         if norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (part.unflatten(-1, split) for part in (q, k, self.v_proj(x)))
+        q, k, v = (part.unflatten(-1, split) for part in (q, k, v))
         if norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (rotate(part, context.rotation, interleaved=False) for part in (q, k))

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moekit.nn.linear import Linear
+from moekit.nn.linear import Linear, together
 from moekit.ops.autocast import cast_once
 from moekit.ops.swiglu import swiglu
 
@@ -24,7 +24,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         x = cast_once(x)
-        y: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        y: Tensor = self.down_proj(swiglu(*together(x, self.gate_proj, self.up_proj)))
         return y
 
 

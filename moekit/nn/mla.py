@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from moekit.config import MLAConfig
 from moekit.nn.attention import Context
-from moekit.nn.linear import Linear
+from moekit.nn.linear import Linear, together
 from moekit.nn.norm import RMSNorm
 from moekit.nn.rope import rotate, softmax_scale
 from moekit.ops.attention import attend
@@ -40,11 +40,14 @@ class MLA(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch length dim"], context: Context) -> Float[Tensor, "batch length dim"]:
         config, x = self.config, cast_once(x)
-        q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        compressed = config.q_lora_rank is not None
+        q, latent = together(x, self.q_a_proj if compressed else self.q_proj, self.kv_a_proj_with_mqa)
+        if compressed:
+            q = self.q_b_proj(self.q_a_layernorm(q))
         q = q.unflatten(-1, (config.num_attention_heads, -1))
         q_nope, q_rope = q.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
         q_rope = rotate(q_rope, context.rotation, interleaved=True)
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        latent, k_rope = latent.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
         latent = self.kv_a_layernorm(latent)
         k_rope = rotate(k_rope.unsqueeze(2), context.rotation, interleaved=True)
         if context.cache is None:

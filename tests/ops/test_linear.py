@@ -6,8 +6,9 @@ from torch import Tensor
 
 from moekit.errors import UnsupportedError
 from moekit.ops import product as ops_product
-from moekit.ops.kernels import build, native
-from moekit.ops.linear import linear
+from moekit.ops.kernels import build
+from moekit.ops.kernels import linear as kernels
+from moekit.ops.linear import linear, linears
 from moekit.ops.quantize import dequantize, quantize
 from moekit.ops.scaled import Matrix, Scaled
 
@@ -105,6 +106,64 @@ def test_a_strided_input_suits_the_kernel(kind: str, rows: int) -> None:
     x = torch.randn(rows, 140)[:, ::2].to(torch.bfloat16 if kind == "bfloat16" else torch.float32)
     if build.native().library is None:
         pytest.skip("there are no native kernels")
-    y, exact = native.linear(x, weight), x.double() @ numbers.double().T
+    (y,), exact = kernels.linears(x, (weight,)), x.double() @ numbers.double().T
     bound = 1e-2 if kind == "bfloat16" else 2e-6
     assert ((y - exact).abs() <= bound * (x.double().abs() @ numbers.double().abs().T)).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("rows", "width", "outs"), [(1, 64, (32,)), (37, 70, (33, 1, 64)), (600, 96, (130, 64)), (2100, 32, (7,))]
+)
+@pytest.mark.parametrize("weights_in", [torch.float32, torch.bfloat16])
+def test_several_products_of_the_same_rows_have_the_right_gradients(
+    rows: int, width: int, outs: tuple[int, ...], weights_in: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x = torch.randn(rows, width, dtype=torch.bfloat16).requires_grad_()
+    weights = [torch.randn(out, width, dtype=weights_in).requires_grad_() for out in outs]
+    if not kernels.has_linears(x, weights, mixed=True):
+        pytest.skip("torch multiplies bfloat16 on this machine")
+    exact = [part.detach().bfloat16().double().requires_grad_() for part in (x, *weights)]
+    dys = [torch.randn(rows, out, dtype=torch.bfloat16) for out in outs]
+    with torch.autocast("cpu", torch.bfloat16):
+        ys = linears(x, *weights)
+    wanted = [exact[0] @ w.T for w in exact[1:]]
+    torch.autograd.backward(ys, dys)
+    torch.autograd.backward(wanted, [dy.double() for dy in dys])
+    for y, one, w in zip(ys, wanted, exact[1:], strict=True):
+        rounding = one.abs() + (
+            exact[0].abs() @ w.abs().T if rows <= kernels.FEW else 1e-3 * width
+        )  # few: w as it lies
+        assert ((y - one).abs() <= 4e-3 * rounding).all()
+    for ours, theirs in zip((x, *weights), exact, strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert ours.grad.dtype == ours.dtype
+        rounds = 8e-3 if ours.dtype == torch.bfloat16 else 2e-5
+        most = float(theirs.grad.abs().max())
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=rounds, atol=rounds * most)
+
+
+def test_threads_change_no_bit_and_frozen_matrices_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, 200, 70).bfloat16().transpose(0, 1).requires_grad_()
+    weights = [torch.randn(out, 70).requires_grad_(out != 40) for out in (33, 40, 96)]
+    made = []
+    for threads in (1, 2, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        x.grad = None
+        for w in weights:
+            w.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            ys = linears(x, *weights)
+        sum(y.float().square().sum() for y in ys).backward()  # type: ignore[union-attr]
+        assert weights[1].grad is None
+        made.append([*ys, x.grad, weights[0].grad, weights[2].grad])
+    for one in made[1:]:
+        for a, b in zip(made[0], one, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_without_autocast_two_dtypes_are_an_error() -> None:
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(torch.randn(40, 8).bfloat16(), torch.randn(6, 8))

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,7 +29,9 @@ _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 SIGNATURES: dict[str, list[type]] = {
     "moekit_forward": [_INT, *[_LONG] * 3, *[_POINTER] * 2, _INT, _POINTER, _LONG, *[_POINTER] * 3],
     "moekit_fetch": [*[_LONG] * 3, _POINTER, _POINTER],
-    "moekit_linear": [_INT, _INT, *[_LONG] * 3, _INT, _POINTER, _LONG, *[_POINTER] * 3],
+    "moekit_linear": [_INT, *[_LONG] * 3, _INT, _POINTER, _LONG, _POINTER],
+    "moekit_linear_backward": [_INT, _INT, *[_LONG] * 3, _INT, *[_POINTER] * 2],
+    "moekit_linear_gradient": [_INT, _INT, *[_LONG] * 3, _INT, _POINTER, _LONG, _POINTER],
     "moekit_backward_rows": [_INT, _INT, *[_LONG] * 3, *[_POINTER] * 2, _INT, _POINTER, _LONG, *[_POINTER] * 8],
     "moekit_weight_gradient": [
         *(_INT, _INT, _LONG, _POINTER, _POINTER, _INT),
@@ -176,6 +178,7 @@ def matrices(count: int, kind: int, data: int, data_bytes: int, scales: int = 0,
 def check(library: ctypes.CDLL) -> None:
     """Raises BuildError unless forward and gradients equal numpy's, in float32 and bfloat16, over awkward sizes."""
     _check_experts(library)
+    _check_linear(library)
     _check_attention(library)
     _check_merge(library)
     _check_choice(library)
@@ -221,6 +224,32 @@ def _check_experts(library: ctypes.CDLL) -> None:
         for name, value, parts_of in zip(("y", "dx", "gate_up", "down"), found, wanted, strict=True):
             _compare(name, half, value, np.concatenate(parts_of), bound)
     _check_codes(library, rng)
+
+
+def _check_linear(library: ctypes.CDLL) -> None:
+    rng, tokens, outs = np.random.default_rng(0), 301, (70, 96, 1)
+    for (half, bound), k in itertools.product(((0, 1e-4), (1, 3e-2)), (37, 64)):
+        drawn = [rng.standard_normal(shape).astype(np.float32) for shape in ((tokens, k), *((n, k) for n in outs))]
+        x, *ws = (_truncated(value) if half else value for value in drawn)
+        dys = [rng.standard_normal((tokens, n)).astype(np.float32) for n in outs]
+        dys = [_truncated(dy) if half else dy for dy in dys]
+        rows, *kept = (_bits(half, value) for value in (x, *ws, *dys))
+        weights, given = kept[: len(outs)], kept[len(outs) :]
+        ys, dx, dws = (
+            [_empty(half, *dy.shape) for dy in dys],
+            _empty(half, tokens, k),
+            [_empty(half, *w.shape) for w in ws],
+        )
+        sizes = (len(outs), tokens, k, 2)
+        library.moekit_linear(half, *sizes, rows.ctypes.data, k, _maps(half, weights, ys))
+        library.moekit_linear_backward(half, half, *sizes, _maps(half, weights, given), dx.ctypes.data)
+        library.moekit_linear_gradient(half, half, *sizes, rows.ctypes.data, k, _maps(half, dws, given))
+        for w, dy, y, dw in zip(ws, dys, ys, dws, strict=True):
+            _compare("a product", half, y, x @ w.T, bound)
+            _compare("a matrix's gradient", half, dw, dy.T @ x, bound)
+        _compare(
+            "a product's gradient", half, dx, np.asarray(sum(dy @ w for dy, w in zip(dys, ws, strict=True))), bound
+        )
 
 
 def _check_attention(library: ctypes.CDLL) -> None:
@@ -353,9 +382,9 @@ def _check_codes(library: ctypes.CDLL, rng: np.random.Generator) -> None:
             library.moekit_forward(0, *where, x.ctypes.data, dim, plain.ctypes.data, None, wanted.ctypes.data)
             _compare(f"y of int{bits}", half, found, wanted, bound)
             for tokens in (3, 9, len(x)):
-                y, sizes = _empty(half, tokens, 2 * ff), (tokens, 2 * ff, dim, 2)
-                at = (rows.ctypes.data, dim, *(array.ctypes.data for array in gate_up[:2]), y.ctypes.data)
-                library.moekit_linear(half, kind, *sizes, *at)
+                y = _empty(half, tokens, 2 * ff)
+                maps = _maps(kind, [gate_up[0][0]], [y], [gate_up[1][0]])
+                library.moekit_linear(half, 1, tokens, dim, 2, rows.ctypes.data, dim, maps)
                 _compare(f"{tokens} rows of int{bits}", half, y, x[:tokens] @ gate_up[2][0].T, bound)
 
 
@@ -368,6 +397,14 @@ def _table(
         of = (scales[number].ctypes.data, scales[number].nbytes) if scales else ()
         parts.append(matrices(each * experts, kind, array.ctypes.data, array.nbytes, *of).reshape(experts, each, 3))
     return np.concatenate(parts, axis=1)
+
+
+def _maps(kind: int, weights: Sequence[np.ndarray], ys: Sequence[np.ndarray], scales: Sequence[np.ndarray] = ()) -> Any:
+    """Returns the library's `Map` of each weight and its product."""
+    at = [of.ctypes.data for of in scales] or [0] * len(weights)
+    rows = zip(weights, at, ys, strict=True)
+    numbers = [n for w, of, y in rows for n in (w.ctypes.data, of, kind, y.shape[1], y.ctypes.data)]
+    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 def _codes(rng: np.random.Generator, bits: int, *shape: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The compiled kernels as functions that torch can differentiate: experts, products with one matrix, loss and norm.
+"""The compiled kernels as functions that torch can differentiate: experts, loss, SwiGLU and norm.
 
 The experts' gather, products, SiLU * up and combination take few passes.
 
@@ -73,36 +73,6 @@ def swiglu_experts(
     if not (torch.is_grad_enabled() and isinstance(gate_up, Tensor) and isinstance(down, Tensor)):
         return _forward(rows, None, gate_up, down, _offsets(tokens_per_expert), None, None)[0]
     y: Tensor = _Experts.apply(rows, None, gate_up, down, tokens_per_expert, None, None)
-    return y
-
-
-FEW = 4
-"""Rows up to which a product reads weights straight from where they lie; the kernels' own number."""
-
-
-def has_linear(x: Tensor, weight: Tensor | Quantized) -> bool:
-    """Returns whether `linear` can run on these tensors and is meant to: on a few rows, or on codes. No gradients."""
-    if torch.compiler.is_compiling():
-        return False
-    wanted = torch.is_grad_enabled() and (x.requires_grad or _stored(weight).requires_grad)
-    return (
-        x.device.type == "cpu"
-        and x.numel() > 0
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and (isinstance(weight, Quantized) or (weight.dtype == x.dtype and x.numel() <= FEW * x.shape[-1]))
-        and not wanted
-        and native().library is not None
-    )
-
-
-def linear(x: Float[Tensor, "*batch dim"], weight: Float[Tensor, "out dim"] | Quantized) -> Float[Tensor, "*batch out"]:
-    """Returns x W^T, summed in float32."""
-    flat, weight = _rows(x.reshape(-1, x.shape[-1])), contiguous(weight)
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    library().moekit_linear(
-        *(int(x.dtype == torch.bfloat16), KINDS[_stored(weight).dtype], len(flat), *weight.shape),
-        *(torch.get_num_threads(), at(flat), flat.stride(0), *_weights_at(weight), at(y)),
-    )
     return y
 
 
@@ -367,11 +337,6 @@ def contiguous(weight: Weights | Matrix) -> Any:
         assert weight.scales.dtype == torch.bfloat16
         return Quantized(weight.codes.contiguous(), weight.scales.contiguous(), weight.width)
     return weight.contiguous() if isinstance(weight, Tensor) else weight
-
-
-def _weights_at(weight: Tensor | Quantized) -> tuple[int | None, int | None]:
-    """Returns where the numbers lie, or the codes and their scales."""
-    return (at(weight.codes), at(weight.scales)) if isinstance(weight, Quantized) else (at(weight), None)
 
 
 def _rows(x: Tensor) -> Tensor:

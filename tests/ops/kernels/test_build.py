@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moekit.ops import reference
-from moekit.ops.kernels import build, native
+from moekit.ops.kernels import build, linear
 from moekit.ops.quantize import dequantize, quantize
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -48,12 +48,12 @@ def test_codes_in_tiles_and_in_vectors_give_the_same_bits(tmp_path: Path, monkey
     x, weight = torch.randn(30, 130).bfloat16(), torch.randn(70, 130)
     for kind in ("int8", "int4"):
         coded = quantize(weight, kind)  # type: ignore[arg-type]
-        vectors = native.linear(x, coded)
+        (vectors,) = linear.linears(x, (coded,))
         exact = reference.rounded(x.double()) @ dequantize(coded).double().T
         assert (vectors - exact).abs().max() < 4e-3 * exact.abs().max()  # half of a bfloat16's last place
         with monkeypatch.context() as patch:
-            patch.setattr(native, "native", lambda: tiles)
-            assert torch.equal(native.linear(x, coded), vectors)
+            patch.setattr(linear, "library", lambda: tiles.library)
+            assert torch.equal(linear.linears(x, (coded,))[0], vectors)
 
 
 @needs_compiler

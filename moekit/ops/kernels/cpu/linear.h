@@ -1,65 +1,195 @@
-// The product of rows with one matrix.
+// The products of rows with one matrix or several, and their gradients.
 
 #pragma once
 
 #include "few.h"
 #include "whole.h"
 
+extern "C" {
+struct Map {  // y (tokens, rows) = x (tokens, k) times w transposed; or the gradients of y and w in their places
+    Matrix w;
+    int64_t rows;
+    void* y;
+};
+}
+
 namespace {
 
-// y (tokens, rows) = x (tokens, k) times w transposed; the threads share the rows of w. At most FEW tokens.
-template <class S, class W>
-void linear_few(int64_t tokens, int64_t rows, int64_t k, const S* x, int64_t ldx, const W& w, S* y, int threads) {
+struct Maps {
+    int64_t count, tokens, k;
+    const Map* map;
+    int threads;
+};
+
+// Tasks of a product: panels of columns, each for a part of the rows. Where panels are few a thread takes less than one at
+// a time, so that all end together.
+struct Tasks {
+    struct Panel {
+        int64_t of, n, columns;  // of: whose columns these are
+    };
+    std::vector<Panel> panels;
+    int64_t rows, step, parts;
+    Tasks(int64_t rows, int64_t step) : rows(rows), step(up((std::min<int64_t>(rows, 256) + 1), step)), parts((rows + this->step - 1) / this->step) {}
+    void add(int64_t of, int64_t columns) {
+        for (int64_t n = 0; n < columns; n += PANEL) panels.push_back({of, n, std::min<int64_t>(PANEL, columns - n)});
+    }
+    int64_t count() const { return panels.size() * parts; }
+    int64_t chunk(int threads) const { return std::min(parts, std::max<int64_t>(1, count() / (16 * threads))); }
+    int64_t begin(int64_t t) const { return t % parts * step; }
+    int64_t end(int64_t t) const { return std::min(rows, begin(t) + step); }
+};
+
+// At most FEW tokens; the threads share the rows of w.
+template <class S, class W> void linear_few(const Maps& s, const S* x, int64_t ldx) {
     constexpr int64_t PART = 32;  // rows of w that a task takes
-    const int64_t width = W::padded(k);
-    std::vector<float> in(tokens * width);
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t i = 0; i < k; i++) in[t * width + i] = to_float(x[t * ldx + i]);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t part = 0; part < (rows + PART - 1) / PART; part++) {
-        const int64_t n = part * PART, taken = std::min(PART, rows - n);
-        float out[FEW * PART];
-        dots(tokens, w.rows(n), taken, in.data(), width, out, PART);
-        for (int64_t t = 0; t < tokens; t++)
-            for (int64_t j = 0; j < taken; j++) assign(y[t * rows + n + j], out[t * PART + j]);
+    const int64_t width = W::padded(s.k);
+    std::vector<float> in(s.tokens * width);
+    for (int64_t t = 0; t < s.tokens; t++)
+        for (int64_t i = 0; i < s.k; i++) in[t * width + i] = to_float(x[t * ldx + i]);
+#pragma omp parallel num_threads(s.threads)
+    for (int64_t m = 0; m < s.count; m++) {
+        const Map& map = s.map[m];
+        const W w(map.w.data, map.w.scales, s.k);
+#pragma omp for schedule(static) nowait
+        for (int64_t part = 0; part < (map.rows + PART - 1) / PART; part++) {
+            const int64_t n = part * PART, taken = std::min(PART, map.rows - n);
+            float out[FEW * PART];
+            dots(s.tokens, w.rows(n), taken, in.data(), width, out, PART);
+            for (int64_t t = 0; t < s.tokens; t++)
+                for (int64_t j = 0; j < taken; j++) assign(((S*)map.y)[t * map.rows + n + j], out[t * PART + j]);
+        }
     }
 }
 
 // The same in panels, multiplied as P.
-template <class P, class S, class W>
-void linear_panels(int64_t tokens, int64_t rows, int64_t k, const S* x, int64_t ldx, const W& w, S* y, int threads) {
-    Shared<P> in(tokens, k);
-#pragma omp parallel num_threads(threads)
+template <class P, class S, class W> void linear_panels(const Maps& s, const S* x, int64_t ldx) {
+    Shared<P, S> in(x, ldx, s.tokens, s.k);
+    const int64_t step = Left<P>::step();
+    Tasks tasks(s.tokens, step);
+    for (int64_t m = 0; m < s.count; m++) tasks.add(m, s.map[m].rows);
+#pragma omp parallel num_threads(s.threads)
     {
         AmxTiles tiles(!std::is_same<P, Product<S>>::value);
-        scratch.reserve(Right<P>::bytes(k) + room(TILE_ROWS * PANEL, 4));
-        Right<P> panel(scratch.bytes(Right<P>::bytes(k)), k);
+        scratch.reserve(Right<P>::bytes(s.k) + room(TILE_ROWS * PANEL, 4));
+        Right<P> panel(scratch.bytes(Right<P>::bytes(s.k)), s.k);
         float* c = scratch.take<float>(TILE_ROWS * PANEL);
-        const int64_t step = Left<P>::step();
+        int64_t packed = -1;
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++) in.rows.take(t, x + t * ldx, ldx, nullptr, 1, k);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t part = 0; part < (rows + PANEL - 1) / PANEL; part++) {
-            const int64_t n = part * PANEL, width = std::min<int64_t>(PANEL, rows - n);
-            panel.pack(w.rows(n), width);
-            for (int64_t t = 0; t < tokens; t += step) {
-                const int64_t taken = std::min<int64_t>(step, tokens - t);
+        for (int64_t t = 0; t < (in.in_place ? 0 : s.tokens); t++) in.take(t);
+#pragma omp for schedule(dynamic, tasks.chunk(s.threads))
+        for (int64_t task = 0; task < tasks.count(); task++) {
+            const auto [of, n, columns] = tasks.panels[task / tasks.parts];
+            const Map map = s.map[of];
+            if (packed != task / tasks.parts) panel.pack(W(map.w.data, map.w.scales, s.k).rows(n), columns);
+            packed = task / tasks.parts;
+            for (int64_t t = tasks.begin(task), end = tasks.end(task); t < end; t += step) {
+                const int64_t taken = std::min(step, end - t);
                 multiply(in.rows, t, taken, panel, c);
-                for (int64_t i = 0; i < taken; i++) store_row(y + (t + i) * rows + n, c + i * PANEL, width);
+                S* y = (S*)map.y + t * map.rows + n;
+                for (int64_t i = 0; i < taken; i++) store_row(y + i * map.rows, c + i * PANEL, columns);
             }
         }
     }
 }
 
 // The same for any number of tokens.
-template <class S, class W>
-void linear(int64_t tokens, int64_t rows, int64_t k, const S* x, int64_t ldx, const W& w, S* y, int threads) {
-    if (tokens <= FEW)
-        linear_few(tokens, rows, k, x, ldx, w, y, threads);
-    else if (Rounded<S, W>::pays(tokens))
-        linear_panels<typename Rounded<S, W>::type>(tokens, rows, k, x, ldx, w, y, threads);
+template <class S, class W> void linear(const Maps& s, const S* x, int64_t ldx) {
+    if (s.tokens <= FEW)
+        linear_few<S, W>(s, x, ldx);
+    else if (Rounded<S, W>::pays(s.tokens))
+        linear_panels<typename Rounded<S, W>::type, S, W>(s, x, ldx);
     else
-        linear_panels<Product<S>>(tokens, rows, k, x, ldx, w, y, threads);
+        linear_panels<Product<S>, S, W>(s, x, ldx);
+}
+
+// dx (tokens, k) = the sum over maps of dy w.
+template <class S, class W> void linear_backward(const Maps& s, S* dx) {
+    typedef Product<S> P;
+    std::vector<Shared<P, S>> in;
+    std::vector<int64_t> at(1);  // where each map's part of a panel begins
+    in.reserve(s.count);
+    for (int64_t m = 0; m < s.count; m++) {
+        in.emplace_back((const S*)s.map[m].y, s.map[m].rows, s.tokens, s.map[m].rows);
+        at.push_back(at[m] + Units<P>::padded(s.map[m].rows) * PANEL);
+    }
+    const int64_t step = Left<P>::step(), k = s.k;
+    Tasks tasks(s.tokens, step);
+    tasks.add(0, k);
+#pragma omp parallel num_threads(s.threads)
+    {
+        AmxTiles tiles;
+        scratch.reserve(room(at.back(), sizeof(P)) + 2 * room(TILE_ROWS * PANEL, 4));
+        P* panel = scratch.take<P>(at.back());
+        float *c = scratch.take<float>(TILE_ROWS * PANEL), *more = scratch.take<float>(TILE_ROWS * PANEL);
+        int64_t packed = -1;
+        for (auto& rows : in)
+#pragma omp for schedule(static)
+            for (int64_t t = 0; t < (rows.in_place ? 0 : s.tokens); t++) rows.take(t);
+#pragma omp for schedule(dynamic, tasks.chunk(s.threads))
+        for (int64_t task = 0; task < tasks.count(); task++) {
+            const auto [of, n, columns] = tasks.panels[task / tasks.parts];
+            for (int64_t m = 0; packed != task / tasks.parts && m < s.count; m++)
+                pack(panel + at[m], (const W*)s.map[m].w.data + n, s.k, (const int64_t*)nullptr, columns, PANEL, s.map[m].rows);
+            packed = task / tasks.parts;
+            for (int64_t t = tasks.begin(task), end = tasks.end(task); t < end; t += step) {
+                const int64_t taken = std::min(step, end - t);
+                for (int64_t m = 0; m < s.count; m++) {
+                    const int64_t rs = in[m].rows.stride / Units<P>::each;
+                    multiply<P>(taken, rs, (const unit*)(in[m].rows.at + t * in[m].rows.stride), rs, 1, (const unit*)(panel + at[m]), m ? more : c);
+                    for (int64_t i = 0; m && i < taken; i++) add_row(c + i * PANEL, more + i * PANEL);
+                }
+                S* to = dx + t * k + n;
+                for (int64_t i = 0; i < taken; i++) store_row(to + i * k, c + i * PANEL, columns);
+            }
+        }
+    }
+}
+
+// The gradient of each w: dy transposed times x. Of x all panels are packed, of dy a group of columns at a time.
+template <class S, class W> void linear_gradient(const Maps& s, const S* x, int64_t ldx) {
+    typedef Product<S> P;
+    constexpr int each = Units<P>::each;
+    const bool flip = is_bf16<P>() && use_amx;
+    const int64_t step = tile_rows<P>(), group = flip ? 4 * TILE_ROWS : 8 * MOST_ROWS;  // whole cache lines
+    const int64_t k = s.k, depth = Units<P>::padded(s.tokens), panels = (k + PANEL - 1) / PANEL;
+    struct Group {
+        int64_t of, first, columns;
+    };
+    std::vector<Group> groups;
+    for (int64_t m = 0; m < s.count; m++)
+        for (int64_t first = 0; first < s.map[m].rows; first += group) groups.push_back({m, first, std::min(group, s.map[m].rows - first)});
+    std::vector<char> memory(room(panels * PANEL * depth, sizeof(P)) + 64);
+    P* const right = (P*)(memory.data() + 64 - (uintptr_t)memory.data() % 64);
+#pragma omp parallel num_threads(s.threads)
+    {
+        AmxTiles tiles;
+        scratch.reserve((flip ? 2 : 1) * room(depth * group, sizeof(P)) + room(TILE_ROWS * PANEL, 4));
+        unit* left = (unit*)scratch.take<P>(depth * group);
+        unit* unflipped = flip ? (unit*)scratch.take<P>(depth * group) : left;
+        float* c = scratch.take<float>(TILE_ROWS * PANEL);
+        const int64_t rs = flip ? depth / each : 1, ks = flip ? 1 : group;
+        int64_t packed = -1;
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < panels; p++)
+            pack(right + p * PANEL * depth, x + p * PANEL, ldx, (const int64_t*)nullptr, std::min<int64_t>(PANEL, s.k - p * PANEL), PANEL, s.tokens);
+#pragma omp for schedule(dynamic, std::min<int64_t>(panels, std::max<int64_t>(1, groups.size() * panels / (16 * s.threads))))
+        for (int64_t task = 0; task < (int64_t)groups.size() * panels; task++) {
+            const auto [of, first, taken] = groups[task / panels];
+            const Map map = s.map[of];
+            const int64_t n = task % panels * PANEL, columns = std::min<int64_t>(PANEL, s.k - n);
+            if (packed != task / panels) {
+                pack((P*)unflipped, (const S*)map.y + first, map.rows, (const int64_t*)nullptr, taken, group, s.tokens);
+                if (flip) transpose_units(left, unflipped, depth / each, group);
+            }
+            packed = task / panels;
+            for (int64_t m = 0; m < taken; m += step) {
+                const int64_t rows = std::min(step, taken - m);
+                multiply<P>(rows, depth / each, left + m * rs, rs, ks, (const unit*)(right + n * depth), c);
+                W* to = (W*)map.w.data + (first + m) * k + n;
+                for (int64_t i = 0; i < rows; i++) stream_row(to + i * k, c + i * PANEL, columns);
+            }
+        }
+    }
 }
 
 }  // namespace

@@ -66,7 +66,7 @@ template <class S, class W> void merged_forward(const Merging& s, const S* x, co
     const Shares shares(s);
     const int64_t panels = (s.rows + PANEL - 1) / PANEL;
     const int64_t groups = std::max<int64_t>(1, std::min(s.units, 4 * s.threads / panels));  // of units: enough tasks
-    Shared<P> in(s.all(), s.dim);
+    Shared<P, S> in(x, s.dim, s.all(), s.dim);
 #pragma omp parallel num_threads(s.threads)
     {
         AmxTiles tiles;
@@ -76,7 +76,7 @@ template <class S, class W> void merged_forward(const Merging& s, const S* x, co
         float* c = scratch.take<float>(TILE_ROWS * PANEL);
         const int64_t step = Left<P>::step();
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < s.all(); t++) in.rows.take(t, x + t * s.dim, s.dim, nullptr, 1, s.dim);
+        for (int64_t t = 0; t < (in.in_place ? 0 : s.all()); t++) in.take(t);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < panels * groups; task++) {
             const int64_t n = task / groups * PANEL, columns = std::min<int64_t>(PANEL, s.rows - n), group = task % groups;
@@ -104,7 +104,7 @@ template <class S, class W> void merged_backward(const Merging& s, const S* dy, 
     const int64_t near = std::max<int64_t>(1, (1 << 17) / std::max<int64_t>(1, s.tokens * STRIP));  // units: their sums stay too
     const int64_t enough = std::min(s.units, 4 * s.threads / strips);
     const int64_t groups = std::max<int64_t>(1, std::max((s.units + near - 1) / near, enough));
-    Shared<P> in(s.all(), s.rows);
+    Shared<P, S> in(dy, s.rows, s.all(), s.rows);
 #pragma omp parallel num_threads(s.threads)
     {
         AmxTiles tiles;
@@ -116,7 +116,7 @@ template <class S, class W> void merged_backward(const Merging& s, const S* dy, 
         float* c = scratch.take<float>(TILE_ROWS * PANEL);
         const int64_t step = Left<P>::step(), rs = in.rows.stride / each;
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < s.all(); t++) in.rows.take(t, dy + t * s.rows, s.rows, nullptr, 1, s.rows);
+        for (int64_t t = 0; t < (in.in_place ? 0 : s.all()); t++) in.take(t);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < strips * groups; task++) {
             const int64_t first = task / groups * STRIP, columns = std::min(STRIP, s.dim - first), group = task % groups;

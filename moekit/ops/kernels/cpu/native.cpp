@@ -99,14 +99,20 @@ EXPORT void moekit_fetch(int64_t experts, int64_t dim, int64_t ff, const int64_t
         if (offsets[e + 1] > offsets[e]) fetch(matrices[e], dim, ff, true);
 }
 
-EXPORT void moekit_linear(int s_bf16, int kind, int64_t tokens, int64_t rows, int64_t k, int threads, const void* x,
-                          int64_t ldx, const void* w, const void* scales, void* y) {
-    BY_WEIGHTS(kind, {
-        if (s_bf16)
-            linear(tokens, rows, k, (const bf16*)x, ldx, W(w, scales, k), (bf16*)y, threads);
-        else
-            linear(tokens, rows, k, (const float*)x, ldx, W(w, scales, k), (float*)y, threads);
-    })
+EXPORT void moekit_linear(int s_bf16, int64_t count, int64_t tokens, int64_t k, int threads, const void* x, int64_t ldx, const Map* maps) {
+    const Maps s{count, tokens, k, maps, threads};
+    BY_WEIGHTS(maps->w.kind, (s_bf16 ? linear<bf16, W>(s, (const bf16*)x, ldx) : linear<float, W>(s, (const float*)x, ldx)))
+}
+
+EXPORT void moekit_linear_backward(int s_bf16, int w_bf16, int64_t count, int64_t tokens, int64_t k, int threads, const Map* maps, void* dx) {
+    const Maps s{count, tokens, k, maps, threads};
+    BY_TYPE((linear_backward<S, W>(s, (S*)dx)))
+}
+
+EXPORT void moekit_linear_gradient(int s_bf16, int w_bf16, int64_t count, int64_t tokens, int64_t k, int threads, const void* x,
+                                   int64_t ldx, const Map* maps) {
+    const Maps s{count, tokens, k, maps, threads};
+    BY_TYPE((linear_gradient<S, W>(s, (const S*)x, ldx)))
 }
 
 EXPORT void moekit_backward_rows(int s_bf16, int w_bf16, int64_t experts, int64_t dim, int64_t ff, const int64_t* offsets,

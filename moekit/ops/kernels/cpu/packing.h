@@ -208,12 +208,24 @@ template <class P> struct Right {
     template <class W> void pack(const W& w, int columns) { pack_transposed(at, w, columns); }
 };
 
-// Rows of x as the left side of products, all of them for all threads.
-template <class P> struct Shared {
+// Rows of x as the left side of products, all of them for all threads: where they lie if they can be read there, else in a
+// copy, of which each thread takes its rows.
+template <class P, class S> struct Shared {
+    const S* x;
+    int64_t ld, k;
+    bool in_place;
     std::vector<char> memory;
     Left<P> rows;
-    Shared(int64_t count, int64_t k)
-        : memory(Left<P>::bytes(count, k) + 64), rows(memory.data() + 64 - (uintptr_t)memory.data() % 64, count, k) {}
+    Shared(const S* x, int64_t ld, int64_t count, int64_t k)
+        : x(x), ld(ld), k(k), in_place(readable(ld, k)), memory(in_place ? 0 : Left<P>::bytes(count, k) + 64),
+          rows(in_place ? (char*)x : memory.data() + 64 - (uintptr_t)memory.data() % 64, count, k) {}
+    void take(int64_t t) { rows.take(t, x + t * ld, ld, nullptr, 1, k); }
+
+   private:
+    static bool readable(int64_t ld, int64_t k) {
+        if constexpr (std::is_same<P, S>::value) return ld == k && Units<P>::padded(k) == k && !use_amx;  // AMX reads on behind them
+        return false;
+    }
 };
 
 // c[rows][PANEL] = rows `first` on of a times the panel.
