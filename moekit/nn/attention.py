@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from moekit.config import MHAConfig
 from moekit.nn.cache import KVCache
-from moekit.nn.linear import Linear, together
+from moekit.nn.linear import Linear, together, whole
 from moekit.nn.norm import RMSNorm
 from moekit.nn.rope import Rotation, rotate, softmax_scale
 from moekit.ops.attention import Seen, attend
 from moekit.ops.autocast import cast_once
+from moekit.ops.layer import Heads, attention_layer
 
 
 class Context(NamedTuple):
@@ -45,9 +46,18 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(head_dim if each else heads * head_dim, eps)
             self.k_norm = RMSNorm(head_dim if each else kv_heads * head_dim, eps)
         self.scale = softmax_scale(config.rope, head_dim)
+        self.heads = Heads(dim, heads, kv_heads, head_dim, head_dim, head_dim, rank=0, q_rank=0)
 
     def forward(self, x: Float[Tensor, "batch length dim"], context: Context) -> Float[Tensor, "batch length dim"]:
         x, norm = cast_once(x), self.config.qk_norm
+        if norm == "none" and context.cache is None:
+            maps = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+            if weights := whole(x, *maps, seen=context.seen):
+                documents, causal = context.seen.document_ids, context.seen.causal
+                nothing = (None, None)
+                return attention_layer(
+                    x, (*weights, None), nothing, self.heads, context.rotation, documents, causal, self.scale, eps=0.0
+                )
         split = (-1, self.config.head_dim)
         q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
         if norm == "full":

@@ -4,8 +4,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moekit.nn.linear import Linear, together
+from moekit.nn.linear import Linear, together, whole
 from moekit.ops.autocast import cast_once
+from moekit.ops.layer import feed_forward
 from moekit.ops.swiglu import swiglu
 
 
@@ -24,6 +25,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         x = cast_once(x)
+        if weights := whole(x, self.gate_proj, self.up_proj, self.down_proj):
+            return feed_forward(x, *weights)
         y: Tensor = self.down_proj(swiglu(*together(x, self.gate_proj, self.up_proj)))
         return y
 

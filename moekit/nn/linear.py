@@ -1,14 +1,18 @@
 """The linear map of one matrix, however its weight is kept."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from moekit.nn.weights import operand
+from moekit.ops.attention import Seen
+from moekit.ops.layer import has_layer
 from moekit.ops.linear import linear, linears
 from moekit.ops.mapped import Mapped
 from moekit.ops.quantize import Quantized, dequantize
-from moekit.ops.scaled import Matrix, unscaled
+from moekit.ops.scaled import Matrix, Scaled, unscaled
 
 
 class Linear(nn.Linear):
@@ -36,18 +40,33 @@ class Linear(nn.Linear):
 
 def together(x: Float[Tensor, "*batch dim"], *maps: nn.Module) -> tuple[Float[Tensor, "*batch _"], ...]:
     """Returns each map of x: in one product if all are ours and nobody has hooked, wrapped or replaced one."""
-    ours = [m for m in maps if isinstance(m, Linear) and _is_untouched(m)]
-    if len(ours) < len(maps):
+    ours = [m for m in maps if isinstance(m, Linear)]
+    if not untouched(Linear, *maps):
         return tuple(m(x) for m in maps)
     ys = linears(x, *(m.matrix for m in ours))
     return tuple(y if m.bias is None else y + m.bias.to(y.dtype) for m, y in zip(ours, ys, strict=True))
 
 
+def whole(x: Float[Tensor, "*batch dim"], *maps: nn.Module, seen: Seen | None = None) -> Sequence[Tensor | Quantized]:
+    """Returns the maps' weights if `ops.layer` may multiply them for the maps: as in `together`, and without biases."""
+    ours = [m for m in maps if isinstance(m, Linear)]
+    if not untouched(Linear, *maps) or any(m.bias is not None for m in ours):
+        return ()
+    weights = [w for w in (m.matrix for m in ours) if not isinstance(w, Scaled)]
+    return weights if len(weights) == len(maps) and has_layer(x, weights, seen) else ()
+
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _is_untouched(module: nn.Module) -> bool:
-    """Returns whether calling the module is calling `Linear.forward` and no more."""
-    own = module.__dict__
-    hooked = any(own[name] for name in _HOOKS) or torch.nn.modules.module._has_any_global_hook()
-    return type(module) is Linear and not hooked and "forward" not in own and own.get("_compiled_call_impl") is None
+def untouched(kind: type[nn.Module], *modules: nn.Module) -> bool:
+    """Returns whether calling these modules is calling this class's forward and no more."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return False
+    for module in modules:
+        own = module.__dict__
+        if type(module) is not kind or "forward" in own or own.get("_compiled_call_impl") is not None:
+            return False
+        if any(own[name] for name in _HOOKS):
+            return False
+    return True

@@ -6,11 +6,12 @@ from torch import Tensor, nn
 
 from moekit.config import MLAConfig
 from moekit.nn.attention import Context
-from moekit.nn.linear import Linear, together
+from moekit.nn.linear import Linear, together, untouched, whole
 from moekit.nn.norm import RMSNorm
 from moekit.nn.rope import rotate, softmax_scale
 from moekit.ops.attention import attend
 from moekit.ops.autocast import cast_once
+from moekit.ops.layer import Heads, attention_layer
 
 
 class MLA(nn.Module):
@@ -37,10 +38,22 @@ class MLA(nn.Module):
         self.kv_b_proj = Linear(config.kv_lora_rank, up)
         self.o_proj = Linear(heads * config.v_head_dim, dim, biased)
         self.scale = softmax_scale(config.rope, qk_dim)
+        rope, rank, q_rank = config.qk_rope_head_dim, config.kv_lora_rank, config.q_lora_rank or 0
+        self.heads = Heads(dim, heads, heads, qk_dim, config.v_head_dim, rope, rank, q_rank)
 
     def forward(self, x: Float[Tensor, "batch length dim"], context: Context) -> Float[Tensor, "batch length dim"]:
         config, x = self.config, cast_once(x)
         compressed = config.q_lora_rank is not None
+        if context.cache is None:
+            norms = [self.kv_a_layernorm, *([self.q_a_layernorm] if compressed else [])]
+            maps = [self.q_b_proj if compressed else self.q_proj, self.kv_a_proj_with_mqa, self.kv_b_proj, self.o_proj]
+            maps += [self.q_a_proj] if compressed else []
+            if untouched(RMSNorm, *norms) and (weights := whole(x, *maps, seen=context.seen)):
+                more = [None] * (not compressed)
+                return attention_layer(
+                    x, (*weights, *more), (*(norm.weight for norm in norms), *more), self.heads, context.rotation,
+                    context.seen.document_ids, context.seen.causal, self.scale, self.kv_a_layernorm.eps,
+                )  # fmt: skip
         q, latent = together(x, self.q_a_proj if compressed else self.q_proj, self.kv_a_proj_with_mqa)
         if compressed:
             q = self.q_b_proj(self.q_a_layernorm(q))

@@ -15,11 +15,6 @@ constexpr int64_t KEYS = 256;     // keys that are packed at once
 constexpr int64_t QUERY_BLOCK = 256;  // queries of one task
 static_assert(KEYS % TILE_ROWS == 0 && QUERY_BLOCK % TILE_ROWS == 0 && TILE_ROWS % PANEL == 0, "blocks are whole tiles of whole panels");
 
-struct Strides {
-    int64_t batch, row, head;
-    int64_t at(int64_t b, int64_t i, int64_t h) const { return b * batch + i * row + h * head; }
-};
-
 struct Sizes {  // all of 64 bits: this comes as one array
     int64_t batch, length, keys, heads, kv_heads, d, dv;
     Strides q, k, v;

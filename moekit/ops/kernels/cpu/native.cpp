@@ -14,7 +14,7 @@
 #include "choice.h"
 #include "experts.h"
 #include "fetch.h"
-#include "linear.h"
+#include "layer.h"
 #include "merge.h"
 #include "step.h"
 
@@ -64,18 +64,6 @@ EXPORT int moekit_features() {
         typedef bf16 S; typedef float W; call; \
     } else {                                   \
         typedef float S; typedef float W; call; \
-    }
-
-// `kind` of the weights: 0 float32, 1 bfloat16, 2 int8, 3 int4, the last two with scales.
-#define BY_WEIGHTS(kind, call)            \
-    if (kind == 0) {                      \
-        typedef Plain<float> W; call;     \
-    } else if (kind == 1) {               \
-        typedef Plain<bf16> W; call;      \
-    } else if (kind == 2) {               \
-        typedef Groups<8> W; call;        \
-    } else {                              \
-        typedef Groups<4> W; call;        \
     }
 
 template <class S>
@@ -253,8 +241,48 @@ EXPORT void moekit_attention_backward(int s_bf16, const int64_t* sizes, float sc
 EXPORT void moekit_rotate(int s_bf16, int64_t batches, int64_t length, int64_t heads, int64_t half, const void* x, int64_t batch,
                           int64_t row, int64_t head, const float* cos, const float* sin, void* y, int interleaved, int back,
                           int threads) {
+    const Strides at_x{batch, row, head}, at_y{length * heads * 2 * half, heads * 2 * half, 2 * half};
     if (s_bf16)
-        rotate(batches, length, heads, half, (const bf16*)x, batch, row, head, cos, sin, (bf16*)y, interleaved, back, threads);
+        rotate(batches, length, heads, half, (const bf16*)x, at_x, cos, sin, (bf16*)y, at_y, interleaved, back, threads);
     else
-        rotate(batches, length, heads, half, (const float*)x, batch, row, head, cos, sin, (float*)y, interleaved, back, threads);
+        rotate(batches, length, heads, half, (const float*)x, at_x, cos, sin, (float*)y, at_y, interleaved, back, threads);
+}
+
+// bytes: what `kept` must hold; kept null: nothing is kept.
+EXPORT void moekit_attention_layer_bytes(int s_bf16, const AttentionLayer* s, int64_t* bytes) {
+    *bytes = s_bf16 ? KeptAttention<bf16>(*s, nullptr).bytes : KeptAttention<float>(*s, nullptr).bytes;
+}
+
+EXPORT void moekit_attention_layer(int s_bf16, const AttentionLayer* s, const void* x, char* kept, void* y) {
+    if (s_bf16)
+        attention_layer(*s, (const bf16*)x, kept, (bf16*)y);
+    else
+        attention_layer(*s, (const float*)x, kept, (float*)y);
+}
+
+EXPORT void moekit_attention_layer_backward(int s_bf16, const AttentionLayer* s, const void* x, char* kept, const void* dy, void* dx,
+                                            const AttentionGradients* gradients) {
+    if (s_bf16)
+        attention_layer_backward(*s, (const bf16*)x, kept, (const bf16*)dy, (bf16*)dx, *gradients);
+    else
+        attention_layer_backward(*s, (const float*)x, kept, (const float*)dy, (float*)dx, *gradients);
+}
+
+EXPORT void moekit_feed_forward_bytes(int s_bf16, const FeedForward* s, int64_t* bytes) {
+    *bytes = s_bf16 ? KeptFeedForward<bf16>(*s, nullptr).bytes : KeptFeedForward<float>(*s, nullptr).bytes;
+}
+
+EXPORT void moekit_feed_forward(int s_bf16, const FeedForward* s, const void* x, char* kept, void* y) {
+    if (s_bf16)
+        feed_forward(*s, (const bf16*)x, kept, (bf16*)y);
+    else
+        feed_forward(*s, (const float*)x, kept, (float*)y);
+}
+
+EXPORT void moekit_feed_forward_backward(int s_bf16, const FeedForward* s, const void* x, char* kept, const void* dy, void* dx,
+                                         const FeedForwardGradients* gradients) {
+    if (s_bf16)
+        feed_forward_backward(*s, (const bf16*)x, kept, (const bf16*)dy, (bf16*)dx, *gradients);
+    else
+        feed_forward_backward(*s, (const float*)x, kept, (const float*)dy, (float*)dx, *gradients);
 }

@@ -198,6 +198,12 @@ void gather(P* to, const T* x, int64_t ld, const int64_t* rows, int64_t count, i
     }
 }
 
+// Where the heads of rows lie.
+struct Strides {
+    int64_t batch, row, head;
+    int64_t at(int64_t b, int64_t i, int64_t h) const { return b * batch + i * row + h * head; }
+};
+
 // Memory that a thread keeps between tasks; grows, never shrinks.
 struct Scratch {
     char* data = nullptr;

@@ -160,18 +160,18 @@ inline void write_pairs(bf16* x, vec a, vec b) {
 }
 #endif
 
-// y (positions, heads, 2 half) = x with each pair turned by its position's angle, or back; a pair is (2i, 2i + 1) when
-// interleaved, else (i, i + half). x's head h at position b * length + i is at b * batch + i * row + h * head.
+// y, each head 2 half long, = x with each pair turned by its position's angle, or back; a pair is (2i, 2i + 1) when
+// interleaved, else (i, i + half). y may be x.
 template <class S>
-void rotate(int64_t batches, int64_t length, int64_t heads, int64_t half, const S* x, int64_t batch, int64_t row, int64_t head,
-            const float* cos, const float* sin, S* y, bool interleaved, bool back, int threads) {
+void rotate(int64_t batches, int64_t length, int64_t heads, int64_t half, const S* x, Strides at_x, const float* cos, const float* sin,
+            S* y, Strides at_y, bool interleaved, bool back, int threads) {
     const float sign = back ? -1 : 1;
     const int64_t whole = half / LANES * LANES, second = interleaved ? 1 : half, step = interleaved ? 2 : 1;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t p = 0; p < batches * length; p++)
         for (int64_t h = 0; h < heads; h++) {
-            const S* from = x + p / length * batch + p % length * row + h * head;
-            S* to = y + (p * heads + h) * 2 * half;
+            const S* from = x + at_x.at(p / length, p % length, h);
+            S* to = y + at_y.at(p / length, p % length, h);
             for (int64_t i = 0; i < whole; i += LANES) {
                 const vec c = load(cos + p * half + i), s = load(sin + p * half + i) * sign;
                 vec a, b;

@@ -1,0 +1,191 @@
+"""Attention and SwiGLU with the products around them, each one call of our own compiled kernels, forward and back.
+
+A small operation costs a step more than its own time: what Python and torch do around it reads memory that the last
+product has pushed out of the caches (decision 54).
+"""
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moekit.ops.kernels.build import library
+from moekit.ops.kernels.native import KINDS, at
+from moekit.ops.quantize import Quantized
+
+
+class Heads(NamedTuple):
+    """The numbers of an attention layer, in the library's order."""
+
+    dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    turned: int
+    """Of a head: all, or the last of it in latent attention."""
+    rank: int
+    """Of the latent of keys and values; 0: multi-head attention."""
+    q_rank: int
+
+
+def attention_layer(
+    x: Float[Tensor, "batch length dim"],
+    weights: Sequence[Float[Tensor, "_ _"] | Quantized | None],
+    norms: Sequence[Float[Tensor, " _"] | None],
+    heads: Heads,
+    rotation: tuple[Float[Tensor, "batch length half"], Float[Tensor, "batch length half"]],
+    document_ids: Int[Tensor, "batch length"] | None,
+    causal: bool,
+    scale: float,
+    eps: float,
+) -> Float[Tensor, "batch length dim"]:
+    """Returns attention from its input to its output projection.
+
+    `weights` are those of q, k, v, o and None; of latent attention q or q_b, kv_a, kv_b, o and q_a, with the `norms` of
+    the latents of keys and of queries.
+    """
+    if document_ids is not None:
+        document_ids = document_ids.to(torch.int32).contiguous()
+    cos, sin = (part.contiguous() for part in rotation)
+    of = (heads, causal, scale, eps)
+    if torch.is_grad_enabled():
+        y: Tensor = _AttentionLayer.apply(of, x, cos, sin, document_ids, *weights, *norms)
+        return y
+    x = x.contiguous()
+    layer, _kept = _attention(of, x, cos, sin, document_ids, weights, norms)
+    y = torch.empty_like(x)
+    library().moekit_attention_layer(x.dtype == torch.bfloat16, layer, at(x), None, at(y))
+    return y
+
+
+def _attention(
+    of: tuple[Heads, bool, float, float],
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    document_ids: Tensor | None,
+    weights: Sequence[Tensor | Quantized | None],
+    norms: Sequence[Tensor | None],
+) -> tuple[bytes, Any]:
+    """Returns the library's `AttentionLayer`, and what must live as long as it is used."""
+    heads, causal, scale, eps = of
+    wide = [None if norm is None else norm.float() for norm in norms]
+    where = [at(t) or 0 for t in (*wide, cos, sin, document_ids)]
+    sizes = (*x.shape[:2], *heads, causal)
+    numbers = (*sizes, *_matrices(weights), *where, scale, eps, torch.get_num_threads())
+    return _ATTENTION.pack(*numbers), wide
+
+
+_ATTENTION = struct.Struct("=11q15q5q2dq")
+_FEED_FORWARD = struct.Struct("=3q9qq")
+
+
+def _matrices(weights: Sequence[Tensor | Quantized | None]) -> list[int]:
+    numbers: list[int] = []
+    for w in weights:
+        if isinstance(w, Quantized):
+            numbers += w.codes.data_ptr(), w.scales.data_ptr(), KINDS[w.codes.dtype]
+        else:
+            numbers += (0, 0, 0) if w is None else (w.data_ptr(), 0, KINDS[w.dtype])
+    return numbers
+
+
+def _kept(name: str, layer: bytes, x: Tensor) -> Tensor:
+    count = ctypes.c_int64()
+    getattr(library(), name)(x.dtype == torch.bfloat16, layer, ctypes.byref(count))
+    return torch.empty(count.value, dtype=torch.uint8)
+
+
+def _gradients(
+    tensors: Sequence[Tensor | None], wanted: Sequence[bool], dtype: torch.dtype | None = None
+) -> tuple[list[Tensor | None], bytes]:
+    """Returns room for the gradients that are wanted, and the library's table of them."""
+    made = [
+        torch.empty_like(t, dtype=dtype) if want and t is not None else None
+        for t, want in zip(tensors, wanted, strict=True)
+    ]
+    return made, struct.pack(f"={len(made)}q", *(at(d) or 0 for d in made))
+
+
+class _AttentionLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, of: Any, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None, *parameters: Tensor | None
+    ) -> Tensor:
+        x = x.contiguous()
+        layer, _wide = _attention(of, x, cos, sin, documents, parameters[:5], parameters[5:])
+        kept = _kept("moekit_attention_layer_bytes", layer, x) if any(ctx.needs_input_grad) else None
+        y = torch.empty_like(x)
+        library().moekit_attention_layer(x.dtype == torch.bfloat16, layer, at(x), at(kept), at(y))
+        ctx.of = of
+        if kept is not None:
+            ctx.save_for_backward(kept, x, cos, sin, documents, *parameters)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        kept, x, cos, sin, documents, *parameters = ctx.saved_tensors
+        dy = dy.contiguous()
+        layer, _wide = _attention(ctx.of, x, cos, sin, documents, parameters[:5], parameters[5:])
+        _, learns, _, _, _, *wanted = ctx.needs_input_grad
+        dx = torch.empty_like(x) if learns else None
+        matrices, table = _gradients(parameters[:5], wanted[:5])
+        norms, more = _gradients(parameters[5:], wanted[5:], torch.float32)
+        library().moekit_attention_layer_backward(
+            x.dtype == torch.bfloat16, layer, at(x), at(kept), at(dy), at(dx), table + more
+        )
+        rounded = (d if d is None else d.to(p.dtype) for d, p in zip(norms, parameters[5:], strict=True))
+        return None, dx, None, None, None, *matrices, *rounded
+
+
+def feed_forward(
+    x: Float[Tensor, "*tokens dim"],
+    gate: Float[Tensor, "ff dim"] | Quantized,
+    up: Float[Tensor, "ff dim"] | Quantized,
+    down: Float[Tensor, "dim ff"] | Quantized,
+) -> Float[Tensor, "*tokens dim"]:
+    """Returns down (silu(gate x) * up x)."""
+    if torch.is_grad_enabled():
+        y: Tensor = _FeedForward.apply(x, gate, up, down)
+        return y
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    library().moekit_feed_forward(x.dtype == torch.bfloat16, _layer(x, gate, up, down), at(x), None, at(y))
+    return y
+
+
+def _layer(x: Tensor, *weights: Tensor | Quantized) -> bytes:
+    """Returns the library's `FeedForward`."""
+    sizes = (x.numel() // x.shape[-1], x.shape[-1], weights[0].shape[0])
+    return _FEED_FORWARD.pack(*sizes, *_matrices(weights), torch.get_num_threads())
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        x = x.contiguous()
+        layer, y = _layer(x, *weights), torch.empty_like(x)
+        kept = _kept("moekit_feed_forward_bytes", layer, x) if any(ctx.needs_input_grad) else None
+        library().moekit_feed_forward(x.dtype == torch.bfloat16, layer, at(x), at(kept), at(y))
+        if kept is not None:
+            ctx.save_for_backward(kept, x, *weights)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        kept, x, *weights = ctx.saved_tensors
+        dy, (learns, *wanted) = dy.contiguous(), ctx.needs_input_grad
+        dx = torch.empty_like(x) if learns else None
+        made, table = _gradients(weights, wanted)
+        library().moekit_feed_forward_backward(
+            x.dtype == torch.bfloat16, _layer(x, *weights), at(x), at(kept), at(dy), at(dx), table
+        )
+        return dx, *made

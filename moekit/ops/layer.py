@@ -1,0 +1,23 @@
+"""Attention and SwiGLU with the products around them as one call each, where our kernels multiply."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moekit.ops.attention import Seen
+from moekit.ops.kernels.layer import Heads, attention_layer, feed_forward
+from moekit.ops.kernels.linear import has_linears
+from moekit.ops.scaled import Matrix
+
+__all__ = ["Heads", "attention_layer", "feed_forward", "has_layer"]
+
+
+def has_layer(x: Tensor, weights: Sequence[Matrix], seen: Seen | None = None) -> bool:
+    """Returns whether these functions can run on these tensors, and gain by it (`has_linears`)."""
+    if seen is not None and not (seen.mask is None and seen.offsets is None):
+        return False
+    if not has_linears(x, weights, mixed=torch.is_autocast_enabled("cpu")):
+        return False
+    learns = torch.is_grad_enabled() and x.requires_grad
+    return all(w.is_contiguous() if isinstance(w, Tensor) else not learns for w in weights)
