@@ -59,13 +59,15 @@ class Experts(nn.Module):
         *,
         plan: Plan | None = None,
         weights: Float[Tensor, "tokens k"] | None = None,
+        plus: Float[Tensor, "rows dim"] | None = None,
     ) -> Float[Tensor, "rows dim"]:
         """Returns each row through its expert; rows are sorted by expert, zero rows are fine.
 
         With a plan and routing weights x holds tokens, and gather and combination are done too, by some back ends
-        without copies. Always called as a module, so that what wraps it (PEFT's adapters) takes part.
+        without copies; `plus` is added to them. Always called as a module, so that what wraps it (PEFT's adapters)
+        takes part.
         """
         gate_up, down = self.stacked
         if plan is not None and weights is not None:
-            return mixed_experts(x, weights, plan, gate_up, down, self.backend)
+            return mixed_experts(x, weights, plan, gate_up, down, self.backend, plus)
         return swiglu_experts(x, gate_up, down, tokens_per_expert, self.backend)

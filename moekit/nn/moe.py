@@ -53,10 +53,12 @@ class MoE(nn.Module):
             routing = limit_capacity(routing, capacity, self.config.drop_policy)
         tokens = cast_once(tokens) if low is None else low.flatten(0, 1)
         plan = dispatch.plan(routing.expert_ids, self.config.n_routed_experts)
-        y = self.experts(tokens, plan.tokens_per_expert, plan=plan, weights=routing.weights)
+        shared = None
         if self.shared_experts is not None and (context.probe is None or context.probe.shared):
             shared = self.shared_experts(tokens)
-            y = y + (shared if self.shared_expert_gate is None else self.shared_expert_gate(tokens).sigmoid() * shared)
+            if self.shared_expert_gate is not None:
+                shared = self.shared_expert_gate(tokens).sigmoid() * shared
+        y = self.experts(tokens, plan.tokens_per_expert, plan=plan, weights=routing.weights, plus=shared)
         return MoEOutput(y.view(x.shape), routing)
 
     def balance_losses(self, routing: Routing, prior: LoadSums | None) -> dict[str, Float[Tensor, ""]]:

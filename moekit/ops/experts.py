@@ -32,7 +32,7 @@ class _Kernels(NamedTuple):
     mixed: Callable[..., Tensor] | None = None
     """(x, weights, plan, gate_up, down) -> y with gather and combination inside; None: they are done outside."""
     mixes_dtypes: bool = False
-    """Takes float32 weights and codes beside bfloat16 rows; the others get a copy of the weights."""
+    """Takes float32 weights and codes beside bfloat16 rows; the others get a copy of the weights. Takes `plus` too."""
 
 
 def swiglu_experts(
@@ -62,18 +62,22 @@ def mixed_experts(
     gate_up: Float[Tensor, "experts ff2 dim"] | Quantized | Mapped,
     down: Float[Tensor, "experts dim ff"] | Quantized | Mapped,
     backend: Backend = "auto",
+    plus: Float[Tensor, "tokens dim"] | None = None,
 ) -> Float[Tensor, "tokens dim"]:
-    """Returns the sum over each token's choices of weight * expert(x) (DeepSeekMoE, Eq. 9)."""
+    """Returns plus + the sum over each token's choices of weight * expert(x) (DeepSeekMoE, Eq. 9)."""
     refuse_gradients(gate_up, x, weights)
     name = choose(backend, x, gate_up, down)
     mixed, mixes_dtypes = BACKENDS[name].mixed, BACKENDS[name].mixes_dtypes
     if mixed is None or (isinstance(gate_up, Mapped) and not mixes_dtypes):
         rows = dispatch.gather(x, plan, weights.shape[1])
-        return dispatch.combine(swiglu_experts(rows, gate_up, down, plan.tokens_per_expert, name), weights, plan)
-    if not mixes_dtypes:
-        gate_up, down, tokens_per_expert = _copies(x, gate_up, down, plan.tokens_per_expert)
-        plan = plan._replace(tokens_per_expert=tokens_per_expert)
-    return mixed(x, weights, plan, gate_up, down)
+        y = dispatch.combine(swiglu_experts(rows, gate_up, down, plan.tokens_per_expert, name), weights, plan)
+        return y if plus is None else y + plus
+    if mixes_dtypes:
+        y = mixed(x, weights, plan, gate_up, down, plus)
+        return y
+    gate_up, down, tokens_per_expert = _copies(x, gate_up, down, plan.tokens_per_expert)
+    y = mixed(x, weights, plan._replace(tokens_per_expert=tokens_per_expert), gate_up, down)
+    return y if plus is None else y + plus
 
 
 def mixed_linear(

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moekit.ops.autocast import autocast_off, cast_once
-from moekit.ops.kernels import native
+from moekit.ops.kernels import linear, native
 from moekit.ops.product import product
 
 IGNORED = -100
@@ -54,7 +54,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if d_hidden is not None:
                 d_hidden[start : start + size] = product(d_logits, weight)
             if wanted[1]:
-                part = product(d_logits.T, chunk)
+                if linear.has_linears(chunk, (weight,)):
+                    (part,) = linear.gradients(chunk, (d_logits,), total.dtype)
+                else:
+                    part = product(d_logits.T, chunk)
                 d_weight = part if d_weight is None else d_weight.to(total.dtype).add_(part)
         if wanted[1] and d_weight is None:
             d_weight = torch.zeros(weight.shape, dtype=total.dtype, device=weight.device)

@@ -37,7 +37,7 @@ def test_routing_is_float32_under_autocast_and_in_bf16_models(device: torch.devi
         autocast = run(router, x)
     for routing in (run(router, x), autocast):
         assert routing.weights.dtype == torch.float32
-        assert torch.equal(routing.weights, expected.weights)
+        torch.testing.assert_close(routing.weights, expected.weights, rtol=2e-6, atol=1e-7)  # sums in another order
         assert torch.equal(routing.expert_ids, expected.expert_ids)
 
 

@@ -53,29 +53,43 @@ def test_gradients_are_those_of_the_plain_product(device: torch.device) -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize(
-    ("rows", "width", "out"), [((300,), 130, 70), ((2, 150), 70, 131), ((1,), 64, 70), ((9,), 1, 3)]
-)
+@pytest.mark.parametrize(("rows", "width", "out"), [(300, 130, 70), (300, 70, 131), (1, 64, 70), (9, 1, 3)])
 @pytest.mark.parametrize("lies", ["as it comes", "across", "apart", "everywhere the same"])
 def test_wide_products_are_the_plain_ones(
-    rows: tuple[int, ...], width: int, out: int, lies: str, monkeypatch: pytest.MonkeyPatch
+    rows: int, width: int, out: int, lies: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(ops_product, "LEAST", 0)
     monkeypatch.setattr(ops_product, "native", lambda: build.native()._replace(wide_amd=True))
-
-    def drawn(*shape: int) -> Tensor:
-        if lies == "across":
-            return torch.randn(*shape[::-1]).permute(*range(len(shape))[::-1])
-        if lies == "apart":
-            return torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
-        return torch.randn(1, *[1] * (len(shape) - 1)).expand(shape) if lies != "as it comes" else torch.randn(shape)
-
-    x, weight, dy = drawn(*rows, width), drawn(out, width), drawn(*rows, out)
-    inputs = [part.detach().requires_grad_() for part in (x, weight)]
+    x, weight = drawn(lies, rows, width), drawn(lies, out, width)
     assert ops_product.is_wide(x, weight, 1)
-    y = linear(*inputs)
+    y = ops_product.product(x, weight.T)
+    torch.testing.assert_close(y.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-4)
+
+
+def drawn(lies: str, *shape: int) -> Tensor:
+    """Returns random numbers that lie in memory in one way or another."""
+    if lies == "across":
+        return torch.randn(*shape[::-1]).permute(*range(len(shape))[::-1])
+    if lies == "apart":
+        return torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
+    return torch.randn(1, *[1] * (len(shape) - 1)).expand(shape) if lies != "as it comes" else torch.randn(shape)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "out"), [((300,), 130, 70), ((2, 150), 70, 131), ((1,), 64, 70), ((9,), 1, 3), ((5000,), 6, 3)]
+)
+@pytest.mark.parametrize("lies", ["as it comes", "across", "apart", "everywhere the same"])
+def test_float32_by_our_kernels_is_the_plain_product(
+    rows: tuple[int, ...], width: int, out: int, lies: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if build.native().library is None:
+        pytest.skip("there are no native kernels")
+    monkeypatch.setattr(kernels, "native", lambda: build.native()._replace(wide_amd=True))
+    inputs = [drawn(lies, *rows, width).requires_grad_(), drawn(lies, out, width).requires_grad_()]
+    assert kernels.has_linears(inputs[0], inputs[1:])
+    dy, y = drawn(lies, *rows, out), linear(*inputs)
     exact = [part.detach().double().requires_grad_() for part in inputs]
     wanted = exact[0] @ exact[1].T
     torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-4)
@@ -84,7 +98,7 @@ def test_wide_products_are_the_plain_ones(
     for ours, theirs in zip(inputs, exact, strict=True):
         assert ours.grad is not None
         assert theirs.grad is not None
-        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=3e-5, atol=2e-4)  # sums of 5,000
 
 
 def test_under_autocast_it_is_autocasts(device: torch.device) -> None:

@@ -59,7 +59,9 @@ SIGNATURES: dict[str, list[type]] = {
     "moekit_merged": [_INT, _INT, _POINTER, _POINTER, _INT, _INT, *[_POINTER] * 3],
     "moekit_merged_gradient": [_INT, _INT, _POINTER, _POINTER, _INT, *[_POINTER] * 5],
     "moekit_rotate": [_INT, *[_LONG] * 4, _POINTER, *[_LONG] * 3, *[_POINTER] * 3, *[_INT] * 3],
-    "moekit_combine": [_INT, *[_LONG] * 3, *[_POINTER] * 3, _LONG, _POINTER, _INT],
+    "moekit_routed_experts_bytes": [_INT, *[_POINTER] * 2],
+    "moekit_routed_experts": [_INT, *[_POINTER] * 6],
+    "moekit_routed_experts_backward": [_INT, _INT, *[_POINTER] * 10],
 }
 
 

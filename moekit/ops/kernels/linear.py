@@ -21,8 +21,9 @@ FEW = 4
 def has_linears(x: Tensor, weights: Sequence[Tensor | Quantized | Scaled], mixed: bool = False) -> bool:
     """Returns whether `linears` can run on these tensors and is meant to; `mixed`: bfloat16 may meet float32 weights.
 
-    It is on codes and on a few rows, without gradients, and on bfloat16 where AVX-512 multiplies it: torch, which asks
-    oneDNN, casts float32 weights first and writes their gradients in bfloat16 (decision 54). AMX is left to oneDNN.
+    It is on codes and on a few rows, without gradients; on bfloat16 where AVX-512 multiplies it: torch, which asks
+    oneDNN, casts float32 weights first and writes their gradients in bfloat16 (decision 54), while AMX is left to it;
+    and on float32 where torch asks MKL, which uses half of such a processor (decision 49).
     """
     if x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling():
         return False
@@ -33,6 +34,8 @@ def has_linears(x: Tensor, weights: Sequence[Tensor | Quantized | Scaled], mixed
         return kind[0] is Quantized
     if x.dtype == torch.bfloat16 and machine.bfloat16 and not machine.amx:
         return kind[1] == x.dtype or (mixed and kind[1] == torch.float32)
+    if x.dtype == kind[1] == torch.float32 and machine.wide_amd:
+        return True
     learns = torch.is_grad_enabled() and (
         x.requires_grad or any(isinstance(w, Tensor) and w.requires_grad for w in weights)
     )

@@ -6,6 +6,8 @@ What the backward pass needs is x, the inputs of SiLU (rows, 2 ff) and nothing e
 routing weight is the dot product of the activation with dy W_down, which is at hand there (SonicMoE, arXiv 2512.14080).
 """
 
+import ctypes
+import struct
 from typing import Any
 
 import numpy as np
@@ -53,13 +55,14 @@ def mixed_experts(
     plan: Plan,
     gate_up: Float[Tensor, "experts ff2 dim"] | Quantized | Mapped,
     down: Float[Tensor, "experts dim ff"] | Quantized | Mapped,
+    plus: Float[Tensor, "tokens dim"] | None = None,
 ) -> Float[Tensor, "tokens dim"]:
-    """Returns sum over choices of weight * expert(x) for each token (DeepSeekMoE, Eq. 9)."""
-    tokens = plan.order // weights.shape[1]
-    if not (torch.is_grad_enabled() and isinstance(gate_up, Tensor) and isinstance(down, Tensor)):
-        return _forward(x, weights.float(), gate_up, down, _offsets(plan.tokens_per_expert), tokens, plan.inverse)[0]
-    y: Tensor = _Experts.apply(x, weights.float(), gate_up, down, plan.tokens_per_expert, tokens, plan.inverse)
-    return y
+    """Returns plus + the sum over choices of weight * expert(x) for each token (DeepSeekMoE, Eq. 9)."""
+    sorted_pairs = plan.tokens_per_expert.contiguous(), plan.order, plan.inverse
+    if torch.is_grad_enabled() and isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+        y: Tensor = _Routed.apply(x, weights.float(), gate_up, down, plus, *sorted_pairs)
+        return y
+    return _routed(x, weights.float(), gate_up, down, plus, *sorted_pairs)[0]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -71,8 +74,8 @@ def swiglu_experts(
 ) -> Float[Tensor, "rows dim"]:
     """Returns each row through its expert; rows behind the last expert's come back as zero."""
     if not (torch.is_grad_enabled() and isinstance(gate_up, Tensor) and isinstance(down, Tensor)):
-        return _forward(rows, None, gate_up, down, _offsets(tokens_per_expert), None, None)[0]
-    y: Tensor = _Experts.apply(rows, None, gate_up, down, tokens_per_expert, None, None)
+        return _forward(rows, gate_up, down, _offsets(tokens_per_expert))[0]
+    y: Tensor = _Experts.apply(rows, gate_up, down, tokens_per_expert)
     return y
 
 
@@ -185,52 +188,104 @@ class _Norm(torch.autograd.Function):
         return dx, d_delta, parts.sum(0).to(weight.dtype), None, None, None
 
 
-class _Experts(torch.autograd.Function):
+class _Routed(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weights: Tensor | None,
+        weights: Tensor,
         gate_up: Tensor,
         down: Tensor,
+        plus: Tensor | None,
         counts: Tensor,
-        tokens: Tensor | None,
-        row_of: Tensor | None,
+        order: Tensor,
+        inverse: Tensor,
     ) -> Tensor:
-        x, offsets = _rows(x), _offsets(counts)
         keep = any(ctx.needs_input_grad)
-        y, hidden = _forward(x, weights, gate_up, down, offsets, tokens, row_of, keep)
+        x, weights, gate_up, down = (t.contiguous() for t in (x, weights, gate_up, down))
+        y, kept = _routed(x, weights, gate_up, down, plus, counts, order, inverse, keep)
         if keep:
-            ctx.save_for_backward(x, weights, gate_up.contiguous(), down.contiguous(), offsets, tokens, row_of, hidden)
+            ctx.save_for_backward(kept, x, weights, gate_up, down, counts, order, inverse)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, gate_up, down, offsets, tokens, row_of, hidden = ctx.saved_tensors
+        kept, *tensors, counts, order, inverse = ctx.saved_tensors
+        x, weights, gate_up, down = tensors
+        rows = dy.to(x.dtype).contiguous()
+        made = [torch.empty_like(t) if want else None for t, want in zip(tensors, ctx.needs_input_grad, strict=False)]
+        dx, d_weights, d_gate_up, d_down = made
+        call = _pairs(x, weights, down, counts, order, inverse)
+        library().moekit_routed_experts_backward(
+            *(*_TYPES[x.dtype, gate_up.dtype], call, *map(at, (x, gate_up, down, kept, rows, dx, d_weights))),
+            *(at(d_gate_up), at(d_down)),
+        )
+        return *made, dy if ctx.needs_input_grad[4] else None, None, None, None
+
+
+_ROUTED = struct.Struct("=11q")
+
+
+def _pairs(x: Tensor, weights: Tensor, down: Weights, counts: Tensor, order: Tensor, inverse: Tensor) -> bytes:
+    """Returns the library's `RoutedExperts`."""
+    experts, dim, ff = down.shape
+    where = (t.data_ptr() for t in (counts, order, inverse, weights))
+    return _ROUTED.pack(*weights.shape, experts, dim, ff, *where, isinstance(down, Mapped), torch.get_num_threads())
+
+
+def _routed(
+    x: Tensor,
+    weights: Tensor,
+    gate_up: Weights,
+    down: Weights,
+    plus: Tensor | None,
+    counts: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the tokens' sums, and with `keep` what the backward pass needs."""
+    x, weights, gate_up, down = x.contiguous(), weights.contiguous(), contiguous(gate_up), contiguous(down)
+    plus, low = None if plus is None else plus.to(x.dtype).contiguous(), x.dtype == torch.bfloat16
+    experts, call, kept = table(gate_up, down), _pairs(x, weights, down, counts, order, inverse), None
+    if keep:
+        count = ctypes.c_int64()
+        library().moekit_routed_experts_bytes(low, call, ctypes.byref(count))
+        kept = torch.empty(count.value, dtype=torch.uint8)
+    y = torch.empty_like(x)
+    library().moekit_routed_experts(low, call, at(x), experts.ctypes.data, *map(at, (kept, plus, y)))
+    return y, kept
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, counts: Tensor) -> Tensor:
+        x, offsets = _rows(x), _offsets(counts)
+        keep = any(ctx.needs_input_grad)
+        y, hidden = _forward(x, gate_up, down, offsets, keep)
+        if keep:
+            ctx.save_for_backward(x, gate_up.contiguous(), down.contiguous(), offsets, hidden)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate_up, down, offsets, hidden = ctx.saved_tensors
         dy = _rows(dy.to(x.dtype))
-        n_rows, ff, dim = len(hidden), down.shape[2], down.shape[1]
-        d_hidden, act = torch.empty_like(hidden), hidden.new_empty(n_rows, ff)
-        dx = hidden.new_empty(n_rows, dim) if ctx.needs_input_grad[0] else None
-        d_weights = by_row = None
-        if weights is not None:
-            by_row = torch.empty(n_rows)
-            by_row[row_of] = weights.flatten()
-            d_weights = torch.zeros(n_rows)
-        run = _Call(x, gate_up, offsets, tokens)
-        run.backward_rows(dy, gate_up, down, by_row, hidden, d_hidden, act, dx, d_weights)
-        d_gate_up = torch.empty_like(gate_up) if ctx.needs_input_grad[2] else None
-        d_down = torch.empty_like(down) if ctx.needs_input_grad[3] else None
+        d_hidden, act = torch.empty_like(hidden), hidden.new_empty(len(hidden), down.shape[2])
+        dx = torch.empty_like(dy) if ctx.needs_input_grad[0] else None
+        run = _Call(x, gate_up, offsets)
+        run.backward_rows(dy, gate_up, down, hidden, d_hidden, act, dx)
+        d_gate_up = torch.empty_like(gate_up) if ctx.needs_input_grad[1] else None
+        d_down = torch.empty_like(down) if ctx.needs_input_grad[2] else None
         if d_gate_up is not None:
-            run.weight_gradient(d_hidden, False, x, True, d_gate_up)
+            run.weight_gradient(d_hidden, x, d_gate_up)
         if d_down is not None:
-            run.weight_gradient(dy, True, act, False, d_down)
-        if weights is not None and d_weights is not None:
-            d_weights = d_weights[row_of].view(weights.shape)
-            dx = None if dx is None else run.combine(dx, row_of.view(weights.shape), None)
-        elif dx is not None:
+            run.weight_gradient(dy, act, d_down)
+        if dx is not None:
             dx[int(offsets[-1]) :] = 0
-        return dx, d_weights, d_gate_up, d_down, None, None, None
+        return dx, d_gate_up, d_down, None
 
 
 def _offsets(counts: Tensor) -> Tensor:
@@ -240,34 +295,22 @@ def _offsets(counts: Tensor) -> Tensor:
 
 
 def _forward(
-    x: Tensor,
-    weights: Tensor | None,
-    gate_up: Weights,
-    down: Weights,
-    offsets: Tensor,
-    tokens: Tensor | None,
-    row_of: Tensor | None,
-    keep: bool = False,
+    x: Tensor, gate_up: Weights, down: Weights, offsets: Tensor, keep: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns the rows, or their sum for each token, and with `keep` what the backward pass needs."""
+    """Returns the rows, and with `keep` what the backward pass needs."""
     x, gate_up, down = _rows(x), contiguous(gate_up), contiguous(down)
-    n_rows, ff, dim = len(x) if tokens is None else len(tokens), down.shape[2], down.shape[1]
-    hidden = x.new_empty(n_rows, 2 * ff) if keep else None
-    y = x.new_empty(n_rows, dim)
-    run = _Call(x, gate_up, offsets, tokens)
-    run.forward(x, gate_up, down, hidden, y)
-    if row_of is None:
-        y[int(offsets[-1]) :] = 0
-        return y, hidden
-    assert weights is not None
-    return run.combine(y, row_of, weights.contiguous()), hidden
+    hidden = x.new_empty(len(x), 2 * down.shape[2]) if keep else None
+    y = x.new_empty(len(x), down.shape[1])
+    _Call(x, gate_up, offsets).forward(x, gate_up, down, hidden, y)
+    y[int(offsets[-1]) :] = 0
+    return y, hidden
 
 
 class _Call:
-    """The library's functions with what all calls of one layer share."""
+    """The library's functions of sorted rows with what all calls of one layer share."""
 
-    def __init__(self, x: Tensor, gate_up: Weights, offsets: Tensor, tokens: Tensor | None) -> None:
-        self.offsets, self.tokens = offsets, tokens
+    def __init__(self, x: Tensor, gate_up: Weights, offsets: Tensor) -> None:
+        self.offsets = offsets
         self.types, self.threads = _TYPES[x.dtype, _stored(gate_up).dtype], torch.get_num_threads()
 
     def forward(self, x: Tensor, gate_up: Weights, down: Weights, hidden: Tensor | None, y: Tensor) -> None:
@@ -278,38 +321,31 @@ class _Call:
             self.types[0], *self._shape(down), at(x), x.stride(0), experts.ctypes.data, at(hidden), at(y)
         )
 
-    def backward_rows(self, dy: Tensor, gate_up: Tensor, down: Tensor, *rest: Tensor | None) -> None:
+    def backward_rows(
+        self,
+        dy: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        hidden: Tensor,
+        d_hidden: Tensor,
+        act: Tensor,
+        dx: Tensor | None,
+    ) -> None:
         library().moekit_backward_rows(
-            *self.types, *self._shape(down), at(dy), dy.stride(0), at(gate_up), at(down), *map(at, rest)
+            *(*self.types, *self._shape(down), at(dy), dy.stride(0), at(gate_up), at(down), None),
+            *map(at, (hidden, d_hidden, act, dx, None)),
         )
 
-    def weight_gradient(
-        self, left: Tensor, left_gathered: bool, right: Tensor, right_gathered: bool, gradient: Tensor
-    ) -> None:
+    def weight_gradient(self, left: Tensor, right: Tensor, gradient: Tensor) -> None:
         library().moekit_weight_gradient(
-            *self.types,
-            len(gradient),
-            at(self.offsets),
-            at(self.tokens),
-            self.threads,
-            *(at(left), left.stride(0), left_gathered, gradient.shape[1]),
-            *(at(right), right.stride(0), right_gathered, gradient.shape[2]),
+            *(*self.types, len(gradient), at(self.offsets), None, self.threads),
+            *(at(left), left.stride(0), False, gradient.shape[1]),
+            *(at(right), right.stride(0), False, gradient.shape[2]),
             at(gradient),
         )
 
-    def combine(self, rows: Tensor, row_of: Tensor, weights: Tensor | None) -> Tensor:
-        k = row_of.shape[1] if weights is None else weights.shape[1]
-        tokens = row_of.numel() // k
-        y = rows.new_empty(tokens, rows.shape[1])
-        computed = int(self.offsets[-1])
-        library().moekit_combine(
-            *(self.types[0], tokens, k, rows.shape[1], at(rows), at(row_of), at(weights), computed, at(y)),
-            self.threads,
-        )
-        return y
-
     def _shape(self, down: Weights) -> tuple[int | None, ...]:
-        return *down.shape, at(self.offsets), at(self.tokens), self.threads
+        return *down.shape, at(self.offsets), None, self.threads
 
 
 def at(tensor: Tensor | None) -> int | None:

@@ -117,12 +117,10 @@ void attention_backward(const Attention& s, const S* q, const S* k, const S* v, 
                             const P *share = shares + m * QUERIES + first, *d_score = d_scores + m * QUERIES + first;
                             const int64_t height = std::min<int64_t>(TILE_ROWS, taken - m), rs = QUERIES / each;
                             for (int64_t n = 0; n < s.dv; n += PANEL) {
-                                multiply_tile(height, wide - first, share, rs, 1, dy_panels + n * wide + first * PANEL, c);
-                                for (int64_t j = 0; j < height; j++) add_row(d_values + (m + j) * vc + n, c + j * PANEL);
+                                multiply_tile<P, Out::ADD>(height, wide - first, share, rs, 1, dy_panels + n * wide + first * PANEL, d_values + m * vc + n, vc);
                             }
                             for (int64_t n = 0; n < s.d; n += PANEL) {
-                                multiply_tile(height, wide - first, d_score, rs, 1, query_panels + n * wide + first * PANEL, c);
-                                for (int64_t j = 0; j < height; j++) add_row(d_keys + (m + j) * dc + n, c + j * PANEL);
+                                multiply_tile<P, Out::ADD>(height, wide - first, d_score, rs, 1, query_panels + n * wide + first * PANEL, d_keys + m * dc + n, dc);
                             }
                         }
                         const unit* left = (const unit*)d_scores;
@@ -142,8 +140,7 @@ void attention_backward(const Attention& s, const S* q, const S* k, const S* v, 
                             const int64_t depth = s.causal ? std::min(below, begin + i + TILE_ROWS - key) : below;
                             float* d_query = d_queries + (g * length + begin + i) * dc;
                             for (int64_t n = 0; n < s.d; n += PANEL) {
-                                multiply_tile(height, depth, (const P*)(left + i * rs), rs, ks, key_panels + n * deep, c);
-                                for (int64_t j = 0; j < height; j++) add_row(d_query + j * dc + n, c + j * PANEL);
+                                multiply_tile<P, Out::ADD>(height, depth, (const P*)(left + i * rs), rs, ks, key_panels + n * deep, d_query + n, dc);
                             }
                         }
                     }

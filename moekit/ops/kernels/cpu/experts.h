@@ -281,13 +281,8 @@ void weight_gradient(const Shape& s, const S* left, int64_t ldl, bool left_is_ga
                     pack(panel, (right_is_gathered && rows ? right : right + begin * ldr) + n, ldr, right_is_gathered ? rows : nullptr, columns, PANEL, count);
                     for (int64_t m = 0; m < height; m += step) {
                         const int64_t taken = std::min<int64_t>(step, height - m);
-                        multiply<P>(taken, depth, (const unit*)a + m / group * group * depth + m % group * rs, rs, ks, (const unit*)panel, c);
-                        for (int64_t i = 0; i < taken; i++) {
-                            W* row = to + (m + i) * width + n;
-                            if (begin > task.begin)
-                                for (int64_t j = 0; j < columns; j++) c[i * PANEL + j] += to_float(row[j]);
-                            stream_row(row, c + i * PANEL, columns);
-                        }
+                        multiply_gradient<P>(taken, depth, (const unit*)a + m / group * group * depth + m % group * rs, rs, ks, (const unit*)panel,
+                                             to + m * width + n, width, columns, begin > task.begin, c);
                     }
                 }
             }
@@ -295,10 +290,11 @@ void weight_gradient(const Shape& s, const S* left, int64_t ldl, bool left_is_ga
     }
 }
 
-// y[t] from columns n on = the sum of weight * row, N vectors of it.
+// y[t] from columns n on = plus + the sum of weight * row, N vectors of it.
 template <int N, class S>
-void combine_part(int64_t k, int64_t d, int64_t n, const S* rows, const int64_t* row_of, const float* weights, int64_t computed, S* y) {
+void combine_part(int64_t k, int64_t d, int64_t n, const S* rows, const int64_t* row_of, const float* weights, int64_t computed, const S* plus, S* y) {
     vec sums[N] = {};
+    for (int i = 0; plus && i < N; i++) sums[i] = load(plus + n + i * LANES);
     for (int64_t j = 0; j < k; j++)
         if (row_of[j] < computed)
 #pragma GCC unroll 4
@@ -307,21 +303,23 @@ void combine_part(int64_t k, int64_t d, int64_t n, const S* rows, const int64_t*
     for (int i = 0; i < N; i++) store(y + n + i * LANES, sums[i]);
 }
 
-// y (tokens, dim) = sum over choices of weight * row; a pair whose row is not below `computed` counts nothing.
+// y (tokens, dim) = plus, unless null, + the sum over choices of weight * row; a pair whose row is not below `computed`
+// counts nothing.
 template <class S>
-void combine(int64_t tokens, int64_t k, int64_t d, const S* rows, const int64_t* row_of, const float* weights,
-             int64_t computed, S* y, int threads) {
+void combine(int64_t tokens, int64_t k, int64_t d, const S* rows, const int64_t* row_of, const float* weights, int64_t computed,
+             const S* plus, S* y, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t t = 0; t < tokens; t++) {
         const int64_t *own = row_of + t * k, *next = own + (t + 1 < tokens ? k : 0);  // rows lie anywhere: the next are asked for
         const float* by = weights ? weights + t * k : nullptr;
+        const S* more = plus ? plus + t * d : nullptr;
         for (int64_t j = 0; j < k; j++)
             for (int64_t n = 0; next[j] < computed && n < d; n += 64 / sizeof(S)) __builtin_prefetch(rows + next[j] * d + n);
         int64_t n = 0;
-        for (; n + 4 * LANES <= d; n += 4 * LANES) combine_part<4>(k, d, n, rows, own, by, computed, y + t * d);
-        for (; n + LANES <= d; n += LANES) combine_part<1>(k, d, n, rows, own, by, computed, y + t * d);
+        for (; n + 4 * LANES <= d; n += 4 * LANES) combine_part<4>(k, d, n, rows, own, by, computed, more, y + t * d);
+        for (; n + LANES <= d; n += LANES) combine_part<1>(k, d, n, rows, own, by, computed, more, y + t * d);
         for (; n < d; n++) {
-            float sum = 0;
+            float sum = more ? to_float(more[n]) : 0;
             for (int64_t j = 0; j < k; j++)
                 if (own[j] < computed) sum += (by ? by[j] : 1.0f) * to_float(rows[own[j] * d + n]);
             assign(y[t * d + n], sum);

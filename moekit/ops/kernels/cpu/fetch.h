@@ -95,4 +95,10 @@ inline void fetch(const Expert& e, int64_t dim, int64_t ff, bool urgent) {
     fetch(e.down, dim, ff, urgent);
 }
 
+// Asks for the experts that have rows.
+inline void fetch(int64_t experts, int64_t dim, int64_t ff, const int64_t* offsets, const Expert* matrices) {
+    for (int64_t e = experts; e-- > 0;)  // the first at the front
+        if (offsets[e + 1] > offsets[e]) fetch(matrices[e], dim, ff, true);
+}
+
 }  // namespace

@@ -130,9 +130,9 @@ template <class S, class W> void linear_backward(const Maps& s, S* dx) {
 #pragma omp parallel num_threads(s.threads)
     {
         AmxTiles tiles;
-        scratch.reserve(room(at.back(), sizeof(P)) + 2 * room(TILE_ROWS * PANEL, 4));
+        scratch.reserve(room(at.back(), sizeof(P)) + room(TILE_ROWS * PANEL, 4));
         P* panel = scratch.take<P>(at.back());
-        float *c = scratch.take<float>(TILE_ROWS * PANEL), *more = scratch.take<float>(TILE_ROWS * PANEL);
+        float* c = scratch.take<float>(TILE_ROWS * PANEL);
         int64_t packed = -1;
         for (auto& rows : in)
 #pragma omp for schedule(static)
@@ -147,8 +147,11 @@ template <class S, class W> void linear_backward(const Maps& s, S* dx) {
                 const int64_t taken = std::min(step, end - t);
                 for (int64_t m = 0; m < s.count; m++) {
                     const int64_t rs = in[m].rows.stride / Units<P>::each;
-                    multiply<P>(taken, rs, (const unit*)(in[m].rows.at + t * in[m].rows.stride), rs, 1, (const unit*)(panel + at[m]), m ? more : c);
-                    for (int64_t i = 0; m && i < taken; i++) add_row(c + i * PANEL, more + i * PANEL);
+                    const unit *left = (const unit*)(in[m].rows.at + t * in[m].rows.stride), *right = (const unit*)(panel + at[m]);
+                    if (m)
+                        multiply<P, Out::ADD>(taken, rs, left, rs, 1, right, c);
+                    else
+                        multiply<P>(taken, rs, left, rs, 1, right, c);
                 }
                 S* to = dx + t * k + n;
                 for (int64_t i = 0; i < taken; i++) store_row(to + i * k, c + i * PANEL, columns);
@@ -157,48 +160,50 @@ template <class S, class W> void linear_backward(const Maps& s, S* dx) {
     }
 }
 
-// The gradient of each w: dy transposed times x. Of x all panels are packed, of dy a group of columns at a time.
+// The gradient of each w: dy transposed times x, over some of the tokens at a time. Of x all panels are packed, of dy a group
+// of columns.
 template <class S, class W> void linear_gradient(const Maps& s, const S* x, int64_t ldx) {
     typedef Product<S> P;
     constexpr int each = Units<P>::each;
     const bool flip = is_bf16<P>() && use_amx;
     const int64_t step = tile_rows<P>(), group = flip ? 4 * TILE_ROWS : 8 * MOST_ROWS;  // whole cache lines
-    const int64_t k = s.k, depth = Units<P>::padded(s.tokens), panels = (k + PANEL - 1) / PANEL;
+    const int64_t k = s.k, panels = (k + PANEL - 1) / PANEL, most = Units<P>::padded(std::min(s.tokens, 2 * DEPTH));
     struct Group {
         int64_t of, first, columns;
     };
     std::vector<Group> groups;
     for (int64_t m = 0; m < s.count; m++)
         for (int64_t first = 0; first < s.map[m].rows; first += group) groups.push_back({m, first, std::min(group, s.map[m].rows - first)});
-    std::vector<char> memory(room(panels * PANEL * depth, sizeof(P)) + 64);
+    const int64_t tasks = groups.size() * panels, chunk = std::min(panels, std::max<int64_t>(1, tasks / (16 * s.threads)));
+    std::vector<char> memory(room(panels * PANEL * most, sizeof(P)) + 64);
     P* const right = (P*)(memory.data() + 64 - (uintptr_t)memory.data() % 64);
 #pragma omp parallel num_threads(s.threads)
     {
         AmxTiles tiles;
-        scratch.reserve((flip ? 2 : 1) * room(depth * group, sizeof(P)) + room(TILE_ROWS * PANEL, 4));
-        unit* left = (unit*)scratch.take<P>(depth * group);
-        unit* unflipped = flip ? (unit*)scratch.take<P>(depth * group) : left;
+        scratch.reserve((flip ? 2 : 1) * room(most * group, sizeof(P)) + room(TILE_ROWS * PANEL, 4));
+        unit* left = (unit*)scratch.take<P>(most * group);
+        unit* unflipped = flip ? (unit*)scratch.take<P>(most * group) : left;
         float* c = scratch.take<float>(TILE_ROWS * PANEL);
-        const int64_t rs = flip ? depth / each : 1, ks = flip ? 1 : group;
-        int64_t packed = -1;
+        for (int64_t begin = 0; begin < s.tokens; begin += 2 * DEPTH) {
+            const int64_t count = std::min(2 * DEPTH, s.tokens - begin), depth = Units<P>::padded(count) / each;
+            const int64_t rs = flip ? depth : 1, ks = flip ? 1 : group;
+            int64_t packed = -1;
 #pragma omp for schedule(static)
-        for (int64_t p = 0; p < panels; p++)
-            pack(right + p * PANEL * depth, x + p * PANEL, ldx, (const int64_t*)nullptr, std::min<int64_t>(PANEL, s.k - p * PANEL), PANEL, s.tokens);
-#pragma omp for schedule(dynamic, std::min<int64_t>(panels, std::max<int64_t>(1, groups.size() * panels / (16 * s.threads))))
-        for (int64_t task = 0; task < (int64_t)groups.size() * panels; task++) {
-            const auto [of, first, taken] = groups[task / panels];
-            const Map map = s.map[of];
-            const int64_t n = task % panels * PANEL, columns = std::min<int64_t>(PANEL, s.k - n);
-            if (packed != task / panels) {
-                pack((P*)unflipped, (const S*)map.y + first, map.rows, (const int64_t*)nullptr, taken, group, s.tokens);
-                if (flip) transpose_units(left, unflipped, depth / each, group);
-            }
-            packed = task / panels;
-            for (int64_t m = 0; m < taken; m += step) {
-                const int64_t rows = std::min(step, taken - m);
-                multiply<P>(rows, depth / each, left + m * rs, rs, ks, (const unit*)(right + n * depth), c);
-                W* to = (W*)map.w.data + (first + m) * k + n;
-                for (int64_t i = 0; i < rows; i++) stream_row(to + i * k, c + i * PANEL, columns);
+            for (int64_t p = 0; p < panels; p++)
+                pack(right + p * PANEL * depth * each, x + begin * ldx + p * PANEL, ldx, (const int64_t*)nullptr, std::min<int64_t>(PANEL, k - p * PANEL), PANEL, count);
+#pragma omp for schedule(dynamic, chunk)
+            for (int64_t task = 0; task < tasks; task++) {
+                const auto [of, first, taken] = groups[task / panels];
+                const Map map = s.map[of];
+                const int64_t p = task % panels, columns = std::min<int64_t>(PANEL, k - p * PANEL);
+                if (packed != task / panels) {
+                    pack((P*)unflipped, (const S*)map.y + begin * map.rows + first, map.rows, (const int64_t*)nullptr, taken, group, count);
+                    if (flip) transpose_units(left, unflipped, depth, group);
+                }
+                packed = task / panels;
+                W* to = (W*)map.w.data + first * k + p * PANEL;
+                for (int64_t m = 0; m < taken; m += step)
+                    multiply_gradient<P>(std::min(step, taken - m), depth, left + m * rs, rs, ks, (const unit*)(right + p * PANEL * depth * each), to + m * k, k, columns, begin > 0, c);
             }
         }
     }

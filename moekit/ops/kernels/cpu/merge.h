@@ -109,11 +109,10 @@ template <class S, class W> void merged_backward(const Merging& s, const S* dy, 
     {
         AmxTiles tiles;
         const int64_t most = (s.units + groups - 1) / groups * s.tokens;
-        scratch.reserve(room(most * STRIP, 4) + room(DEEP * STRIP, sizeof(P)) + room(TILE_ROWS * STRIP, 4) + room(TILE_ROWS * PANEL, 4));
+        scratch.reserve(room(most * STRIP, 4) + room(DEEP * STRIP, sizeof(P)) + room(TILE_ROWS * STRIP, 4));
         float* sums = scratch.take<float>(most * STRIP);
         P* panels = scratch.take<P>(DEEP * STRIP);
         float* part = scratch.take<float>(TILE_ROWS * STRIP);
-        float* c = scratch.take<float>(TILE_ROWS * PANEL);
         const int64_t step = Left<P>::step(), rs = in.rows.stride / each;
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < (in.in_place ? 0 : s.all()); t++) in.take(t);
@@ -137,9 +136,8 @@ template <class S, class W> void merged_backward(const Merging& s, const S* dy, 
                         const int64_t taken = std::min(step, s.tokens - t);
                         const unit* left = (const unit*)(in.rows.at + (u * s.tokens + t) * in.rows.stride + m);
                         for (int64_t n = 0; n < columns; n += PANEL) {
-                            multiply<P>(taken, depth / each, left, rs, 1, (const unit*)(panels + n * depth), c);
-                            for (int64_t i = 0; i < taken; i++)
-                                add_row(sums + ((u - begin) * s.tokens + t + i) * STRIP + n, c + i * PANEL);
+                            float* to = sums + ((u - begin) * s.tokens + t) * STRIP + n;
+                            multiply<P, Out::ADD>(taken, depth / each, left, rs, 1, (const unit*)(panels + n * depth), to, {}, STRIP);
                         }
                     }
                 }

@@ -81,10 +81,8 @@ EXPORT void moekit_forward(int s_bf16, int64_t experts, int64_t dim, int64_t ff,
         forward_of(s, (const float*)x, ldx, matrices, hidden, y);
 }
 
-// Asks for the experts that have rows.
 EXPORT void moekit_fetch(int64_t experts, int64_t dim, int64_t ff, const int64_t* offsets, const Expert* matrices) {
-    for (int64_t e = experts; e-- > 0;)  // the first at the front
-        if (offsets[e + 1] > offsets[e]) fetch(matrices[e], dim, ff, true);
+    fetch(experts, dim, ff, offsets, matrices);
 }
 
 EXPORT void moekit_linear(int s_bf16, int64_t count, int64_t tokens, int64_t k, int threads, const void* x, int64_t ldx, const Map* maps) {
@@ -134,12 +132,22 @@ EXPORT void moekit_merged_gradient(int s_bf16, int w_bf16, const int64_t* sizes,
     BY_TYPE((merged_gradient<S, W>(s, (const S*)x, (const S*)dy, (const W*)w, (W*)dw, d_mix)))
 }
 
-EXPORT void moekit_combine(int s_bf16, int64_t tokens, int64_t k, int64_t dim, const void* rows, const int64_t* row_of,
-                           const float* weights, int64_t computed, void* y, int threads) {
+EXPORT void moekit_routed_experts_bytes(int s_bf16, const RoutedExperts* s, int64_t* bytes) {
+    *bytes = s_bf16 ? KeptExperts<bf16>(*s, nullptr).bytes : KeptExperts<float>(*s, nullptr).bytes;
+}
+
+// matrices: one an expert, all of one kind.
+EXPORT void moekit_routed_experts(int s_bf16, const RoutedExperts* s, const void* x, const Expert* matrices, char* kept, const void* plus, void* y) {
     if (s_bf16)
-        combine<bf16>(tokens, k, dim, (const bf16*)rows, row_of, weights, computed, (bf16*)y, threads);
+        routed_experts(*s, (const bf16*)x, matrices, kept, (const bf16*)plus, (bf16*)y);
     else
-        combine<float>(tokens, k, dim, (const float*)rows, row_of, weights, computed, (float*)y, threads);
+        routed_experts(*s, (const float*)x, matrices, kept, (const float*)plus, (float*)y);
+}
+
+EXPORT void moekit_routed_experts_backward(int s_bf16, int w_bf16, const RoutedExperts* s, const void* x, const void* gate_up, const void* down,
+                                           char* kept, const void* dy, void* dx, float* d_weights, void* d_gate_up, void* d_down) {
+    BY_TYPE((routed_experts_backward<S, W>(*s, (const S*)x, (const W*)gate_up, (const W*)down, kept, (const S*)dy, (S*)dx, d_weights,
+                                           (W*)d_gate_up, (W*)d_down)))
 }
 
 EXPORT void moekit_largest(int64_t rows, int64_t width, int64_t k, const float* x, int64_t* ids, int threads) {

@@ -221,6 +221,11 @@ struct Scratch {
         return data + used - (count + 63) / 64 * 64;
     }
     template <class T> T* take(int64_t count) { return (T*)bytes(count * sizeof(T)); }
+    void trim(size_t most) {
+        if (size <= most) return;
+        free(data);
+        data = nullptr, size = 0;
+    }
 };
 thread_local Scratch scratch;
 inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

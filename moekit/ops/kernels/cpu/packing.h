@@ -144,10 +144,6 @@ template <class T> void store_row(T* to, const float* c, int64_t width) {
         for (int64_t n = 0; n < width; n++) assign(to[n], c[n]);
 }
 
-inline void add_row(float* to, const float* c) {
-    for (int w = 0; w < PANEL; w += LANES) store(to + w, load(to + w) + load(c + w));
-}
-
 // A tile's row past the cache, where the row in memory allows it: nobody reads a gradient soon.
 template <class T> void stream_row(T* to, const float* c, int64_t width) {
 #if LANES == 16
@@ -165,14 +161,28 @@ template <class T> void stream_row(T* to, const float* c, int64_t width) {
     store_row(to, c, width);
 }
 
-// c[rows][PANEL] = a * panel for the rows of a tile, in equal parts of what the inner product takes at once.
-template <class P>
-void multiply_tile(int64_t rows, int64_t depth, const P* a, int64_t rs, int64_t ks, const P* panel, float* c) {
+// c = a * panel for the rows of a tile, in equal parts of what the inner product takes at once.
+template <class P, Out OUT = Out::SET>
+void multiply_tile(int64_t rows, int64_t depth, const P* a, int64_t rs, int64_t ks, const P* panel, float* c, int64_t ld = PANEL) {
     const unit *left = (const unit*)a, *right = (const unit*)panel;
     const int64_t parts = (rows + tile_rows<P>() - 1) / tile_rows<P>();
     for (int64_t p = 0; p < parts; p++) {
         const int64_t begin = rows * p / parts, end = rows * (p + 1) / parts;
-        multiply<P>(end - begin, depth / Units<P>::each, left + begin * rs, rs, ks, right, c + begin * PANEL);
+        multiply<P, OUT>(end - begin, depth / Units<P>::each, left + begin * rs, rs, ks, right, c + begin * ld, {}, ld);
+    }
+}
+
+// The rows of a tile of a weights' gradient, or what more rows add to them.
+template <class P, class W>
+void multiply_gradient(int64_t rows, int64_t depth, const unit* a, int64_t rs, int64_t ks, const unit* panel, W* to, int64_t ld, int64_t columns, bool more, float* c) {
+    if constexpr (sizeof(W) == 4 && LANES == 16) {
+        if (columns == PANEL && more) return multiply<P, Out::ADD>(rows, depth, a, rs, ks, panel, (float*)to, {}, ld);
+        if (columns == PANEL && (uintptr_t)to % 64 == 0 && ld % 16 == 0) return multiply<P, Out::STREAM>(rows, depth, a, rs, ks, panel, (float*)to, {}, ld);
+    }
+    multiply<P>(rows, depth, a, rs, ks, panel, c);
+    for (int64_t i = 0; i < rows; i++) {
+        for (int64_t j = 0; more && j < columns; j++) c[i * PANEL + j] += to_float(to[i * ld + j]);
+        stream_row(to + i * ld, c + i * PANEL, columns);
     }
 }
 

@@ -28,6 +28,10 @@ typedef uint32_t unit;
 // ---- the inner products: c[rows][PANEL] = a * panel ----------------------------------------------------------------
 // a's unit (row, k) is at a[row * rs + k * ks], one of which is 1; the panel holds unit k of all its columns side by side.
 
+// What becomes of c: it is set, added to, or written past the cache, whole lines that nobody reads soon. A tile of little
+// depth is soon done, so the last two go straight from registers to rows `ld` apart; else they lie PANEL apart.
+enum class Out { SET, ADD, STREAM };
+
 // Meanwhile the weights of the next panel are asked for, 128 bytes a step: alone, the packing would wait for memory. A
 // page's address must be known by then, or the request is dropped: one byte of each is read some steps before.
 
@@ -51,8 +55,9 @@ struct Ahead {
 
 // Where a unit of a lies decides how it is addressed: TURNED, its M rows lie side by side and rs is 1; else ks is 1.
 // Unrolled, or the sums go to c by way of the stack.
-template <int M, bool TURNED>
-void multiply_f32(int64_t depth, const float* a, int64_t rs, int64_t ks, const float* panel, float* c, Ahead ahead) {
+template <int M, bool TURNED, Out OUT>
+void multiply_f32(int64_t depth, const float* a, int64_t rs, int64_t ks, const float* panel, float* c, int64_t ld, Ahead ahead) {
+    if (OUT == Out::SET) ld = PANEL;
     vec sum[M][VECTORS] = {};
     for (int64_t k = 0; k < depth; k++) {
         ahead.fetch(k);
@@ -68,12 +73,21 @@ void multiply_f32(int64_t depth, const float* a, int64_t rs, int64_t ks, const f
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 16
-        for (int v = 0; v < VECTORS; v++) store(c + m * PANEL + v * LANES, sum[m][v]);
+        for (int v = 0; v < VECTORS; v++) {
+            float* to = c + m * ld + v * LANES;
+#if LANES == 16
+            if (OUT == Out::STREAM)
+                _mm512_stream_ps(to, (__m512)sum[m][v]);
+            else
+#endif
+                store(to, OUT == Out::ADD ? load(to) + sum[m][v] : sum[m][v]);
+        }
 }
 
 #ifdef HAS_BF16
-template <int M, bool TURNED>
-void multiply_bf16(int64_t depth, const unit* a, int64_t rs, int64_t ks, const unit* panel, float* c, Ahead ahead) {
+template <int M, bool TURNED, Out OUT>
+void multiply_bf16(int64_t depth, const unit* a, int64_t rs, int64_t ks, const unit* panel, float* c, int64_t ld, Ahead ahead) {
+    if (OUT == Out::SET) ld = PANEL;
     __m512 sum[M][2];
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
@@ -90,33 +104,39 @@ void multiply_bf16(int64_t depth, const unit* a, int64_t rs, int64_t ks, const u
         }
     }
 #pragma GCC unroll 16
-    for (int m = 0; m < M; m++) {
-        _mm512_storeu_ps(c + m * PANEL, sum[m][0]);
-        _mm512_storeu_ps(c + m * PANEL + 16, sum[m][1]);
-    }
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; v++) {
+            float* to = c + m * ld + 16 * v;
+            if (OUT == Out::STREAM)
+                _mm512_stream_ps(to, sum[m][v]);
+            else
+                _mm512_storeu_ps(to, OUT == Out::ADD ? _mm512_add_ps(sum[m][v], _mm512_loadu_ps(to)) : sum[m][v]);
+        }
 }
 #endif
 
-typedef void (*MultiplyF32)(int64_t, const float*, int64_t, int64_t, const float*, float*, Ahead);
-typedef void (*MultiplyBF16)(int64_t, const unit*, int64_t, int64_t, const unit*, float*, Ahead);
-template <int M> struct Fill {  // the inner product for each number of rows
-    template <class F, class G> static void run(F* f32, G* b16) {
-        f32[0][M] = multiply_f32<M, false>;
-        f32[1][M] = multiply_f32<M, true>;
-#ifdef HAS_BF16
-        b16[0][M] = multiply_bf16<M, false>;
-        b16[1][M] = multiply_bf16<M, true>;
-#endif
-        Fill<M - 1>::run(f32, b16);
+typedef void (*MultiplyF32)(int64_t, const float*, int64_t, int64_t, const float*, float*, int64_t, Ahead);
+typedef void (*MultiplyBF16)(int64_t, const unit*, int64_t, int64_t, const unit*, float*, int64_t, Ahead);
+struct Tables {  // the inner product for each way out, way in and number of rows
+    MultiplyF32 f32[3][2][MOST_ROWS + 1];
+    MultiplyBF16 b16[3][2][MOST_ROWS + 1];
+    Tables() { fill<MOST_ROWS>(); }
+
+   private:
+    template <int M> void fill() {
+        if constexpr (M > 0) {
+            fill<M, false, Out::SET>(), fill<M, true, Out::SET>(), fill<M, false, Out::ADD>(), fill<M, true, Out::ADD>();
+            fill<M, true, Out::STREAM>();  // gradients' only
+            fill<M - 1>();
+        }
     }
-};
-template <> struct Fill<0> {
-    template <class F, class G> static void run(F*, G*) {}
-};
-struct Tables {
-    MultiplyF32 f32[2][MOST_ROWS + 1];
-    MultiplyBF16 b16[2][MOST_ROWS + 1];
-    Tables() { Fill<MOST_ROWS>::run(f32, b16); }
+    template <int M, bool TURNED, Out OUT> void fill() {
+        f32[(int)OUT][TURNED][M] = multiply_f32<M, TURNED, OUT>;
+#ifdef HAS_BF16
+        b16[(int)OUT][TURNED][M] = multiply_bf16<M, TURNED, OUT>;
+#endif
+    }
 };
 const Tables tables;
 
@@ -225,16 +245,26 @@ template <class P> constexpr bool is_bf16() { return Units<P>::each == 2; }
 template <class P> int tile_rows() { return is_bf16<P>() && use_amx ? TILE_ROWS : MOST_ROWS; }
 
 // `depth` counts units. Where AMX multiplies, a is contiguous along k (ks 1) and has memory behind its last row.
-template <class P>
+template <class P, Out OUT = Out::SET>
 void multiply(int64_t rows, int64_t depth, const unit* a, int64_t rs, int64_t ks, const unit* panel, float* c,
-              Ahead ahead = {}) {
+              Ahead ahead = {}, int64_t ld = PANEL) {
     if constexpr (is_bf16<P>()) {
 #ifdef HAS_AMX
-        if (use_amx) return multiply_amx(depth, a, rs, panel, c, ahead);
+        if (use_amx) {
+            if (OUT == Out::SET) return multiply_amx(depth, a, rs, panel, c, ahead);
+            alignas(64) float tile[TILE_ROWS * PANEL];
+            multiply_amx(depth, a, rs, panel, tile, ahead);
+            for (int64_t i = 0; i < rows; i++)
+                for (int v = 0; v < PANEL; v += LANES) {
+                    const vec x = load(tile + i * PANEL + v);
+                    store(c + i * ld + v, OUT == Out::ADD ? load(c + i * ld + v) + x : x);
+                }
+            return;
+        }
 #endif
-        tables.b16[ks != 1][rows](depth, a, rs, ks, panel, c, ahead);
+        tables.b16[(int)OUT][ks != 1][rows](depth, a, rs, ks, panel, c, ld, ahead);
     } else {
-        tables.f32[ks != 1][rows](depth, (const float*)a, rs, ks, (const float*)panel, c, ahead);
+        tables.f32[(int)OUT][ks != 1][rows](depth, (const float*)a, rs, ks, (const float*)panel, c, ld, ahead);
     }
 }
 
