@@ -20,4 +20,5 @@ def cast_once(x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
 
 def autocast_off(x: Tensor) -> AbstractContextManager[object]:
     """Returns a context in which nothing on x's device is cast."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    on = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if on else nullcontext()

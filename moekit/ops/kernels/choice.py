@@ -52,7 +52,25 @@ def route(
     factor: float,
 ) -> Routes:
     """Returns `ops.routing.route`'s tensors without padding or groups, in one pass."""
-    return Routes(*_Route.apply(logits, bias, k, sequences, sigmoid, normed, factor))
+    how = logits, bias, k, sequences, sigmoid, normed, factor
+    return Routes(*(_Route.apply(*how) if torch.is_grad_enabled() else _route(*how)[0]))
+
+
+def _route(
+    logits: Tensor, bias: Tensor | None, k: int, sequences: int, sigmoid: bool, normed: bool, factor: float
+) -> tuple[tuple[Tensor, ...], Tensor, Any]:
+    """Returns the tensors, each unit's log-sum-exp, and the library's `Routes`."""
+    logits, bias = logits.contiguous(), None if bias is None else bias.float().contiguous()
+    units, experts = logits.shape
+    sizes = (ctypes.c_int64 * 6)(sequences, units // max(sequences, 1), experts, k, sigmoid, normed)
+    scores, log_sums, squared = torch.empty_like(logits), logits.new_empty(units), logits.new_empty(sequences)
+    ids, counts = torch.empty(units, k, dtype=torch.int64), torch.empty(sequences, experts, dtype=torch.int64)
+    weights, sums = logits.new_empty(units, k), logits.new_empty(sequences, experts)
+    library().moekit_route(
+        *(sizes, factor, torch.get_num_threads(), logits.data_ptr(), None if bias is None else bias.data_ptr()),
+        *(tensor.data_ptr() for tensor in (scores, ids, weights, log_sums, sums, squared, counts)),
+    )
+    return (scores, ids, weights, sums, squared, counts), log_sums, sizes
 
 
 class _Route(torch.autograd.Function):
@@ -68,21 +86,13 @@ class _Route(torch.autograd.Function):
         factor: float,
     ) -> tuple[Tensor, ...]:
         logits = logits.contiguous()
-        units, experts = logits.shape
-        sizes = (ctypes.c_int64 * 6)(sequences, units // max(sequences, 1), experts, k, sigmoid, normed)
-        scores, log_sums, squared = torch.empty_like(logits), logits.new_empty(units), logits.new_empty(sequences)
-        ids, counts = torch.empty(units, k, dtype=torch.int64), torch.empty(sequences, experts, dtype=torch.int64)
-        weights, sums = logits.new_empty(units, k), logits.new_empty(sequences, experts)
-        bias = None if bias is None else bias.float().contiguous()
+        made, log_sums, sizes = _route(logits, bias, k, sequences, sigmoid, normed, factor)
+        scores, ids, *_, counts = made
         ctx.call = sizes, factor
-        library().moekit_route(
-            *(sizes, factor, torch.get_num_threads(), logits.data_ptr(), None if bias is None else bias.data_ptr()),
-            *(tensor.data_ptr() for tensor in (scores, ids, weights, log_sums, sums, squared, counts)),
-        )
         ctx.save_for_backward(logits if sigmoid else None, scores, ids, log_sums)
         ctx.mark_non_differentiable(ids, counts)
         ctx.set_materialize_grads(False)
-        return scores, ids, weights, sums, squared, counts
+        return made
 
     @staticmethod
     @once_differentiable

@@ -7,6 +7,7 @@ routing weight is the dot product of the activation with dy W_down, which is at 
 """
 
 import ctypes
+import functools
 import struct
 from typing import Any
 
@@ -145,8 +146,28 @@ def add_norm(
 
     The norm is computed in float32.
     """
-    total, y, rounded = _Norm.apply(x, delta, weight, eps, exact, low)
+    if torch.is_grad_enabled():
+        total, y, rounded = _Norm.apply(x, delta, weight, eps, exact, low)
+    else:
+        _, total, y, rounded, _ = _norm(x, delta, weight, eps, exact, low)
     return x if delta is None else total, y, rounded
+
+
+def _norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, exact: bool, low: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """Returns the sum, the same unless it is x, its norm, that rounded, and 1 / rms of each row."""
+    x, by, scales = x.contiguous(), weight.float(), torch.empty(x.shape[:-1])
+    delta = None if delta is None else delta.contiguous()
+    total = None if delta is None else torch.empty_like(x)
+    y = torch.empty_like(x) if exact else None
+    rounded = torch.empty_like(x, dtype=torch.bfloat16) if low else None
+    kinds = x.dtype == torch.bfloat16, delta is not None and delta.dtype == torch.bfloat16
+    inputs, outputs = map(at, (x, delta, by)), map(at, (total, y, rounded, scales))
+    library().moekit_norm(
+        *(*kinds, x.numel() // x.shape[-1], x.shape[-1], *inputs, eps, *outputs, torch.get_num_threads())
+    )
+    return x if total is None else total, total, y, rounded, scales
 
 
 class _Norm(torch.autograd.Function):
@@ -157,17 +178,9 @@ class _Norm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, exact: bool, low: bool
     ) -> tuple[Tensor | None, ...]:
-        x, by, scales = x.contiguous(), weight.float(), torch.empty(x.shape[:-1])
         ctx.delta = None if delta is None else delta.dtype
-        delta = None if delta is None else delta.contiguous()
-        total = None if delta is None else torch.empty_like(x)
-        y = torch.empty_like(x) if exact else None
-        rounded = torch.empty_like(x, dtype=torch.bfloat16) if low else None
-        kinds = x.dtype == torch.bfloat16, ctx.delta == torch.bfloat16
-        sizes = x.numel() // x.shape[-1], x.shape[-1]
-        inputs, outputs = map(at, (x, delta, by)), map(at, (total, y, rounded, scales))
-        library().moekit_norm(*kinds, *sizes, *inputs, eps, *outputs, torch.get_num_threads())
-        ctx.save_for_backward(x if total is None else total, weight, scales)
+        stream, total, y, rounded, scales = _norm(x, delta, weight, eps, exact, low)
+        ctx.save_for_backward(stream, weight, scales)
         ctx.set_materialize_grads(False)
         return total, y, rounded
 
@@ -355,16 +368,29 @@ def at(tensor: Tensor | None) -> int | None:
 
 def table(gate_up: Weights, down: Weights) -> np.ndarray:
     """Returns the library's table of where each expert's gate, up and down lie; the caller keeps the weights."""
-    return np.concatenate((_matrices(gate_up, 2), _matrices(down, 1)), axis=1)
+    if isinstance(gate_up, Mapped) or isinstance(down, Mapped):
+        return np.concatenate((_matrices(gate_up, 2), _matrices(down, 1)), axis=1)
+    return _table(_lies(gate_up, 2), _lies(down, 1))
+
+
+@functools.lru_cache(maxsize=1024)
+def _table(*stacks: tuple[int, ...]) -> np.ndarray:
+    """Returns the table of what `_lies` says, made once for weights that stay where they are."""
+    return np.concatenate([matrices(each * count, *of).reshape(-1, each, 3) for each, count, *of in stacks], axis=1)
+
+
+def _lies(weight: Tensor | Quantized, each: int) -> tuple[int, ...]:
+    """Returns how many matrices an expert has in the stack, how many experts there are, and `matrices`' numbers."""
+    stored = _stored(weight)
+    of = (weight.scales.data_ptr(), weight.scales.nbytes) if isinstance(weight, Quantized) else ()
+    return each, weight.shape[0], KINDS[stored.dtype], stored.data_ptr(), stored.nbytes, *of
 
 
 def _matrices(weight: Weights, each: int) -> np.ndarray:
-    count, stored = each * weight.shape[0], _stored(weight)
-    if isinstance(weight, Mapped):
-        kinds = np.full((*weight.addresses.shape[:2], 1), KINDS[stored.dtype])
-        return np.concatenate((weight.addresses, kinds), axis=2)
-    of = (at(weight.scales), weight.scales.nbytes) if isinstance(weight, Quantized) else ()
-    return matrices(count, KINDS[stored.dtype], stored.data_ptr(), stored.nbytes, *of).reshape(-1, each, 3)
+    if not isinstance(weight, Mapped):
+        return _table(_lies(weight, each))
+    kinds = np.full((*weight.addresses.shape[:2], 1), KINDS[_stored(weight).dtype])
+    return np.concatenate((weight.addresses, kinds), axis=2)
 
 
 def contiguous(weight: Weights | Matrix) -> Any:
