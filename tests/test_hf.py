@@ -88,7 +88,8 @@ def test_a_directory_loads_by_auto_class_computes_the_same_and_is_written_back(
     model, ids = written(tmp_path / "model", settings), random_ids(2, 9)
     wrapped = opened(tmp_path / "model")
     assert torch.equal(wrapped(ids).logits, model(ids).logits)
-    assert torch.equal(wrapped(ids, logits_to_keep=2).logits, model(ids).logits[:, -2:])
+    few, all_of_them = wrapped(ids, logits_to_keep=2).logits, model(ids).logits
+    torch.testing.assert_close(few, all_of_them[:, -2:], rtol=1e-5, atol=1e-6)  # few rows are summed in another order
     wrapped.save_pretrained(tmp_path / "again")
     again = moekit.load(tmp_path / "again")
     assert again.config == settings
