@@ -218,18 +218,18 @@ class _Routed(torch.autograd.Function):
         x, weights, gate_up, down = (t.contiguous() for t in (x, weights, gate_up, down))
         y, kept = _routed(x, weights, gate_up, down, plus, counts, order, inverse, keep)
         if keep:
-            ctx.save_for_backward(kept, x, weights, gate_up, down, counts, order, inverse)
+            ctx.save_for_backward(kept, x, weights, gate_up, down, inverse)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        kept, *tensors, counts, order, inverse = ctx.saved_tensors
+        kept, *tensors, inverse = ctx.saved_tensors
         x, weights, gate_up, down = tensors
         rows = dy.to(x.dtype).contiguous()
         made = [torch.empty_like(t) if want else None for t, want in zip(tensors, ctx.needs_input_grad, strict=False)]
         dx, d_weights, d_gate_up, d_down = made
-        call = _pairs(x, weights, down, counts, order, inverse)
+        call = _pairs(weights, down, None, None, inverse)
         library().moekit_routed_experts_backward(
             *(*_TYPES[x.dtype, gate_up.dtype], call, *map(at, (x, gate_up, down, kept, rows, dx, d_weights))),
             *(at(d_gate_up), at(d_down)),
@@ -240,10 +240,10 @@ class _Routed(torch.autograd.Function):
 _ROUTED = struct.Struct("=11q")
 
 
-def _pairs(x: Tensor, weights: Tensor, down: Weights, counts: Tensor, order: Tensor, inverse: Tensor) -> bytes:
-    """Returns the library's `RoutedExperts`."""
+def _pairs(weights: Tensor, down: Weights, counts: Tensor | None, order: Tensor | None, inverse: Tensor) -> bytes:
+    """Returns the library's `RoutedExperts`; the way back needs neither counts nor order."""
     experts, dim, ff = down.shape
-    where = (t.data_ptr() for t in (counts, order, inverse, weights))
+    where = (at(t) or 0 for t in (counts, order, inverse, weights))
     return _ROUTED.pack(*weights.shape, experts, dim, ff, *where, isinstance(down, Mapped), torch.get_num_threads())
 
 
@@ -261,7 +261,7 @@ def _routed(
     """Returns the tokens' sums, and with `keep` what the backward pass needs."""
     x, weights, gate_up, down = x.contiguous(), weights.contiguous(), contiguous(gate_up), contiguous(down)
     plus, low = None if plus is None else plus.to(x.dtype).contiguous(), x.dtype == torch.bfloat16
-    experts, call, kept = table(gate_up, down), _pairs(x, weights, down, counts, order, inverse), None
+    experts, call, kept = table(gate_up, down), _pairs(weights, down, counts, order, inverse), None
     if keep:
         count = ctypes.c_int64()
         library().moekit_routed_experts_bytes(low, call, ctypes.byref(count))

@@ -44,7 +44,7 @@ struct AttentionGradients {  // of the weights; null: not wanted
 };
 struct RoutedExperts {  // tokens k choices, sorted into rows by expert (`plan`, choice.h)
     int64_t tokens, chosen, experts, dim, ff;
-    const int64_t *counts, *order, *inverse;  // (experts); (tokens chosen): row -> pair, pair -> row
+    const int64_t *counts, *order, *inverse;  // (experts); (tokens chosen): row -> pair, pair -> row. On the way back inverse only
     const float* weights;                     // (tokens, chosen)
     int64_t mapped;                           // whether the experts are asked for first
     int64_t threads;
@@ -68,9 +68,9 @@ struct Pieces {
     char* at;
     size_t used = 0;
     template <class T> T* take(int64_t count) {
-        T* piece = (T*)(at + used);
+        T* piece = at ? (T*)(at + used) : nullptr;
         used += room(count, sizeof(T));
-        return at ? piece : nullptr;
+        return piece;
     }
 };
 thread_local Scratch between;  // the calls of one layer: `scratch` is theirs
