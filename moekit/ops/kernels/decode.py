@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moekit.ops.kernels.build import library, native
-from moekit.ops.kernels.native import KINDS, at, contiguous, table
+from moekit.ops.kernels.native import KINDS, contiguous, matrix, table
 from moekit.ops.mapped import Mapped, Weights
 from moekit.ops.quantize import GROUP, Quantized
 from moekit.ops.scaled import Matrix, Scaled
@@ -131,13 +131,12 @@ class Decoder:
             described.normalise, described.scale = routed.normalise, routed.scale
         return described
 
-    def _matrix(self, matrix: Matrix | None) -> "_Matrix":
-        if matrix is None:
+    def _matrix(self, weight: Matrix | None) -> "_Matrix":
+        if weight is None:
             return _Matrix()
-        self._kept.append(matrix := contiguous(matrix))
-        assert not isinstance(matrix, Scaled)
-        codes, scales = (matrix.codes, matrix.scales) if isinstance(matrix, Quantized) else (matrix, None)
-        return _Matrix(codes.data_ptr(), at(scales), KINDS[codes.dtype])
+        self._kept.append(weight := contiguous(weight))
+        assert not isinstance(weight, Scaled)
+        return _Matrix(*matrix(weight))
 
     def _floats(self, values: Tensor | None) -> int | None:
         if values is None:

@@ -4,7 +4,6 @@ A small operation costs a step more than its own time: what Python and torch do 
 product has pushed out of the caches (decision 54).
 """
 
-import ctypes
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moekit.ops.kernels.build import library
-from moekit.ops.kernels.native import KINDS, at
+from moekit.ops.kernels.native import at, matrix, room
 from moekit.ops.quantize import Quantized
 
 
@@ -58,7 +57,7 @@ def attention_layer(
         y: Tensor = _AttentionLayer.apply(of, x, cos, sin, document_ids, *weights, *norms)
         return y
     x = x.contiguous()
-    layer, _kept = _attention(of, x, cos, sin, document_ids, weights, norms)
+    layer, _wide = _attention(of, x, cos, sin, document_ids, weights, norms)
     y = torch.empty_like(x)
     library().moekit_attention_layer(x.dtype == torch.bfloat16, layer, at(x), None, at(y))
     return y
@@ -87,19 +86,7 @@ _FEED_FORWARD = struct.Struct("=3q9qq")
 
 
 def _matrices(weights: Sequence[Tensor | Quantized | None]) -> list[int]:
-    numbers: list[int] = []
-    for w in weights:
-        if isinstance(w, Quantized):
-            numbers += w.codes.data_ptr(), w.scales.data_ptr(), KINDS[w.codes.dtype]
-        else:
-            numbers += (0, 0, 0) if w is None else (w.data_ptr(), 0, KINDS[w.dtype])
-    return numbers
-
-
-def _kept(name: str, layer: bytes, x: Tensor) -> Tensor:
-    count = ctypes.c_int64()
-    getattr(library(), name)(x.dtype == torch.bfloat16, layer, ctypes.byref(count))
-    return torch.empty(count.value, dtype=torch.uint8)
+    return [number for w in weights for number in ((0, 0, 0) if w is None else matrix(w))]
 
 
 def _gradients(
@@ -120,7 +107,7 @@ class _AttentionLayer(torch.autograd.Function):
     ) -> Tensor:
         x = x.contiguous()
         layer, _wide = _attention(of, x, cos, sin, documents, parameters[:5], parameters[5:])
-        kept = _kept("moekit_attention_layer_bytes", layer, x) if any(ctx.needs_input_grad) else None
+        kept = room("moekit_attention_layer_bytes", layer, x) if any(ctx.needs_input_grad) else None
         y = torch.empty_like(x)
         library().moekit_attention_layer(x.dtype == torch.bfloat16, layer, at(x), at(kept), at(y))
         ctx.of = of
@@ -172,7 +159,7 @@ class _FeedForward(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
         x = x.contiguous()
         layer, y = _layer(x, *weights), torch.empty_like(x)
-        kept = _kept("moekit_feed_forward_bytes", layer, x) if any(ctx.needs_input_grad) else None
+        kept = room("moekit_feed_forward_bytes", layer, x) if any(ctx.needs_input_grad) else None
         library().moekit_feed_forward(x.dtype == torch.bfloat16, layer, at(x), at(kept), at(y))
         if kept is not None:
             ctx.save_for_backward(kept, x, *weights)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moekit.ops.kernels.build import library, native
-from moekit.ops.kernels.native import KINDS, at, contiguous
+from moekit.ops.kernels.native import KINDS, at, contiguous, matrix
 from moekit.ops.quantize import Quantized
 from moekit.ops.scaled import Scaled
 
@@ -108,6 +108,5 @@ def _maps(weights: Sequence[Tensor | Quantized], ys: Sequence[Tensor]) -> Any:
     """Returns the library's `Map` of each weight and its product, or their gradients; the caller keeps them."""
     numbers: list[int] = []
     for w, y in zip(weights, ys, strict=True):
-        stored, scales = (w.codes, w.scales.data_ptr()) if isinstance(w, Quantized) else (w, 0)
-        numbers += stored.data_ptr(), scales, KINDS[stored.dtype], y.shape[-1], y.data_ptr()
+        numbers += *matrix(w), y.shape[-1], y.data_ptr()
     return (ctypes.c_int64 * len(numbers))(*numbers)

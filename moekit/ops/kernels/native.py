@@ -261,11 +261,8 @@ def _routed(
     """Returns the tokens' sums, and with `keep` what the backward pass needs."""
     x, weights, gate_up, down = x.contiguous(), weights.contiguous(), contiguous(gate_up), contiguous(down)
     plus, low = None if plus is None else plus.to(x.dtype).contiguous(), x.dtype == torch.bfloat16
-    experts, call, kept = table(gate_up, down), _pairs(weights, down, counts, order, inverse), None
-    if keep:
-        count = ctypes.c_int64()
-        library().moekit_routed_experts_bytes(low, call, ctypes.byref(count))
-        kept = torch.empty(count.value, dtype=torch.uint8)
+    experts, call = table(gate_up, down), _pairs(weights, down, counts, order, inverse)
+    kept = room("moekit_routed_experts_bytes", call, x) if keep else None
     y = torch.empty_like(x)
     library().moekit_routed_experts(low, call, at(x), experts.ctypes.data, *map(at, (kept, plus, y)))
     return y, kept
@@ -364,6 +361,20 @@ class _Call:
 def at(tensor: Tensor | None) -> int | None:
     """Returns the tensor's address; the caller keeps the tensor."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def matrix(weight: Tensor | Quantized) -> tuple[int, int, int]:
+    """Returns the library's `Matrix`: where numbers or codes lie, their scales or 0, the kind."""
+    if isinstance(weight, Quantized):
+        return weight.codes.data_ptr(), weight.scales.data_ptr(), KINDS[weight.codes.dtype]
+    return weight.data_ptr(), 0, KINDS[weight.dtype]
+
+
+def room(name: str, call: bytes, x: Tensor) -> Tensor:
+    """Returns memory for what a way back needs of a layer, of the size that the library's function tells."""
+    count = ctypes.c_int64()
+    getattr(library(), name)(x.dtype == torch.bfloat16, call, ctypes.byref(count))
+    return torch.empty(count.value, dtype=torch.uint8)
 
 
 def table(gate_up: Weights, down: Weights) -> np.ndarray:

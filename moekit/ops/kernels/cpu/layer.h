@@ -76,7 +76,7 @@ struct Pieces {
 thread_local Scratch between;  // the calls of one layer: `scratch` is theirs
 struct Between {
     explicit Between(size_t bytes) { between.reserve(bytes); }
-    ~Between() { between.trim(1 << 28); }  // large batches' memory is not kept
+    ~Between() { between.trim(MOST_KEPT); }
 };
 
 // Rows of a matrix from number `first` on.

@@ -160,6 +160,8 @@ template <class S, class W> void linear_backward(const Maps& s, S* dx) {
     }
 }
 
+thread_local Scratch packed_for_all;  // `scratch` is a thread's own
+
 // The gradient of each w: dy transposed times x, over some of the tokens at a time. Of x all panels are packed, of dy a group
 // of columns.
 template <class S, class W> void linear_gradient(const Maps& s, const S* x, int64_t ldx) {
@@ -175,8 +177,8 @@ template <class S, class W> void linear_gradient(const Maps& s, const S* x, int6
     for (int64_t m = 0; m < s.count; m++)
         for (int64_t first = 0; first < s.map[m].rows; first += group) groups.push_back({m, first, std::min(group, s.map[m].rows - first)});
     const int64_t tasks = groups.size() * panels, chunk = std::min(panels, std::max<int64_t>(1, tasks / (16 * s.threads)));
-    std::vector<char> memory(room(panels * PANEL * most, sizeof(P)) + 64);
-    P* const right = (P*)(memory.data() + 64 - (uintptr_t)memory.data() % 64);
+    packed_for_all.reserve(room(panels * PANEL * most, sizeof(P)));  // not cleared first, as a vector would be
+    P* const right = packed_for_all.take<P>(panels * PANEL * most);
 #pragma omp parallel num_threads(s.threads)
     {
         AmxTiles tiles;
@@ -207,6 +209,7 @@ template <class S, class W> void linear_gradient(const Maps& s, const S* x, int6
             }
         }
     }
+    packed_for_all.trim(MOST_KEPT);
 }
 
 }  // namespace

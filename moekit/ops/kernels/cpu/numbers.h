@@ -204,7 +204,8 @@ struct Strides {
     int64_t at(int64_t b, int64_t i, int64_t h) const { return b * batch + i * row + h * head; }
 };
 
-// Memory that a thread keeps between tasks; grows, never shrinks.
+// Memory that a thread keeps between tasks; it grows, and shrinks only where a caller trims it.
+constexpr size_t MOST_KEPT = 1 << 28;  // by a thread beside its scratch: what large batches need is given back
 struct Scratch {
     char* data = nullptr;
     size_t size = 0, used = 0;
