@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +20,8 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).parent / "cpu" / "native.cpp"
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno")
+SOURCES = Path(__file__).parent / "cpu"
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno")
 VARIANTS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",))
 """Tried in turn: not every compiler knows the machine by the same name. Without OpenMP one thread would have to beat
 torch's many, so such a compiler (Apple's) is none."""
@@ -131,10 +132,22 @@ def load(path: Path) -> Native:
 
 
 def compile_source(compiler: str, target: Path, *more: str) -> None:
-    """Compiles the source into `target`; BuildError has the compiler's first complaint."""
+    """Compiles the sources side by side and links them into `target`; BuildError has the compiler's first complaint."""
+    sources = sorted(SOURCES.glob("*.cpp"))
+    objects = [target.with_name(f"{target.stem}-{source.stem}.o") for source in sources]
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [compiler, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+    def compiled(flags: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        with ThreadPoolExecutor() as pool:
+            jobs = [pool.submit(run, *flags, "-c", "-o", *pair) for pair in zip(objects, sources, strict=True)]
+        failed = [done for job in jobs if (done := job.result()).returncode]
+        return failed[0] if failed else run(*flags, "-shared", "-o", target, *objects)
+
     for variant in VARIANTS:
-        command = [compiler, *FLAGS, *variant, *more, "-o", str(target), str(SOURCE)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = compiled((*FLAGS, *variant, *more))
         if done.returncode == 0:
             return
     lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
@@ -157,7 +170,7 @@ def _build(compiler: str, path: Path) -> None:
 
 def _key(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
-    sources = [path.read_text() for path in sorted(SOURCE.parent.iterdir())]
+    sources = [path.read_text() for path in sorted(SOURCES.iterdir())]
     return hashlib.sha256("\0".join((*sources, version, *FLAGS, cpu())).encode()).hexdigest()[:16]
 
 

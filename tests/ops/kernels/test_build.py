@@ -58,12 +58,12 @@ def test_codes_in_tiles_and_in_vectors_give_the_same_bits(tmp_path: Path, monkey
 
 @needs_compiler
 def test_wrong_products_are_found_before_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(build.SOURCE.parent, tmp_path / "cpu")
+    shutil.copytree(build.SOURCES, tmp_path / "cpu")
     products = (tmp_path / "cpu" / "products.h").read_text()
     broken = products.replace("const float* at = TURNED ? a + k * ks : a + k;", "const float* at = a;")
     assert broken != products
     (tmp_path / "cpu" / "products.h").write_text(broken)
-    monkeypatch.setattr(build, "SOURCE", tmp_path / "cpu" / "native.cpp")
+    monkeypatch.setattr(build, "SOURCES", tmp_path / "cpu")
     monkeypatch.setenv("MOEKIT_CACHE", str(tmp_path / "cache"))
     found = build.native.__wrapped__()
     assert found.library is None

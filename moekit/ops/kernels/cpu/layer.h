@@ -1,4 +1,4 @@
-// Attention, SwiGLU and a layer's experts with all that lies around their products, each in one call, forward and back.
+// Attention and SwiGLU with all that lies around their products, each in one call, forward and back.
 //
 // Between these products nothing is asked of anybody else, so nothing need come back to Python there. What a way back
 // needs is written into memory of the caller's (`Kept`), and read again.
@@ -6,8 +6,6 @@
 #pragma once
 
 #include "attention_backward.h"
-#include "experts.h"
-#include "fetch.h"
 #include "linear.h"
 #include "step.h"
 
@@ -42,15 +40,6 @@ struct AttentionGradients {  // of the weights; null: not wanted
     void *q, *k, *v, *o, *q_a;
     float *kv_norm, *q_norm;
 };
-struct RoutedExperts {  // tokens k choices, sorted into rows by expert (`plan`, choice.h)
-    int64_t tokens, chosen, experts, dim, ff;
-    const int64_t *counts, *order, *inverse;  // (experts); (tokens chosen): row -> pair, pair -> row. On the way back inverse only
-    const float* weights;                     // (tokens, chosen)
-    int64_t mapped;                           // whether the experts are asked for first
-    int64_t threads;
-
-    int64_t pairs() const { return tokens * chosen; }
-};
 struct FeedForward {
     int64_t tokens, dim, ff;
     Matrix gate, up, down;
@@ -62,22 +51,6 @@ struct FeedForwardGradients {
 }
 
 namespace {
-
-// Memory given out piece by piece; with none at all, its size is told.
-struct Pieces {
-    char* at;
-    size_t used = 0;
-    template <class T> T* take(int64_t count) {
-        T* piece = at ? (T*)(at + used) : nullptr;
-        used += room(count, sizeof(T));
-        return piece;
-    }
-};
-thread_local Scratch between;  // the calls of one layer: `scratch` is theirs
-struct Between {
-    explicit Between(size_t bytes) { between.reserve(bytes); }
-    ~Between() { between.trim(MOST_KEPT); }
-};
 
 // Rows of a matrix from number `first` on.
 inline Matrix rows_from(Matrix w, int64_t first, int64_t k) {
@@ -295,58 +268,6 @@ void feed_forward_backward(const FeedForward& s, const S* x, char* memory, const
     swiglu_backward(count, kept.gate, kept.up, d_act, d_gate, d_up, threads);
     if (dx) product_backward(s.tokens, s.dim, threads, {{s.gate, s.ff, d_gate}, {s.up, s.ff, d_up}}, dx);
     product_gradient(s.tokens, s.dim, threads, x, {{to(d.gate, s.gate), s.ff, d_gate}, {to(d.up, s.up), s.ff, d_up}});
-}
-
-// ---- routed experts ------------------------------------------------------------------------------------------------
-
-template <class S> struct KeptExperts {
-    int64_t *tokens, *offsets;
-    S* hidden;
-    size_t bytes;
-    KeptExperts(const RoutedExperts& s, char* memory) {
-        Pieces pieces{memory};
-        tokens = pieces.take<int64_t>(s.pairs()), offsets = pieces.take<int64_t>(s.experts + 1);
-        hidden = pieces.take<S>(s.pairs() * 2 * s.ff);
-        bytes = pieces.used;
-    }
-    Shape shape(const RoutedExperts& s) const { return {s.experts, s.dim, s.ff, offsets, tokens, (int)s.threads}; }
-    int64_t computed(const RoutedExperts& s) const { return offsets[s.experts]; }
-};
-
-template <class S> void routed_of(const Shape& s, const S* x, const Expert* experts, S* hidden, S* y) {
-    BY_WEIGHTS(experts->gate.kind, (forward<S, W>(s, x, s.dim, experts, hidden, y)))
-}
-
-// y (tokens, dim) = plus, unless null, + the sum over choices of weight * expert(x).
-template <class S> void routed_experts(const RoutedExperts& s, const S* x, const Expert* experts, char* memory, const S* plus, S* y) {
-    const size_t rows = room(s.pairs() * s.dim, sizeof(S)), alone = 2 * room(s.pairs() + s.experts + 1, 8);
-    const Between memory_between(rows + (memory ? 0 : alone));
-    S* out = between.take<S>(s.pairs() * s.dim);
-    KeptExperts<S> kept(s, memory ? memory : between.data + rows);
-    if (!memory) kept.hidden = nullptr;
-    for (int64_t e = kept.offsets[0] = 0; e < s.experts; e++) kept.offsets[e + 1] = kept.offsets[e] + s.counts[e];
-    for (int64_t i = 0; i < s.pairs(); i++) kept.tokens[i] = s.order[i] / s.chosen;
-    if (s.mapped) fetch(s.experts, s.dim, s.ff, kept.offsets, experts);
-    routed_of(kept.shape(s), x, experts, kept.hidden, out);
-    combine(s.tokens, s.chosen, s.dim, out, s.inverse, s.weights, kept.computed(s), plus, y, (int)s.threads);
-}
-
-// The gradients of x, of the weights (tokens, chosen) and of the stacked matrices; null ones are not wanted.
-template <class S, class W>
-void routed_experts_backward(const RoutedExperts& s, const S* x, const W* gate_up, const W* down, char* memory, const S* dy, S* dx,
-                             float* d_weights, W* d_gate_up, W* d_down) {
-    const KeptExperts<S> kept(s, memory);
-    const Shape shape = kept.shape(s);
-    const int64_t pairs = s.pairs(), computed = kept.computed(s);
-    const Between memory_between(2 * room(pairs, 4) + room(pairs * 2 * s.ff, sizeof(S)) + room(pairs * s.ff, sizeof(S)) + room(pairs * s.dim, sizeof(S)));
-    float *by_row = between.take<float>(pairs), *d_by_row = between.take<float>(pairs);
-    S *d_hidden = between.take<S>(pairs * 2 * s.ff), *act = between.take<S>(pairs * s.ff), *d_rows = between.take<S>(pairs * s.dim);
-    for (int64_t i = 0; i < pairs; i++) by_row[s.inverse[i]] = s.weights[i];
-    backward_rows(shape, dy, s.dim, gate_up, down, by_row, kept.hidden, d_hidden, act, dx ? d_rows : nullptr, d_by_row);
-    if (d_gate_up) weight_gradient(shape, d_hidden, 2 * s.ff, false, 2 * s.ff, x, s.dim, true, s.dim, d_gate_up);
-    if (d_down) weight_gradient(shape, dy, s.dim, true, s.dim, act, s.ff, false, s.ff, d_down);
-    for (int64_t i = 0; d_weights && i < pairs; i++) d_weights[i] = s.inverse[i] < computed ? d_by_row[s.inverse[i]] : 0;
-    if (dx) combine(s.tokens, s.chosen, s.dim, d_rows, s.inverse, (const float*)nullptr, computed, (const S*)nullptr, dx, (int)s.threads);
 }
 
 }  // namespace

@@ -5,18 +5,6 @@
 #include "few.h"
 #include "whole.h"
 
-// `kind` of the weights: 0 float32, 1 bfloat16, 2 int8, 3 int4, the last two with scales.
-#define BY_WEIGHTS(kind, call)            \
-    if (kind == 0) {                      \
-        typedef Plain<float> W; call;     \
-    } else if (kind == 1) {               \
-        typedef Plain<bf16> W; call;      \
-    } else if (kind == 2) {               \
-        typedef Groups<8> W; call;        \
-    } else {                              \
-        typedef Groups<4> W; call;        \
-    }
-
 extern "C" {
 struct Map {  // y (tokens, rows) = x (tokens, k) times w transposed; or the gradients of y and w in their places
     Matrix w;

@@ -1,11 +1,12 @@
-// Vectors of floats that any compiler lowers, bfloat16 beside them, exp, rows of them, and memory that a thread keeps.
+// Vectors of floats that any compiler lowers, bfloat16 beside them, exp, and rows of them.
 
 #pragma once
+
+#include "memory.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 #include <vector>
@@ -204,32 +205,6 @@ struct Strides {
     int64_t at(int64_t b, int64_t i, int64_t h) const { return b * batch + i * row + h * head; }
 };
 
-// Memory that a thread keeps between tasks; it grows, and shrinks only where a caller trims it.
-constexpr size_t MOST_KEPT = 1 << 28;  // by a thread beside its scratch: what large batches need is given back
-struct Scratch {
-    char* data = nullptr;
-    size_t size = 0, used = 0;
-    ~Scratch() { free(data); }
-    void reserve(size_t bytes) {
-        used = 0;
-        if (bytes <= size) return;
-        free(data);
-        size = (bytes + 4095) / 4096 * 4096;
-        data = (char*)aligned_alloc(4096, size);
-    }
-    char* bytes(size_t count) {
-        used += (count + 63) / 64 * 64;
-        return data + used - (count + 63) / 64 * 64;
-    }
-    template <class T> T* take(int64_t count) { return (T*)bytes(count * sizeof(T)); }
-    void trim(size_t most) {
-        if (size <= most) return;
-        free(data);
-        data = nullptr, size = 0;
-    }
-};
-thread_local Scratch scratch;
 inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-inline size_t room(int64_t count, size_t size) { return (count * size + 63) / 64 * 64; }
 
 }  // namespace

@@ -191,7 +191,9 @@ void tile_multiply_bytes(int c, int a, int b) {  // signed by unsigned, 32 of th
 #define tile_multiply_bytes_(c, a, b) _tile_dpbsud(c, a, b)
 #endif
 
-bool use_amx = false;
+}  // namespace
+inline bool use_amx = false;  // one in the library, set where it is loaded
+namespace {
 
 struct AmxTiles {  // a thread's tiles, all of 16 rows of 64 bytes; for codes, a group of 32 fills half of those multiplied
     AmxTiles(bool codes = false) {

@@ -7,10 +7,22 @@
 
 #include "numbers.h"
 
+// `kind` of the weights: 0 float32, 1 bfloat16, 2 int8, 3 int4, the last two with scales.
+#define BY_WEIGHTS(kind, call)            \
+    if (kind == 0) {                      \
+        typedef Plain<float> W; call;     \
+    } else if (kind == 1) {               \
+        typedef Plain<bf16> W; call;      \
+    } else if (kind == 2) {               \
+        typedef Groups<8> W; call;        \
+    } else {                              \
+        typedef Groups<4> W; call;        \
+    }
+
 extern "C" {
 struct Matrix {  // (rows, columns), one row after another; columns in codes are whole groups
     const void *data, *scales;
-    int64_t kind;  // as `BY_WEIGHTS` (native.cpp) tells them apart
+    int64_t kind;  // as `BY_WEIGHTS` tells them apart
 };
 struct Expert {  // gate and up (ff, dim), down (dim, ff), wherever each of them lies
     Matrix gate, up, down;

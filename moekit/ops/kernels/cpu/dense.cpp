@@ -1,28 +1,14 @@
-// The native CPU kernels as a library.
-//
-// A plain C interface without torch's headers. One product is at the bottom, a block of rows times a packed panel of
-// PANEL columns; what is around it (gather, SiLU * up, routing weights, gradients) works on its small float32 tile while
-// that is in the cache. Three inner products exist, chosen when this file is compiled for the machine: AMX and AVX-512
-// BF16 for bfloat16, and one in vectors that any compiler lowers (AVX-512, AVX2, NEON, SSE) for float32, which also serves
-// bfloat16 where the machine has no such unit. No shape is special: blocks are fixed, what is left over is padded.
-//
-// Elements: S is what rows are stored in (activations), W what weights are stored in, P what is multiplied.
-// A unit is 32 bits that lie together along the summed dimension: one float, or two bfloat16.
+// The library's functions for what all tokens go through.
 
-#include "decode.h"
-#include "attention_backward.h"
+#include "interface.h"
+
 #include "choice.h"
-#include "experts.h"
-#include "fetch.h"
 #include "layer.h"
 #include "merge.h"
-#include "step.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Whether this is AMD's family 26 (Zen 5) or a later one: their vectors of 16 floats are one step, not two.
 bool is_wide_amd() {
@@ -56,35 +42,6 @@ EXPORT int moekit_features() {
     return features;
 }
 
-// s_bf16, w_bf16: whether rows and weights are bfloat16 (else float32); rows in float32 need weights in float32.
-#define BY_TYPE(call)                          \
-    if (s_bf16 && w_bf16) {                    \
-        typedef bf16 S; typedef bf16 W; call;  \
-    } else if (s_bf16) {                       \
-        typedef bf16 S; typedef float W; call; \
-    } else {                                   \
-        typedef float S; typedef float W; call; \
-    }
-
-template <class S>
-void forward_of(const Shape& s, const S* x, int64_t ldx, const Expert* matrices, void* hidden, void* y) {
-    BY_WEIGHTS(matrices->gate.kind, (forward<S, W>(s, x, ldx, matrices, (S*)hidden, (S*)y)))
-}
-
-// matrices: one an expert, all of one kind.
-EXPORT void moekit_forward(int s_bf16, int64_t experts, int64_t dim, int64_t ff, const int64_t* offsets, const int64_t* tokens,
-                           int threads, const void* x, int64_t ldx, const Expert* matrices, void* hidden, void* y) {
-    const Shape s{experts, dim, ff, offsets, tokens, threads};
-    if (s_bf16)
-        forward_of(s, (const bf16*)x, ldx, matrices, hidden, y);
-    else
-        forward_of(s, (const float*)x, ldx, matrices, hidden, y);
-}
-
-EXPORT void moekit_fetch(int64_t experts, int64_t dim, int64_t ff, const int64_t* offsets, const Expert* matrices) {
-    fetch(experts, dim, ff, offsets, matrices);
-}
-
 EXPORT void moekit_linear(int s_bf16, int64_t count, int64_t tokens, int64_t k, int threads, const void* x, int64_t ldx, const Map* maps) {
     const Maps s{count, tokens, k, maps, threads};
     BY_WEIGHTS(maps->w.kind, (s_bf16 ? linear<bf16, W>(s, (const bf16*)x, ldx) : linear<float, W>(s, (const float*)x, ldx)))
@@ -101,23 +58,6 @@ EXPORT void moekit_linear_gradient(int s_bf16, int w_bf16, int64_t count, int64_
     BY_TYPE((linear_gradient<S, W>(s, (const S*)x, ldx)))
 }
 
-EXPORT void moekit_backward_rows(int s_bf16, int w_bf16, int64_t experts, int64_t dim, int64_t ff, const int64_t* offsets,
-                                 const int64_t* tokens, int threads, const void* dy, int64_t ldy, const void* gate_up,
-                                 const void* down, const float* weights, const void* hidden, void* d_hidden, void* act,
-                                 void* dx, float* d_weights) {
-    const Shape s{experts, dim, ff, offsets, tokens, threads};
-    BY_TYPE((backward_rows<S, W>(s, (const S*)dy, ldy, (const W*)gate_up, (const W*)down, weights, (const S*)hidden,
-                                 (S*)d_hidden, (S*)act, (S*)dx, d_weights)))
-}
-
-EXPORT void moekit_weight_gradient(int s_bf16, int w_bf16, int64_t experts, const int64_t* offsets, const int64_t* tokens,
-                                   int threads, const void* left, int64_t ldl, int left_is_gathered, int64_t height,
-                                   const void* right, int64_t ldr, int right_is_gathered, int64_t width, void* gradient) {
-    const Shape s{experts, 0, 0, offsets, tokens, threads};
-    BY_TYPE((weight_gradient<S, W>(s, (const S*)left, ldl, left_is_gathered, height, (const S*)right, ldr,
-                                   right_is_gathered, width, (W*)gradient)))
-}
-
 // sizes: the numbers of `Merging` (merge.h), in their order. back: dy to dx.
 EXPORT void moekit_merged(int s_bf16, int w_bf16, const int64_t* sizes, const float* mix, int threads, int back, const void* x,
                           const void* w, void* y) {
@@ -130,24 +70,6 @@ EXPORT void moekit_merged_gradient(int s_bf16, int w_bf16, const int64_t* sizes,
                                    const void* dy, const void* w, void* dw, float* d_mix) {
     const Merging s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], mix, threads};
     BY_TYPE((merged_gradient<S, W>(s, (const S*)x, (const S*)dy, (const W*)w, (W*)dw, d_mix)))
-}
-
-EXPORT void moekit_routed_experts_bytes(int s_bf16, const RoutedExperts* s, int64_t* bytes) {
-    *bytes = s_bf16 ? KeptExperts<bf16>(*s, nullptr).bytes : KeptExperts<float>(*s, nullptr).bytes;
-}
-
-// matrices: one an expert, all of one kind.
-EXPORT void moekit_routed_experts(int s_bf16, const RoutedExperts* s, const void* x, const Expert* matrices, char* kept, const void* plus, void* y) {
-    if (s_bf16)
-        routed_experts(*s, (const bf16*)x, matrices, kept, (const bf16*)plus, (bf16*)y);
-    else
-        routed_experts(*s, (const float*)x, matrices, kept, (const float*)plus, (float*)y);
-}
-
-EXPORT void moekit_routed_experts_backward(int s_bf16, int w_bf16, const RoutedExperts* s, const void* x, const void* gate_up, const void* down,
-                                           char* kept, const void* dy, void* dx, float* d_weights, void* d_gate_up, void* d_down) {
-    BY_TYPE((routed_experts_backward<S, W>(*s, (const S*)x, (const W*)gate_up, (const W*)down, kept, (const S*)dy, (S*)dx, d_weights,
-                                           (W*)d_gate_up, (W*)d_down)))
 }
 
 EXPORT void moekit_largest(int64_t rows, int64_t width, int64_t k, const float* x, int64_t* ids, int threads) {
@@ -214,14 +136,6 @@ EXPORT void moekit_norm_backward(int x_bf16, int64_t rows, int64_t dim, const vo
         norm_backward(rows, dim, (const bf16*)sum, weight, scales, (const bf16*)d_sum, (const bf16*)dy, (const bf16*)d_low, (bf16*)dx, (bf16*)d_delta, d_weights, parts, threads);
     else
         norm_backward(rows, dim, (const float*)sum, weight, scales, (const float*)d_sum, (const float*)dy, (const bf16*)d_low, (float*)dx, (bf16*)d_delta, d_weights, parts, threads);
-}
-
-EXPORT void moekit_decode(const DecodeModel* model, int64_t batch, const int64_t* ids, const int64_t* lengths, float* logits,
-                          int threads) {
-    if (model->cache_bf16)
-        decode_step<bf16>(*model, batch, ids, lengths, logits, threads);
-    else
-        decode_step<float>(*model, batch, ids, lengths, logits, threads);
 }
 
 // sizes: the numbers of `Sizes` (attention.h), in their order.

@@ -1,0 +1,51 @@
+// Memory that a thread keeps between tasks. There is one of each in the library, whichever of its files asks.
+
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+
+inline size_t room(int64_t count, size_t size) { return (count * size + 63) / 64 * 64; }
+
+// It grows, and shrinks only where a caller trims it.
+struct Scratch {
+    char* data = nullptr;
+    size_t size = 0, used = 0;
+    ~Scratch() { free(data); }
+    void reserve(size_t bytes) {
+        used = 0;
+        if (bytes <= size) return;
+        free(data);
+        size = (bytes + 4095) / 4096 * 4096;
+        data = (char*)aligned_alloc(4096, size);
+    }
+    char* bytes(size_t count) {
+        used += (count + 63) / 64 * 64;
+        return data + used - (count + 63) / 64 * 64;
+    }
+    template <class T> T* take(int64_t count) { return (T*)bytes(count * sizeof(T)); }
+    void trim(size_t most) {
+        if (size <= most) return;
+        free(data);
+        data = nullptr, size = 0;
+    }
+};
+inline thread_local Scratch scratch;  // a task's
+inline thread_local Scratch between;  // the calls of one layer's, which have tasks
+
+constexpr size_t MOST_KEPT = 1 << 28;  // by a thread beside its scratch: what large batches need is given back
+struct Between {
+    explicit Between(size_t bytes) { between.reserve(bytes); }
+    ~Between() { between.trim(MOST_KEPT); }
+};
+
+// Memory given out piece by piece; with none at all, its size is told.
+struct Pieces {
+    char* at;
+    size_t used = 0;
+    template <class T> T* take(int64_t count) {
+        T* piece = at ? (T*)(at + used) : nullptr;
+        used += room(count, sizeof(T));
+        return piece;
+    }
+};
