@@ -15,7 +15,7 @@ from torch import Tensor
 from moekit.errors import ConfigError, UnsupportedError, nearest
 from moekit.ops import dispatch, reference
 from moekit.ops.autocast import autocast_off, cast_once
-from moekit.ops.kernels import build, loop, native, triton_experts
+from moekit.ops.kernels import build, loop, native_experts, triton_experts
 from moekit.ops.mapped import Mapped, Weights
 from moekit.ops.quantize import Quantized, dequantize, refuse_gradients
 
@@ -169,7 +169,9 @@ BACKENDS: dict[str, _Kernels] = {
     "reference": _Kernels(_always, _reference),
     "torch": _Kernels(_always, loop.swiglu_experts),
     "grouped": _Kernels(loop.grouped_unavailable, loop.grouped_experts),
-    "native": _Kernels(native.unavailable, native.swiglu_experts, native.mixed_experts, mixes_dtypes=True),
+    "native": _Kernels(
+        native_experts.unavailable, native_experts.swiglu_experts, native_experts.mixed_experts, mixes_dtypes=True
+    ),
     "triton": _Kernels(triton_experts.unavailable, triton_experts.swiglu_experts, triton_experts.mixed_experts),
 }
 PREFERRED: dict[str, tuple[Backend, ...]] = {"cpu": ("native", "torch"), "cuda": ("grouped", "torch")}

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moekit.ops.autocast import autocast_off, cast_once
-from moekit.ops.kernels import linear, native
+from moekit.ops.kernels import linear, step
 from moekit.ops.product import product
 
 IGNORED = -100
@@ -39,14 +39,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float64 if low == torch.float64 else torch.float32)
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
         d_weight = None
-        fused = native.has_rest(hidden, weight)
+        fused = step.has_rest(hidden, weight)
         size = max(1, CHUNK_BYTES // (len(weight) * (low if fused else total.dtype).itemsize))
         for start in range(0, len(hidden), size):
             chunk, target = hidden[start : start + size], targets[start : start + size]
             logits = product(chunk, weight.T)
             if fused:
                 d_logits = logits
-                total += native.cross_entropy_(d_logits, target, any(wanted)).sum()
+                total += step.cross_entropy_(d_logits, target, any(wanted)).sum()
             else:
                 losses, d_logits = _cross_entropy(logits.to(total.dtype), target, any(wanted))
                 total += losses

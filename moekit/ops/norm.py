@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moekit.ops.autocast import cast_once
-from moekit.ops.kernels import native
+from moekit.ops.kernels import step
 
 
 class Normed(NamedTuple):
@@ -24,8 +24,8 @@ class Normed(NamedTuple):
 
 def rms_norm(x: Float[Tensor, "*batch dim"], weight: Float[Tensor, " dim"], eps: float) -> Float[Tensor, "*batch dim"]:
     """Returns x / rms(x) * weight in x's dtype (arXiv 1910.07467, Eq. 4), the mean square in float32 or better."""
-    if native.has_norm(x, None, weight):
-        y: Tensor = native.add_norm(x, None, weight, eps)[1]
+    if step.has_norm(x, None, weight):
+        y: Tensor = step.add_norm(x, None, weight, eps)[1]
         return y
     if x.dtype in (torch.bfloat16, torch.float16):
         return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
@@ -41,9 +41,9 @@ def add_rms_norm(
 ) -> Normed:
     """Returns x + delta and its norm, `exact` too or only as products read it: in one pass where our kernels run."""
     low = cast_once(x.new_empty(0)).dtype
-    if native.has_norm(x, delta, weight) and low in (x.dtype, torch.bfloat16):
+    if step.has_norm(x, delta, weight) and low in (x.dtype, torch.bfloat16):
         once = low == x.dtype
-        stream, y, rounded = native.add_norm(x, delta, weight, eps, exact or once, not once)
+        stream, y, rounded = step.add_norm(x, delta, weight, eps, exact or once, not once)
         return Normed(stream, rounded if y is None else y, y if rounded is None else rounded)
     stream = x if delta is None else x + delta
     y = rms_norm(stream, weight, eps)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moekit.ops.kernels import native
+from moekit.ops.kernels import step
 
 
 def swiglu(gate: Float[Tensor, "*rows ff"], up: Float[Tensor, "*rows ff"]) -> Float[Tensor, "*rows ff"]:
@@ -23,13 +23,13 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return native.swiglu(gate, up) if native.has_rest(gate, up) else F.silu(gate) * up
+        return step.swiglu(gate, up) if step.has_rest(gate, up) else F.silu(gate) * up
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        if native.has_rest(gate, up, dy):
-            return native.swiglu_backward(gate, up, dy)
+        if step.has_rest(gate, up, dy):
+            return step.swiglu_backward(gate, up, dy)
         d_gate: Tensor = torch.ops.aten.silu_backward(dy * up, gate)
         return d_gate, dy * F.silu(gate)

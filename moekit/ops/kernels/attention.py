@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moekit.ops.kernels.addresses import at
 from moekit.ops.kernels.build import library, native
-from moekit.ops.kernels.native import at
 
 
 def has_kernels(device: torch.device) -> bool:

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moekit.ops.kernels.addresses import KINDS, contiguous, matrix, table
 from moekit.ops.kernels.build import library, native
-from moekit.ops.kernels.native import KINDS, contiguous, matrix, table
 from moekit.ops.mapped import Mapped, Weights
 from moekit.ops.quantize import GROUP, Quantized
 from moekit.ops.scaled import Matrix, Scaled

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moekit.ops.kernels.addresses import at, matrix, room
 from moekit.ops.kernels.build import library
-from moekit.ops.kernels.native import at, matrix, room
 from moekit.ops.quantize import Quantized
 
 

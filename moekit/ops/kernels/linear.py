@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from moekit.ops.kernels.addresses import KINDS, at, contiguous, matrix
 from moekit.ops.kernels.build import library, native
-from moekit.ops.kernels.native import KINDS, at, contiguous, matrix
 from moekit.ops.quantize import Quantized
 from moekit.ops.scaled import Scaled
 

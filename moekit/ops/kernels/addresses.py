@@ -1,0 +1,77 @@
+"""Where tensors lie, as the compiled library reads them."""
+
+import ctypes
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moekit.ops.kernels.build import library, matrices
+from moekit.ops.mapped import Mapped, Weights
+from moekit.ops.quantize import Quantized
+from moekit.ops.scaled import Matrix, Scaled
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
+"""What the library calls the dtypes of numbers and of codes."""
+
+
+def at(tensor: Tensor | None) -> int | None:
+    """Returns the tensor's address; the caller keeps the tensor."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def matrix(weight: Tensor | Quantized) -> tuple[int, int, int]:
+    """Returns the library's `Matrix`: where numbers or codes lie, their scales or 0, the kind."""
+    if isinstance(weight, Quantized):
+        return weight.codes.data_ptr(), weight.scales.data_ptr(), KINDS[weight.codes.dtype]
+    return weight.data_ptr(), 0, KINDS[weight.dtype]
+
+
+def room(name: str, call: bytes, x: Tensor) -> Tensor:
+    """Returns memory for what a way back needs of a layer, of the size that the library's function tells."""
+    count = ctypes.c_int64()
+    getattr(library(), name)(x.dtype == torch.bfloat16, call, ctypes.byref(count))
+    return torch.empty(count.value, dtype=torch.uint8)
+
+
+def table(gate_up: Weights, down: Weights) -> np.ndarray:
+    """Returns the library's table of where each expert's gate, up and down lie; the caller keeps the weights."""
+    if isinstance(gate_up, Mapped) or isinstance(down, Mapped):
+        return np.concatenate((_matrices(gate_up, 2), _matrices(down, 1)), axis=1)
+    return _table(_lies(gate_up, 2), _lies(down, 1))
+
+
+@functools.lru_cache(maxsize=1024)
+def _table(*stacks: tuple[int, ...]) -> np.ndarray:
+    """Returns the table of what `_lies` says, made once for weights that stay where they are."""
+    return np.concatenate([matrices(each * count, *of).reshape(-1, each, 3) for each, count, *of in stacks], axis=1)
+
+
+def _lies(weight: Tensor | Quantized, each: int) -> tuple[int, ...]:
+    """Returns how many matrices an expert has in the stack, how many experts there are, and `matrices`' numbers."""
+    kept = stored(weight)
+    of = (weight.scales.data_ptr(), weight.scales.nbytes) if isinstance(weight, Quantized) else ()
+    return each, weight.shape[0], KINDS[kept.dtype], kept.data_ptr(), kept.nbytes, *of
+
+
+def _matrices(weight: Weights, each: int) -> np.ndarray:
+    if not isinstance(weight, Mapped):
+        return _table(_lies(weight, each))
+    kinds = np.full((*weight.addresses.shape[:2], 1), KINDS[stored(weight).dtype])
+    return np.concatenate((weight.addresses, kinds), axis=2)
+
+
+def contiguous(weight: Weights | Matrix) -> Any:
+    """Returns the weight with its rows one after another, as the library reads them."""
+    if isinstance(weight, Quantized):
+        assert weight.scales.dtype == torch.bfloat16
+        return Quantized(weight.codes.contiguous(), weight.scales.contiguous(), weight.width)
+    return weight.contiguous() if isinstance(weight, Tensor) else weight
+
+
+def stored(weight: Weights | Matrix) -> Tensor:
+    """Returns the numbers or codes of a weight, of mapped ones the first expert's."""
+    one = weight.one if isinstance(weight, Mapped) else weight
+    return one.codes if isinstance(one, Quantized | Scaled) else one

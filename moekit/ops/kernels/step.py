@@ -1,0 +1,132 @@
+"""Compiled cross-entropy, SwiGLU and norm as functions that torch can differentiate."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moekit.ops.kernels.addresses import at
+from moekit.ops.kernels.build import library, native
+
+
+def has_rest(*tensors: Tensor) -> bool:
+    """Returns whether `cross_entropy_` and `swiglu` can run on these tensors."""
+    return all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.bfloat16) for t in tensors) and (
+        native().library is not None
+    )
+
+
+def cross_entropy_(
+    logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"], differentiate: bool
+) -> Float[Tensor, " tokens"]:
+    """Returns each token's loss in nats, 0 for a negative target; with `differentiate` the logits turn to d_logits."""
+    targets = targets.contiguous()
+    assert logits.is_contiguous()
+    losses = torch.empty(len(logits))
+    library().moekit_cross_entropy(
+        int(logits.dtype == torch.bfloat16),
+        *logits.shape,
+        *map(at, (logits, targets, losses)),
+        differentiate,
+        torch.get_num_threads(),
+    )
+    return losses
+
+
+def swiglu(gate: Float[Tensor, "*rows ff"], up: Float[Tensor, "*rows ff"]) -> Float[Tensor, "*rows ff"]:
+    """Returns silu(gate) * up; autograd does not see it."""
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(gate)
+    _by_number("moekit_swiglu", gate, up, y)
+    return y
+
+
+def swiglu_backward(
+    gate: Float[Tensor, "*rows ff"], up: Float[Tensor, "*rows ff"], dy: Float[Tensor, "*rows ff"]
+) -> tuple[Float[Tensor, "*rows ff"], Float[Tensor, "*rows ff"]]:
+    """Returns the gradients of gate and up."""
+    gate, up, dy = gate.contiguous(), up.contiguous(), dy.contiguous()
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    _by_number("moekit_swiglu_backward", gate, up, dy, d_gate, d_up)
+    return d_gate, d_up
+
+
+def _by_number(name: str, *tensors: Tensor) -> None:
+    first = tensors[0]
+    function = getattr(library(), name)
+    function(int(first.dtype == torch.bfloat16), first.numel(), *map(at, tensors), torch.get_num_threads())
+
+
+def has_norm(x: Tensor, delta: Tensor | None, weight: Tensor) -> bool:
+    """Returns whether `add_norm` can run on these tensors."""
+    return has_rest(x, weight) and (delta is None or delta.dtype == x.dtype or delta.dtype == torch.bfloat16)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def add_norm(
+    x: Float[Tensor, "*batch dim"],
+    delta: Float[Tensor, "*batch dim"] | None,
+    weight: Float[Tensor, " dim"],
+    eps: float,
+    exact: bool = True,
+    low: bool = False,
+) -> tuple[Float[Tensor, "*batch dim"] | None, ...]:
+    """Returns s = x + delta, and s / rms(s) * weight in x's dtype if `exact` and in bfloat16 if `low`, else None.
+
+    The norm is computed in float32.
+    """
+    if torch.is_grad_enabled():
+        total, y, rounded = _Norm.apply(x, delta, weight, eps, exact, low)
+    else:
+        _, total, y, rounded, _ = _norm(x, delta, weight, eps, exact, low)
+    return x if delta is None else total, y, rounded
+
+
+def _norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, exact: bool, low: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """Returns the sum, the same unless it is x, its norm, that rounded, and 1 / rms of each row."""
+    x, by, scales = x.contiguous(), weight.float(), torch.empty(x.shape[:-1])
+    delta = None if delta is None else delta.contiguous()
+    total = None if delta is None else torch.empty_like(x)
+    y = torch.empty_like(x) if exact else None
+    rounded = torch.empty_like(x, dtype=torch.bfloat16) if low else None
+    kinds = x.dtype == torch.bfloat16, delta is not None and delta.dtype == torch.bfloat16
+    inputs, outputs = map(at, (x, delta, by)), map(at, (total, y, rounded, scales))
+    library().moekit_norm(
+        *(*kinds, x.numel() // x.shape[-1], x.shape[-1], *inputs, eps, *outputs, torch.get_num_threads())
+    )
+    return x if total is None else total, total, y, rounded, scales
+
+
+class _Norm(torch.autograd.Function):
+    PARTS = 64
+    """Rows are summed for the weight's gradient in so many parts, whatever the number of threads."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, exact: bool, low: bool
+    ) -> tuple[Tensor | None, ...]:
+        ctx.delta = None if delta is None else delta.dtype
+        stream, total, y, rounded, scales = _norm(x, delta, weight, eps, exact, low)
+        ctx.save_for_backward(stream, weight, scales)
+        ctx.set_materialize_grads(False)
+        return total, y, rounded
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, weight, scales = ctx.saved_tensors
+        given = [None if d is None else d.contiguous() for d in gradients]
+        dx, by = torch.empty_like(total), weight.float()
+        d_delta = dx if ctx.delta == total.dtype else None
+        if ctx.delta is not None and d_delta is None:
+            d_delta = torch.empty_like(total, dtype=ctx.delta)
+        parts = torch.empty(_Norm.PARTS, len(weight))
+        library().moekit_norm_backward(
+            *(total.dtype == torch.bfloat16, scales.numel(), len(weight), *map(at, (total, by, scales, *given, dx))),
+            *(None if d_delta is dx else at(d_delta), at(parts), len(parts), torch.get_num_threads()),
+        )
+        return dx, d_delta, parts.sum(0).to(weight.dtype), None, None, None
