@@ -3,9 +3,9 @@
     python benchmarks/prefill.py --out benchmarks/results/prefill.md
     python benchmarks/prefill.py --dtype bf16 int8 --prompts 1x512 8x256 --impl eager grouped_mm
 
-One forward pass without a cache, new random tokens each round, the last token's logits; llama.cpp, which is given
-single prompts only, as llama-bench has it. The contestants of a model and dtype take turns, round by round; speed-ups
-are over the fastest of transformers and over llama.cpp.
+One forward pass, new random tokens each round, the last token's logits; with --cache what later tokens need is kept.
+llama.cpp, which is given single prompts only, as llama-bench has it. The contestants of a model and dtype take turns,
+round by round; speed-ups are over the fastest of transformers and over llama.cpp.
 """
 
 import argparse
@@ -18,21 +18,28 @@ import peers
 import torch
 from torch import nn
 
+from moekit.nn.cache import KVCache
+from moekit.nn.model import Model
+
 
 def prompt(text: str) -> tuple[int, int]:
     batch, length = map(int, text.split("x"))
     return batch, length
 
 
-def reading(
-    args: argparse.Namespace, model: nn.Module, options: dict[str, object], dtype: str, size: tuple[int, int]
-) -> measure.Contestant:
+def reading(args: argparse.Namespace, model: nn.Module, dtype: str, size: tuple[int, int]) -> measure.Contestant:
     state: dict[str, torch.Tensor] = {}
+
+    def room() -> dict[str, object]:
+        if not isinstance(model, Model):
+            return {"use_cache": args.cache}
+        kept = torch.float32 if dtype == "fp32" else torch.bfloat16
+        return {"cache": KVCache(model.config, *size, args.device, kept) if args.cache else None}
 
     @torch.no_grad()
     def forward() -> None:
         with peers.precision(args, dtype):
-            model(state["ids"], logits_to_keep=1, **options)
+            model(state["ids"], logits_to_keep=1, **room())
 
     model.eval()
     return measure.Contestant(
@@ -46,10 +53,7 @@ def compare(args: argparse.Namespace, kind: str, dtype: str) -> tuple[list[list[
     with llama.bench(args, kind, dtype, found.missing) as bench:
         for batch, length in args.prompts:
             size = batch, length
-            entrants = {
-                name: reading(args, model, {"use_cache": False}, dtype, size) for name, model in found.theirs.items()
-            }
-            entrants |= {name: reading(args, model, {}, dtype, size) for name, model in found.ours.items()}
+            entrants = {name: reading(args, model, dtype, size) for name, model in (found.theirs | found.ours).items()}
             others = bench("-p", length, "-n", 0) if batch == 1 else {}
             seconds = measure.in_turn(others | entrants, args.repeats, args.device)
             best, llamas = (measure.fastest(seconds, names) for names in (found.theirs, others))
@@ -68,9 +72,10 @@ def main(argv: Sequence[str]) -> None:
     peers.options(parser, more=peers.CODES)
     llama.options(parser)
     parser.add_argument("--prompts", nargs="+", type=prompt, default=[(1, 512), (8, 256)], metavar="BATCHxLENGTH")
+    parser.add_argument("--cache", action="store_true", help="keep what later tokens need of the prompts")
     args = measure.parse(parser, argv)
     header = "shape of | dtype | prompt | who | tokens/s | ms | x transformers | x llama.cpp | logits off by"
-    what = f"Prompts without a cache, random tokens. {args.shape}."
+    what = f"Prompts {'into' if args.cache else 'without'} a cache, random tokens. {args.shape}."
     peers.report(args, "Prefill", what, header, compare, llama.versions())
 
 

@@ -24,6 +24,15 @@ class Context(NamedTuple):
     seen: Seen
     cache: KVCache | None
 
+    @property
+    def begins(self) -> bool:
+        """Whether these are the first tokens of all sequences, which see nothing but each other."""
+        return self.cache is None or self.cache.longest == 0
+
+    def buffer(self, layer: int) -> Float[Tensor, "batch keys width"] | None:
+        """Returns what the cache keeps of a layer, if there is one."""
+        return None if self.cache is None else self.cache.layer(layer)
+
 
 class Attention(nn.Module):
     """Multi-head attention, half-split rotary embedding; grouped-query with fewer kv heads.
@@ -50,14 +59,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch length dim"], context: Context) -> Float[Tensor, "batch length dim"]:
         x, norm = cast_once(x), self.config.qk_norm
-        if norm == "none" and context.cache is None:
-            maps = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
-            if weights := whole(x, *maps, seen=context.seen):
-                documents, causal = context.seen.document_ids, context.seen.causal
-                nothing = (None, None)
+        if norm == "none" and context.begins:
+            maps, cache = (self.q_proj, self.k_proj, self.v_proj, self.o_proj), context.buffer(self.layer)
+            if weights := whole(x, *maps, seen=context.seen, cache=cache):
                 return attention_layer(
-                    x, (*weights, None), nothing, self.heads, context.rotation, documents, causal, self.scale, eps=0.0
-                )
+                    x, (*weights, None), (None, None), self.heads, context.rotation,
+                    context.seen.document_ids, context.seen.causal, self.scale, 0.0, cache,
+                )  # fmt: skip
         split = (-1, self.config.head_dim)
         q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
         if norm == "full":

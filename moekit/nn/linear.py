@@ -47,13 +47,15 @@ def together(x: Float[Tensor, "*batch dim"], *maps: nn.Module) -> tuple[Float[Te
     return tuple(y if m.bias is None else y + m.bias.to(y.dtype) for m, y in zip(ours, ys, strict=True))
 
 
-def whole(x: Float[Tensor, "*batch dim"], *maps: nn.Module, seen: Seen | None = None) -> Sequence[Tensor | Quantized]:
+def whole(
+    x: Float[Tensor, "*batch dim"], *maps: nn.Module, seen: Seen | None = None, cache: Tensor | None = None
+) -> Sequence[Tensor | Quantized]:
     """Returns the maps' weights if `ops.layer` may multiply them for the maps: as in `together`, and without biases."""
     ours = [m for m in maps if isinstance(m, Linear)]
     if not _is_ours(x) or not untouched(Linear, *maps) or any(m.bias is not None for m in ours):
         return ()
     weights = [w for w in (m.matrix for m in ours) if not isinstance(w, Scaled)]
-    return weights if len(weights) == len(maps) and has_layer(x, weights, seen) else ()
+    return weights if len(weights) == len(maps) and has_layer(x, weights, seen, cache) else ()
 
 
 def _is_ours(x: Tensor) -> bool:

@@ -17,8 +17,8 @@ from moekit.ops.layer import Heads, attention_layer
 class MLA(nn.Module):
     """Attention whose keys and values are rebuilt from one small latent per token; interleaved rotary pairing.
 
-    Without a cache keys and values are expanded. With one, only the latent and the shared rotated key are kept, and
-    the up-projections are absorbed into query and output (section 2.1.2), so attention runs on the latent itself.
+    A cache keeps only the latent and the shared rotated key. For a few new tokens the up-projections are absorbed into
+    query and output (section 2.1.2), so attention runs on the latent itself; for many, keys and values are expanded.
     """
 
     def __init__(self, config: MLAConfig, dim: int, layer: int, eps: float) -> None:
@@ -44,15 +44,16 @@ class MLA(nn.Module):
     def forward(self, x: Float[Tensor, "batch length dim"], context: Context) -> Float[Tensor, "batch length dim"]:
         config, x = self.config, cast_once(x)
         compressed = config.q_lora_rank is not None
-        if context.cache is None:
+        if context.begins:
+            cache = context.buffer(self.layer)
             norms = [self.kv_a_layernorm, *([self.q_a_layernorm] if compressed else [])]
             maps = [self.q_b_proj if compressed else self.q_proj, self.kv_a_proj_with_mqa, self.kv_b_proj, self.o_proj]
             maps += [self.q_a_proj] if compressed else []
-            if untouched(RMSNorm, *norms) and (weights := whole(x, *maps, seen=context.seen)):
+            if untouched(RMSNorm, *norms) and (weights := whole(x, *maps, seen=context.seen, cache=cache)):
                 more = [None] * (not compressed)
                 return attention_layer(
                     x, (*weights, *more), (*(norm.weight for norm in norms), *more), self.heads, context.rotation,
-                    context.seen.document_ids, context.seen.causal, self.scale, self.kv_a_layernorm.eps,
+                    context.seen.document_ids, context.seen.causal, self.scale, self.kv_a_layernorm.eps, cache,
                 )  # fmt: skip
         q, latent = together(x, self.q_a_proj if compressed else self.q_proj, self.kv_a_proj_with_mqa)
         if compressed:
@@ -63,14 +64,18 @@ class MLA(nn.Module):
         latent, k_rope = latent.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
         latent = self.kv_a_layernorm(latent)
         k_rope = rotate(k_rope.unsqueeze(2), context.rotation, interleaved=True)
-        if context.cache is None:
+        if context.cache is not None:
+            new = torch.cat((latent, k_rope.squeeze(2).to(latent.dtype)), dim=-1)
+            kept = context.cache.extend(self.layer, new, context.positions).to(q.dtype)
+            latent, k_rope = kept.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+            k_rope = k_rope.unsqueeze(2)
+        if context.cache is None or self._expands(x.shape[1], latent.shape[1]):
             kv = self.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))
             k_nope, v = kv.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
             k = torch.cat((k_nope, k_rope.expand(-1, -1, config.num_attention_heads, -1)), dim=-1)
             y = attend(torch.cat((q_nope, q_rope), dim=-1), k, v, context.seen, self.scale)
         else:
-            new = torch.cat((latent, k_rope.squeeze(2).to(latent.dtype)), dim=-1)
-            kept = context.cache.extend(self.layer, new, context.positions).to(q.dtype).unsqueeze(2)
+            kept = kept.unsqueeze(2)
             up = self.kv_b_proj.weight.to(q.dtype).unflatten(0, (config.num_attention_heads, -1))
             k_up, v_up = up.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
             q_latent = torch.einsum("blhn,hnc->blhc", q_nope, k_up)
@@ -80,3 +85,8 @@ class MLA(nn.Module):
             y = torch.einsum("blhc,hvc->blhv", y, v_up)
         out: Tensor = self.o_proj(y.flatten(2))
         return out
+
+    def _expands(self, length: int, keys: int) -> bool:
+        """Returns whether `length` new tokens cost fewer operations with keys and values expanded than absorbed."""
+        rank, made = self.config.kv_lora_rank, self.config.qk_nope_head_dim + self.config.v_head_dim
+        return (keys - length) * rank * made < length * keys * (2 * rank - made)  # for a head

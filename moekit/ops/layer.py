@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from moekit.ops.attention import Seen
@@ -13,11 +14,22 @@ from moekit.ops.scaled import Matrix
 __all__ = ["Heads", "attention_layer", "feed_forward", "has_layer"]
 
 
-def has_layer(x: Tensor, weights: Sequence[Matrix], seen: Seen | None = None) -> bool:
+def has_layer(
+    x: Tensor,
+    weights: Sequence[Matrix],
+    seen: Seen | None = None,
+    cache: Float[Tensor, "batch keys entry"] | None = None,
+) -> bool:
     """Returns whether these functions can run on these tensors, and gain by it (`has_linears`)."""
+    if cache is not None and (torch.is_grad_enabled() or not _fillable(cache)):
+        return False
     if seen is not None and not (seen.mask is None and seen.offsets is None):
         return False
     if not has_linears(x, weights, mixed=torch.is_autocast_enabled("cpu")):
         return False
     learns = torch.is_grad_enabled() and x.requires_grad
     return all(w.is_contiguous() if isinstance(w, Tensor) else not learns for w in weights)
+
+
+def _fillable(cache: Tensor) -> bool:
+    return cache.dtype in (torch.float32, torch.bfloat16) and cache.is_contiguous()

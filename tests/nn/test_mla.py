@@ -94,11 +94,13 @@ def test_expanded_attention_equals_the_equations_with_every_gradient(
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize("expands", [False, True], ids=["absorbed", "expanded"])
 @pytest.mark.parametrize("chunks", [[6], [1, 1, 1, 1, 1, 1], [3, 1, 2]])
-def test_absorbed_attention_on_the_latent_equals_expanded(
-    device: torch.device, settings: dict[str, Any], chunks: list[int]
+def test_attention_on_kept_latents_equals_that_without_a_cache(
+    device: torch.device, settings: dict[str, Any], chunks: list[int], expands: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mla = build(settings, device)
+    monkeypatch.setattr(MLA, "_expands", lambda *_: expands)
     x = torch.randn(1, 6, 10, dtype=torch.float64, device=device)
     whole = context(mla, 6, device)
     expected = mla(x, whole)
@@ -120,6 +122,15 @@ def test_absorbed_attention_on_the_latent_equals_expanded(
     torch.testing.assert_close(torch.cat(parts, 1), expected, **TIGHT)
     # d_c + d_h^R numbers a token and layer, nothing else
     assert [layer.shape for layer in cache._layers] == [(1, 6, 8 + 4)]
+
+
+def test_keys_are_expanded_where_that_is_fewer_operations() -> None:
+    sizes = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    mla = MLA(MLAConfig(num_attention_heads=1, **sizes), 16, 0, 1e-6)
+    for length, keys in [(1, 2), (1, 4096), (100, 4096), (200, 4096), (16, 16), (16, 20), (16, 4096)]:
+        expanded = keys * 512 * (128 + 128) + length * keys * (128 + 64 + 128)
+        absorbed = length * 512 * (128 + 128) + length * keys * (512 + 64 + 512)
+        assert mla._expands(length, keys) == (expanded < absorbed), (length, keys)
 
 
 def test_only_the_down_projections_and_the_output_have_biases(device: torch.device) -> None:

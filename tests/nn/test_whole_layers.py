@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moekit.config import MHAConfig, MLAConfig
+from moekit.config import MHAConfig, MLAConfig, ModelConfig
 from moekit.nn.attention import Attention, Context
+from moekit.nn.cache import KVCache
 from moekit.nn.ffn import SwiGLU
 from moekit.nn.mla import MLA
 from moekit.nn.rope import rotation
 from moekit.nn.weights import QuantizedWeight
 from moekit.ops import dispatch, layer
 from moekit.ops.attention import Seen
+from moekit.ops.attention import seen as visible
 from moekit.ops.experts import mixed_experts
 from moekit.ops.kernels import build
 from moekit.ops.kernels import linear as kernels
@@ -58,14 +60,17 @@ def made(name: str, dtype: str) -> nn.Module:
     return module.to(DTYPES[dtype])
 
 
-def run(module: Any, x: Tensor, seen: Seen, dtype: str) -> Tensor:
+def run(module: Any, x: Tensor, seen: Seen, dtype: str, cache: KVCache | None = None) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
         if isinstance(module, SwiGLU):
             y: Tensor = module(x)
             return y
         dim = module.config.qk_rope_head_dim if isinstance(module, MLA) else module.config.head_dim
-        positions = torch.arange(LENGTH).expand(BATCH, LENGTH)
-        y = module(x, Context(rotation(module.config.rope, dim, positions), positions, seen, None))
+        positions = torch.arange(x.shape[1]).expand(x.shape[:2])
+        if cache is not None:
+            positions = cache.positions(*x.shape[:2])
+            seen = visible(positions, cache.longest + x.shape[1])
+        y = module(x, Context(rotation(module.config.rope, dim, positions), positions, seen, cache))
         return y
 
 
@@ -158,6 +163,48 @@ def test_codes_are_read_as_they_lie(name: str, codes: Any, monkeypatch: pytest.M
         theirs = run(apart(module), x, Seen(), "float32")
     assert len(calls) == 1
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=["float32 kept", "bfloat16 kept"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "swiglu"])
+def test_the_first_tokens_go_into_the_cache(
+    name: str, dtype: str, kept: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the next, which see them, go on from there."""
+    module, calls = made(name, dtype), counted(monkeypatch)
+    assert isinstance(module, Attention | MLA)
+    ffn = {"kind": "dense", "intermediate_size": 4}
+    config = ModelConfig(vocab_size=5, hidden_size=DIM, num_hidden_layers=1, attention=module.config, ffn=ffn)
+    x, found = torch.randn(BATCH, LENGTH + 3, DIM).to(DTYPES[dtype]), []
+    alone = run(module, x[:, :LENGTH], Seen(), dtype)
+    for turn in range(2):
+        cache = KVCache(config, BATCH, LENGTH + 9, dtype=kept)
+        cache.layer(0).fill_(7)
+        parts = []
+        with torch.no_grad():
+            for part in x.split([LENGTH, 3], dim=1):
+                parts.append(run(module if turn == 0 else apart(module), part, Seen(), dtype, cache))
+                cache.advance(torch.full((BATCH,), part.shape[1]), part.shape[1])
+        found.append((*parts, cache.layer(0)))
+    assert calls == ["attention_layer"] * 2  # without a cache, and the first tokens with one
+    assert torch.equal(found[0][0], alone)
+    assert (found[0][2][:, LENGTH + 3 :] == 7).all()
+    bound = 2e-5 if dtype == "float32" and kept == torch.float32 else 4e-2
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours.float() - theirs.float()).abs().max() <= bound * theirs.float().abs().max()
+
+
+def test_gradients_never_go_through_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, calls = made("multi-head", "float32"), counted(monkeypatch)
+    assert isinstance(module, Attention)
+    ffn = {"kind": "dense", "intermediate_size": 4}
+    config = ModelConfig(vocab_size=5, hidden_size=DIM, num_hidden_layers=1, attention=module.config, ffn=ffn)
+    x = torch.randn(BATCH, LENGTH, DIM, requires_grad=True)
+    run(module, x, Seen(), "float32", KVCache(config, BATCH, LENGTH)).sum().backward()
+    assert not calls
+    assert x.grad is not None
+    assert x.grad.abs().max() > 0
 
 
 def test_what_is_added_to_the_experts_is_added_and_has_its_gradient() -> None:

@@ -43,11 +43,13 @@ def attention_layer(
     causal: bool,
     scale: float,
     eps: float,
+    cache: Float[Tensor, "batch keys entry"] | None = None,
 ) -> Float[Tensor, "batch length dim"]:
     """Returns attention from its input to its output projection.
 
     `weights` are those of q, k, v, o and None; of latent attention q or q_b, kv_a, kv_b, o and q_a, with the `norms` of
-    the latents of keys and of queries.
+    the latents of keys and of queries. Without gradients the first entries of a `cache` may be written: keys and values
+    of all heads, or the latent and the key.
     """
     if document_ids is not None:
         document_ids = document_ids.to(torch.int32).contiguous()
@@ -57,7 +59,7 @@ def attention_layer(
         y: Tensor = _AttentionLayer.apply(of, x, cos, sin, document_ids, *weights, *norms)
         return y
     x = x.contiguous()
-    layer, _wide = _attention(of, x, cos, sin, document_ids, weights, norms)
+    layer, _wide = _attention(of, x, cos, sin, document_ids, weights, norms, cache)
     y = torch.empty_like(x)
     library().moekit_attention_layer(x.dtype == torch.bfloat16, layer, at(x), None, at(y))
     return y
@@ -71,17 +73,19 @@ def _attention(
     document_ids: Tensor | None,
     weights: Sequence[Tensor | Quantized | None],
     norms: Sequence[Tensor | None],
+    cache: Tensor | None = None,
 ) -> tuple[bytes, Any]:
     """Returns the library's `AttentionLayer`, and what must live as long as it is used."""
     heads, causal, scale, eps = of
     wide = [None if norm is None else norm.float() for norm in norms]
     where = [at(t) or 0 for t in (*wide, cos, sin, document_ids)]
     sizes = (*x.shape[:2], *heads, causal)
-    numbers = (*sizes, *_matrices(weights), *where, scale, eps, torch.get_num_threads())
+    kept = (0, 0, False) if cache is None else (at(cache), cache.shape[1], cache.dtype == torch.bfloat16)
+    numbers = (*sizes, *_matrices(weights), *where, scale, eps, torch.get_num_threads(), *kept)
     return _ATTENTION.pack(*numbers), wide
 
 
-_ATTENTION = struct.Struct("=11q15q5q2dq")
+_ATTENTION = struct.Struct("=11q15q5q2d4q")
 _FEED_FORWARD = struct.Struct("=3q9qq")
 
 

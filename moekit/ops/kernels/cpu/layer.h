@@ -31,6 +31,8 @@ struct AttentionLayer {  // of multi-head attention; of latent attention where r
     const int32_t* documents;       // (batch, length) or null
     double scale, eps;
     int64_t threads;
+    void* cache;  // (batch, cache_length, entry), whose first `length` entries are written; or null
+    int64_t cache_length, cache_bf16;
 
     int64_t tokens() const { return batch * length; }
     int64_t plain() const { return head_dim - turned; }        // of a head of latent attention
@@ -122,6 +124,25 @@ template <class S> void turn(const AttentionLayer& s, S* x, int64_t heads, int64
     rotate(s.batch, s.length, heads, s.turned / 2, first, at, s.cos, s.sin, first, at, s.rank != 0, back, (int)s.threads);
 }
 
+// Writes what later tokens need into the cache: of each token a row of `first` and one of `second`.
+template <class C, class S> void remember(const AttentionLayer& s, const S* first, int64_t wide, const S* second, int64_t narrow) {
+    C* const cache = (C*)s.cache;
+#pragma omp parallel for num_threads((int)s.threads) schedule(static)
+    for (int64_t i = 0; i < s.tokens(); i++) {
+        C* entry = cache + (i / s.length * s.cache_length + i % s.length) * (wide + narrow);
+        gather(entry, first + i * wide, wide, (const int64_t*)nullptr, 1, wide, wide);
+        gather(entry + wide, second + i * narrow, narrow, (const int64_t*)nullptr, 1, narrow, narrow);
+    }
+}
+template <class S> void remember(const AttentionLayer& s, const KeptAttention<S>& kept) {
+    const S *first = s.rank ? kept.latent : kept.k, *second = s.rank ? kept.key : kept.v;
+    const int64_t wide = s.rank ? s.rank : s.kv_heads * s.head_dim, narrow = s.rank ? s.turned : s.kv_heads * s.value_dim;
+    if (s.cache_bf16)
+        remember<bf16>(s, first, wide, second, narrow);
+    else
+        remember<float>(s, first, wide, second, narrow);
+}
+
 // y (tokens, dim). Without memory for what a way back needs there is none.
 template <class S> void attention_layer(const AttentionLayer& s, const S* x, char* memory, S* y) {
     const Between memory_between(memory ? 0 : KeptAttention<S>(s, nullptr).bytes);
@@ -152,6 +173,7 @@ template <class S> void attention_layer(const AttentionLayer& s, const S* x, cha
         }
         values += plain;
     }
+    if (s.cache) remember(s, kept);
     attention(a, kept.q, kept.k, values, kept.y, memory ? kept.log_sums : nullptr);
     product(t, s.heads * s.value_dim, threads, kept.y, {{s.o, s.dim, y}});
 }
