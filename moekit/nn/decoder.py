@@ -20,18 +20,13 @@ from moekit.ops.decode import Decoder, Heads, Layer, Projections, Routed, unavai
 def decoder(model: Model, cache: KVCache) -> Decoder | None:
     """Returns the native step over this model and cache, or None: then the model itself takes the step.
 
-    Known are multi-head, grouped-query and latent attention, without biases or norms of queries and keys, with dense,
-    shared and routed SwiGLU experts, chosen by any router but a hash, the shared ones without a gate, on a CPU, weights
-    of any precision. Its sums are float32 whatever the weights are, so in bfloat16 it is closer to the exact model than
-    the model's own forward; beside weights in codes it rounds activations to 8 bits where the CPU multiplies such
-    (`ops.reference.rounded`). Weights and cache must stay where they are.
+    Known are multi-head, grouped-query and latent attention with dense, shared and routed SwiGLU experts, chosen by
+    any router but a hash, on a CPU, weights of any precision. Its sums are float32 whatever the weights are, so in
+    bfloat16 it is closer to the exact model than the model's own forward; beside weights in codes it rounds
+    activations to 8 bits where the CPU multiplies such (`ops.reference.rounded`). Weights and cache must stay where
+    they are.
     """
     if model.experts_backend not in ("auto", "native"):
-        return None
-    attention = model.config.attention
-    if attention.attention_bias not in ("none", False) or (attention.kind == "mha" and attention.qk_norm != "none"):
-        return None
-    if any(layer.shared_expert_gate is not None for layer in model.moe_layers):
         return None
     if not all(isinstance(layer.mlp, MoE | SwiGLU) for layer in model.layers):
         return None
@@ -40,6 +35,7 @@ def decoder(model: Model, cache: KVCache) -> Decoder | None:
     weights = [operand(getattr(module, name)) for _, module, name in matrices(model)]
     if unavailable([model.embed_tokens.weight, *model.parameters(), cache.layer(0)], weights):
         return None
+    attention = model.config.attention
     heads, positions = _heads(attention), torch.arange(cache.max_length).unsqueeze(0)
     cos, sin = rotation(attention.rope, heads.rope, positions)
     return Decoder(
@@ -60,34 +56,42 @@ def _heads(config: MHAConfig | MLAConfig) -> Heads:
     heads = config.num_attention_heads
     if isinstance(config, MHAConfig):
         width = config.head_dim
-        return Heads(heads, config.num_key_value_heads, width, value_dim=width, rope=width, rank=0, q_rank=0)
+        norm = ("none", "head", "full").index(config.qk_norm)
+        return Heads(heads, config.num_key_value_heads, width, width, rope=width, rank=0, q_rank=0, qk_norm=norm)
     rope, width = config.qk_rope_head_dim, config.qk_nope_head_dim + config.qk_rope_head_dim
-    return Heads(heads, 1, width, config.v_head_dim, rope, config.kv_lora_rank, config.q_lora_rank or 0)
+    return Heads(heads, 1, width, config.v_head_dim, rope, config.kv_lora_rank, config.q_lora_rank or 0, qk_norm=0)
 
 
 def _projections(attention: nn.Module) -> Projections:
     if isinstance(attention, Attention):
         q, k, v, o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
-        return Projections(q.matrix, k.matrix, v.matrix, o.matrix)
+        normed = attention.config.qk_norm != "none"
+        q_norm, k_norm = (attention.q_norm.weight, attention.k_norm.weight) if normed else (None, None)
+        biases = q.bias, k.bias, v.bias, o.bias
+        return Projections(q.matrix, k.matrix, v.matrix, o.matrix, None, q_norm, k_norm, *biases)
     assert isinstance(attention, MLA)
-    compressed = attention.config.q_lora_rank is not None
+    compressed, kv_a = attention.config.q_lora_rank is not None, attention.kv_a_proj_with_mqa
     return Projections(
         attention.q_b_proj.matrix if compressed else attention.q_proj.matrix,
-        attention.kv_a_proj_with_mqa.matrix,
+        kv_a.matrix,
         attention.kv_b_proj.matrix,
         attention.o_proj.matrix,
         attention.q_a_proj.matrix if compressed else None,
         attention.q_a_layernorm.weight if compressed else None,
         attention.kv_a_layernorm.weight,
+        q_bias=attention.q_a_proj.bias if compressed else None,
+        k_bias=kv_a.bias,
+        o_bias=attention.o_proj.bias,
     )
 
 
 def _layer(block: Block, cache: KVCache, number: int) -> Layer:
-    mlp, routed = block.mlp, None
+    mlp, routed, gate = block.mlp, None, None
     ffn: SwiGLU | None
     if isinstance(mlp, MoE):
         config, router, ffn = mlp.config, mlp.router, mlp.shared_experts
         assert isinstance(router, Router)
+        gate = None if mlp.shared_expert_gate is None else mlp.shared_expert_gate.numbers(torch.float32)[0]
         routed = Routed(
             *mlp.experts.stacked,
             router.weight,
@@ -109,4 +113,5 @@ def _layer(block: Block, cache: KVCache, number: int) -> Layer:
         None if ffn is None else (ffn.gate_proj.matrix, ffn.up_proj.matrix, ffn.down_proj.matrix),
         routed,
         cache.layer(number),
+        gate,
     )

@@ -44,7 +44,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "a wide shared expert, a dense layer last": {
         "ffn": {"shared_expert_intermediate_size": 26, "mlp_only_layers": [1], "intermediate_size": 22}
     },
+    "biases of queries, keys and values": {"attention": {"attention_bias": "qkv"}},
+    "all biases, heads normalised": {"attention": {"attention_bias": "all", "qk_norm": "head"}},
+    "all heads normalised as one": {"attention": {"attention_bias": "qkv", "qk_norm": "full"}},
+    "a gate of the shared experts, a dense layer": {
+        "ffn": {"shared_expert_gate": True, "first_k_dense_replace": 1, "intermediate_size": 22}
+    },
     "latent": {"attention": {"kind": "mla"}},
+    "latent, biases": {"attention": {"kind": "mla", "attention_bias": True}},
+    "latent, biases, compressed queries": {"attention": {"kind": "mla", "attention_bias": True, "q_lora_rank": 7}},
     "latent, compressed queries": {"attention": {"kind": "mla", "q_lora_rank": 7}},
     "latent, its own epsilon": {"attention": {"kind": "mla", "q_lora_rank": 7, "latent_norm_eps": 0.3}},
     "latent, YaRN": {"attention": {"kind": "mla", "q_lora_rank": 7, "rope": {"yarn": YARN}}},
@@ -82,6 +90,9 @@ def test_a_native_step_equals_the_models(
     tiny_config: Callable[..., ModelConfig], kind: dict[str, Any], batch: int
 ) -> None:
     model = Model(tiny_config(**kind)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias") or "norm" in name:
+            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
     for layer in model.moe_layers:
         if layer.router.expert_bias is not None:
             layer.router.expert_bias.uniform_(-0.1, 0.1)
@@ -181,10 +192,6 @@ def test_generation_gives_the_same_text_with_and_without(
 @pytest.mark.parametrize(
     "kind",
     [
-        {"attention": {"kind": "mla", "attention_bias": True}},
-        {"attention": {"attention_bias": "qkv"}},
-        {"attention": {"qk_norm": "head"}},
-        {"ffn": {"shared_expert_gate": True}},
         {"ffn": {"topk_method": "hash", "hash_method": "random"}},
     ],
 )

@@ -48,10 +48,12 @@ class Heads(NamedTuple):
     """Width of latent attention's latent; 0: multi-head attention."""
     q_rank: int
     """Width of its compressed queries; 0: they are not."""
+    qk_norm: int
+    """RMSNorm of multi-head attention's queries and keys: 0 none, 1 of each head, 2 of all heads as one."""
 
 
 class Projections(NamedTuple):
-    """The matrices of a layer's attention. Latent attention's k is kv_a, its v is kv_b, in numbers."""
+    """The parameters of a layer's attention. Latent attention's k is kv_a, its v is kv_b, in numbers."""
 
     q: Matrix
     """The queries' own, or the last of their two."""
@@ -59,8 +61,15 @@ class Projections(NamedTuple):
     v: Matrix
     o: Matrix
     q_a: Matrix | None = None
-    q_norm: Float[Tensor, " q_rank"] | None = None
-    kv_norm: Float[Tensor, " rank"] | None = None
+    q_norm: Float[Tensor, " _"] | None = None
+    """Of compressed queries, or as `Heads.qk_norm` says."""
+    kv_norm: Float[Tensor, " _"] | None = None
+    """Of the latent, or of keys as `Heads.qk_norm` says."""
+    q_bias: Float[Tensor, " _"] | None = None
+    """Of queries; of latent attention's q_a."""
+    k_bias: Float[Tensor, " _"] | None = None
+    v_bias: Float[Tensor, " _"] | None = None
+    o_bias: Float[Tensor, " _"] | None = None
 
 
 class Layer(NamedTuple):
@@ -72,6 +81,8 @@ class Layer(NamedTuple):
     """gate, up, down."""
     routed: Routed | None
     cache: Float[Tensor, "batch keys width"]
+    shared_gate: Float[Tensor, " dim"] | None = None
+    """The shared FFN's output is multiplied by sigmoid(x w)."""
 
 
 class Decoder:
@@ -114,11 +125,12 @@ class Decoder:
     def _layer(self, layer: Layer) -> "_Layer":
         norms = [self._floats(norm) for norm in layer.norms]
         attention = [self._matrix(matrix) for matrix in layer.attention[:5]]
-        latent = [self._floats(norm) for norm in layer.attention[5:]]
+        numbers = [self._floats(values) for values in layer.attention[5:]]
         ffn = [self._matrix(matrix) for matrix in layer.ffn or (None,) * 3]
         width = layer.ffn[0].shape[0] if layer.ffn else 0
         routed = layer.routed
-        described = _Layer(*norms, *attention, *latent, layer.cache.data_ptr(), *ffn, width)
+        gate = self._floats(layer.shared_gate)
+        described = _Layer(*norms, *attention, *numbers, layer.cache.data_ptr(), *ffn, width, gate)
         if routed is not None:
             weights = contiguous(routed.gate_up), contiguous(routed.down)
             self._kept += [weights, experts := table(*weights)]
@@ -153,10 +165,10 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("attention_norm", "ffn_norm")),
         *((name, _Matrix) for name in ("q", "k", "v", "o", "q_a")),
-        *((name, _POINTER) for name in ("q_norm", "kv_norm", "cache")),
+        *((name, _POINTER) for name in ("q_norm", "kv_norm", "q_bias", "k_bias", "v_bias", "o_bias", "cache")),
         *((name, _Matrix) for name in ("gate", "up", "down")),
         ("dense_ff", _LONG),
-        *((name, _POINTER) for name in ("routed", "router", "bias")),
+        *((name, _POINTER) for name in ("shared_gate", "routed", "router", "bias")),
         *((name, _LONG) for name in ("mapped", "experts", "ff", "chosen", "groups", "chosen_groups", "group_best")),
         *((name, _LONG) for name in ("sigmoid", "normalise")),
         ("scale", _FLOAT),

@@ -109,7 +109,7 @@ void decode_step(const DecodeModel& model, int64_t batch, const int64_t* ids, co
                 latent_attention<C, float>(model, l, step);
             const int64_t first = part(d, me), last = part(d, me + 1);
             Rows attended = step.rows(y.data(), wide, wide);
-            step.product(l.o, d, attended, out.data(), d);
+            step.product(l.o, d, attended, out.data(), d, l.o_bias);
             for (int64_t b = 0; b < batch; b++)
                 for (int64_t i = first; i < last; i++) x[b * d + i] += out[b * d + i];
 #pragma omp barrier
@@ -153,8 +153,10 @@ void decode_step(const DecodeModel& model, int64_t batch, const int64_t* ids, co
             if (f) {
                 Rows inner = step.rows(hidden.data(), 2 * f, f);
                 step.product(l.dense.down, d, inner, out.data(), d);
-                for (int64_t b = 0; b < batch; b++)
-                    for (int64_t i = first; i < last; i++) x[b * d + i] += out[b * d + i];
+                for (int64_t b = 0; b < batch; b++) {
+                    const float share = l.shared_gate ? 1 / (1 + std::exp(-dot(n.data() + b * d, l.shared_gate, d))) : 1;
+                    for (int64_t i = first; i < last; i++) x[b * d + i] += share * out[b * d + i];
+                }
             }
             for (size_t s = 0; l.experts && s + 1 < starts.size(); s++) {
                 const int64_t c = starts[s], count = starts[s + 1] - c;

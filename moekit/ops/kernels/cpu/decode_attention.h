@@ -104,16 +104,30 @@ template <class C> void head_attention(const DecodeModel& model, const DecodeLay
     const int64_t d = model.dim, hd = model.head_dim, half = hd / 2, all_heads = model.heads + model.kv_heads;
     const int64_t wide = model.heads * hd, narrow = model.kv_heads * hd, entry = model.entry(), row = model.row();
     Rows in = s.rows(s.x, d, d);
-    s.product(l.q, wide, in, s.made, row);
-    s.product(l.k, narrow, in, s.made + wide, row);
-    s.product(l.v, narrow, in, s.made + wide + narrow, row);
+    s.product(l.q, wide, in, s.made, row, l.q_bias);
+    s.product(l.k, narrow, in, s.made + wide, row, l.k_bias);
+    s.product(l.v, narrow, in, s.made + wide + narrow, row, l.v_bias);
 #pragma omp barrier
+    std::vector<float> scales;  // of all heads as one: known before any of them is written
+    if (model.qk_norm == 2) {
+        for (int64_t b = 0; b < s.batch; b++) {
+            const float *q = s.made + b * row, *k = q + wide;
+            scales.push_back(1 / std::sqrt(dot(q, q, wide) / wide + model.eps));
+            scales.push_back(1 / std::sqrt(dot(k, k, narrow) / narrow + model.eps));
+        }
+#pragma omp barrier
+    }
 #pragma omp for schedule(static)
-    for (int64_t job = 0; job < s.batch * all_heads; job++) {  // rotate, and keep
+    for (int64_t job = 0; job < s.batch * all_heads; job++) {  // norm, rotate, and keep
         const int64_t b = job / all_heads, h = job % all_heads, at = s.lengths[b];
+        const bool key = h >= model.heads;
+        const float* norm = key ? l.kv_norm : l.q_norm;
         float* head = s.made + b * row + h * hd;
+        if (model.qk_norm == 1) normed(head, norm, model.eps, hd, 1, head);
+        if (model.qk_norm == 2)
+            for (int64_t i = 0; i < hd; i++) head[i] *= scales[2 * b + key] * norm[(key ? h - model.heads : h) * hd + i];
         turn(head, 1, half, model.cos + at * half, model.sin + at * half, half);
-        if (h < model.heads) continue;
+        if (!key) continue;
         C* kept = (C*)l.cache + (b * model.cache_length + at) * entry + (h - model.heads) * hd;
         for (int64_t i = 0; i < hd; i++) {
             assign(kept[i], head[i]);
@@ -142,9 +156,9 @@ template <class C, class W> void latent_attention(const DecodeModel& model, cons
     const int64_t entry = model.entry(), row = model.row();
     float *q = s.made, *fresh = q + heads * hd, *low = fresh + entry, *absorbed = low + q_rank;
     Rows in = s.rows(s.x, d, d);
-    s.product(l.k, entry, in, fresh, row);
+    s.product(l.k, entry, in, fresh, row, l.k_bias);
     if (q_rank)
-        s.product(l.q_a, q_rank, in, low, row);
+        s.product(l.q_a, q_rank, in, low, row, l.q_bias);
     else
         s.product(l.q, heads * hd, in, q, row);
 #pragma omp barrier
