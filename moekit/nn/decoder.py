@@ -6,31 +6,38 @@ from torch import nn
 from moekit.config import MHAConfig, MLAConfig
 from moekit.nn.attention import Attention
 from moekit.nn.cache import KVCache
+from moekit.nn.experts import Experts
 from moekit.nn.ffn import SwiGLU
+from moekit.nn.linear import Linear, untouched
 from moekit.nn.mla import MLA
 from moekit.nn.model import Block, Model
 from moekit.nn.moe import MoE
+from moekit.nn.norm import RMSNorm
 from moekit.nn.quantized import matrices
 from moekit.nn.rope import rotation, softmax_scale
 from moekit.nn.router import Router
-from moekit.nn.weights import operand
+from moekit.nn.weights import MappedWeight, QuantizedWeight, operand
 from moekit.ops.decode import Decoder, Heads, Layer, Projections, Routed, unavailable
+
+KNOWN: set[type[nn.Module]] = {
+    *(Model, Block, Attention, MLA, RMSNorm, Linear, SwiGLU, MoE, Router, Experts),
+    *(QuantizedWeight, MappedWeight, nn.Embedding, nn.ModuleList),
+}
+"""What the native step stands for, each as it is."""
 
 
 def decoder(model: Model, cache: KVCache) -> Decoder | None:
     """Returns the native step over this model and cache, or None: then the model itself takes the step.
 
-    Known are multi-head, grouped-query and latent attention with dense, shared and routed SwiGLU experts, chosen by
-    any router but a hash, on a CPU, weights of any precision. Its sums are float32 whatever the weights are, so in
-    bfloat16 it is closer to the exact model than the model's own forward; beside weights in codes it rounds
-    activations to 8 bits where the CPU multiplies such (`ops.reference.rounded`). Weights and cache must stay where
-    they are.
+    Nothing is known of a module with a hook, or with an adapter in its place. Known are multi-head, grouped-query and
+    latent attention with dense, shared and routed SwiGLU experts, chosen by any router but a hash, on a CPU, weights
+    of any precision. Its sums are float32 whatever the weights are, so in bfloat16 it is closer to the exact model
+    than the model's own forward; beside weights in codes it rounds activations to 8 bits where the CPU multiplies
+    such (`ops.reference.rounded`). Weights and cache must stay where they are.
     """
     if model.experts_backend not in ("auto", "native"):
         return None
-    if not all(isinstance(layer.mlp, MoE | SwiGLU) for layer in model.layers):
-        return None
-    if any(isinstance(layer.mlp, MoE) and not isinstance(layer.mlp.router, Router) for layer in model.layers):
+    if not all(type(module) in KNOWN and untouched(type(module), module) for module in model.modules()):
         return None
     weights = [operand(getattr(module, name)) for _, module, name in matrices(model)]
     if unavailable([model.embed_tokens.weight, *model.parameters(), cache.layer(0)], weights):

@@ -69,7 +69,7 @@ class MLA(nn.Module):
             kept = context.cache.extend(self.layer, new, context.positions).to(q.dtype)
             latent, k_rope = kept.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
             k_rope = k_rope.unsqueeze(2)
-        if context.cache is None or self._expands(x.shape[1], latent.shape[1]):
+        if context.cache is None or self._expands(x.shape[1], latent.shape[1]) or not untouched(Linear, self.kv_b_proj):
             kv = self.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))
             k_nope, v = kv.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
             k = torch.cat((k_nope, k_rope.expand(-1, -1, config.num_attention_heads, -1)), dim=-1)

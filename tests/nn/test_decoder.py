@@ -200,6 +200,34 @@ def test_other_models_take_the_step_themselves(tiny_config: Callable[..., ModelC
     assert decoder(model, KVCache(model.config, 1, 8)) is None
 
 
+class Doubled(Linear):
+    """What stands in a matrix's place, as an adapter does."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("path", ["self_attn.o_proj", "self_attn.kv_b_proj", "mlp.shared_experts.up_proj"])
+def test_what_is_hooked_or_replaced_is_called(tiny_config: Callable[..., ModelConfig], path: str) -> None:
+    model = Model(tiny_config(attention={"kind": "mla"})).eval()
+    ids, cache = torch.randint(0, model.config.vocab_size, (1, 9)), KVCache(model.config, 1, 16)
+    parent, _, name = path.rpartition(".")
+    of = model.layers[1].get_submodule(parent)
+    hook = getattr(of, name).register_forward_hook(lambda *_: None)
+    assert decoder(model, cache) is None
+    hook.remove()
+    assert decoder(model, cache) is not None
+    other = Doubled(getattr(of, name).in_features, getattr(of, name).out_features)
+    setattr(of, name, other)
+    assert decoder(model, cache) is None
+    text = moekit.generate(model, ids, 5, temperature=0.0)[0]
+    with torch.no_grad():
+        parts = [model(part, cache=cache).logits for part in text[None].split([9, 1, 1, 1, 1, 1], dim=1)]
+        whole = model(text[None]).logits
+    assert (torch.cat(parts, dim=1) - whole).abs().max() < 1e-5 * whole.abs().max()
+    assert torch.equal(whole[0, 8:-1].argmax(-1), text[9:])
+
+
 @pytest.mark.parametrize("attention", [{}, {"kind": "mla", **WIDE}, {"kind": "mla", "q_lora_rank": 7}])
 def test_threads_share_the_work_whether_few_or_more_than_heads(
     tiny_config: Callable[..., ModelConfig], attention: dict[str, Any]
