@@ -349,14 +349,17 @@ def test_lora_trains_adapters_alone_and_merges(folder: Path, tmp_path: Path, tar
         assert torch.equal(moekit.load(tmp_path / "merged")(ids).logits, merged(ids).logits)
 
 
-def test_an_adapter_that_decoding_would_not_see_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_of_the_latents_is_seen_in_decoding(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     written(tmp_path / "model", latent())
-    settings = peft.LoraConfig(r=2, target_modules=["kv_b_proj"], task_type="CAUSAL_LM")
-    adapted, ids = peft.get_peft_model(opened(tmp_path / "model"), settings), random_ids(1, 4)
-    with pytest.raises(UnsupportedError, match=r"kv_b_proj has an adapter.*use_cache=False"):
-        adapted.generate(input_ids=ids, max_new_tokens=2)
-    assert adapted.generate(input_ids=ids, max_new_tokens=2, use_cache=False).shape == (1, 6)
+    settings = peft.LoraConfig(r=2, target_modules=["kv_b_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted, ids = peft.get_peft_model(opened(tmp_path / "model"), settings).eval(), random_ids(1, 4)
+    with torch.no_grad():
+        cache = adapted(input_ids=ids[:, :3], use_cache=True).past_key_values
+        ours = adapted(input_ids=ids[:, 3:], past_key_values=cache, use_cache=True).logits[:, -1]
+        torch.testing.assert_close(ours, adapted(input_ids=ids).logits[:, -1])
+        with adapted.disable_adapter():
+            assert not torch.allclose(ours, adapted(input_ids=ids).logits[:, -1])
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["whole", "lora"])

@@ -8,8 +8,6 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from moekit.errors import UnsupportedError
 from moekit.hf.cache import Cache
-from moekit.nn.linear import Linear
-from moekit.nn.mla import MLA
 from moekit.nn.model import Model
 
 REFUSED = ("inputs_embeds", "output_hidden_states", "output_attentions", "probe")
@@ -64,12 +62,6 @@ class Backbone(Model):
             raise UnsupportedError(f"past_key_values is a {kind}; moekit's models make their own with use_cache=True")
         if given is None and not wanted:
             return None
-        for name, module in self.named_modules():
-            if isinstance(module, MLA) and not isinstance(module.kv_b_proj, Linear):
-                raise UnsupportedError(
-                    f"{name}.kv_b_proj has an adapter, which decoding with a cache would not see; "
-                    "merge_and_unload() it, or generate with use_cache=False"
-                )
         return Cache(self.config) if given is None else given
 
 

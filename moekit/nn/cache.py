@@ -71,7 +71,8 @@ class KVCache:
         """Makes room for `max_length` tokens per sequence, keeping what is held."""
         self.max_length = max_length
         self._layers = [
-            F.pad(buffer[:, :max_length], (0, 0, 0, max_length - buffer.shape[1])) for buffer in self._layers
+            F.pad(buffer[:, :max_length], (0, 0, 0, max(0, max_length - buffer.shape[1]))).contiguous()
+            for buffer in self._layers
         ]
 
     def select(self, rows: Int[Tensor, " rows"]) -> None:

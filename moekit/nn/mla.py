@@ -13,6 +13,9 @@ from moekit.ops.attention import attend
 from moekit.ops.autocast import cast_once
 from moekit.ops.layer import Heads, attention_layer
 
+MOST_EXPANDED = 1 << 26
+"""Keys and values of earlier tokens that are expanded at once: 128 MiB in bfloat16."""
+
 
 class MLA(nn.Module):
     """Attention whose keys and values are rebuilt from one small latent per token; interleaved rotary pairing.
@@ -69,7 +72,8 @@ class MLA(nn.Module):
             kept = context.cache.extend(self.layer, new, context.positions).to(q.dtype)
             latent, k_rope = kept.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
             k_rope = k_rope.unsqueeze(2)
-        if context.cache is None or self._expands(x.shape[1], latent.shape[1]) or not untouched(Linear, self.kv_b_proj):
+        may_absorb = context.cache is not None and untouched(Linear, self.kv_b_proj)
+        if not may_absorb or self._expands(len(x), latent.shape[1], x.shape[1]):
             kv = self.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))
             k_nope, v = kv.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
             k = torch.cat((k_nope, k_rope.expand(-1, -1, config.num_attention_heads, -1)), dim=-1)
@@ -86,7 +90,10 @@ class MLA(nn.Module):
         out: Tensor = self.o_proj(y.flatten(2))
         return out
 
-    def _expands(self, length: int, keys: int) -> bool:
-        """Returns whether `length` new tokens cost fewer operations with keys and values expanded than absorbed."""
+    def _expands(self, batch: int, keys: int, length: int) -> bool:
+        """Returns whether `length` new tokens cost fewer operations with keys and values expanded than absorbed, and
+        no more than MOST_EXPANDED numbers are made of earlier ones."""
         rank, made = self.config.kv_lora_rank, self.config.qk_nope_head_dim + self.config.v_head_dim
+        if batch * (keys - length) * self.config.num_attention_heads * made > MOST_EXPANDED:
+            return False
         return (keys - length) * rank * made < length * keys * (2 * rank - made)  # for a head

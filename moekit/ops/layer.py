@@ -18,7 +18,7 @@ def has_layer(
     x: Tensor,
     weights: Sequence[Matrix],
     seen: Seen | None = None,
-    cache: Float[Tensor, "batch keys entry"] | None = None,
+    cache: Float[Tensor, "sequences keys entry"] | None = None,
 ) -> bool:
     """Returns whether these functions can run on these tensors, and gain by it (`has_linears`)."""
     if cache is not None and (torch.is_grad_enabled() or not _fillable(cache)):
@@ -32,4 +32,4 @@ def has_layer(
 
 
 def _fillable(cache: Tensor) -> bool:
-    return cache.dtype in (torch.float32, torch.bfloat16) and cache.is_contiguous()
+    return cache.device.type == "cpu" and cache.dtype in (torch.float32, torch.bfloat16) and cache.is_contiguous()

@@ -134,6 +134,8 @@ def test_a_cache_that_was_made_longer_shortened_and_reordered_goes_on_right(
     cache = KVCache(model.config, 2, 6, device, torch.float64)
     model(ids[:, :6], cache=cache)
     cache.resize(12)
+    cache.resize(10)
+    assert [(layer.shape[:2], layer.is_contiguous()) for layer in cache._layers] == [((2, 10), True)] * 2
     cache.drop(2)
     rows = torch.tensor([1, 0, 1], device=device)
     cache.select(rows)

@@ -228,11 +228,23 @@ def test_what_is_hooked_or_replaced_is_called(tiny_config: Callable[..., ModelCo
     assert torch.equal(whole[0, 8:-1].argmax(-1), text[9:])
 
 
-@pytest.mark.parametrize("attention", [{}, {"kind": "mla", **WIDE}, {"kind": "mla", "q_lora_rank": 7}])
+@pytest.mark.parametrize(
+    "attention",
+    [
+        {},
+        {"attention_bias": "all", "qk_norm": "head"},
+        {"attention_bias": "qkv", "qk_norm": "full"},
+        {"kind": "mla", **WIDE},
+        {"kind": "mla", "q_lora_rank": 7, "attention_bias": True},
+    ],
+)
 def test_threads_share_the_work_whether_few_or_more_than_heads(
     tiny_config: Callable[..., ModelConfig], attention: dict[str, Any]
 ) -> None:
     model, found = Model(tiny_config(attention=attention)).eval(), []
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(parameter)
     try:
         for threads in (1, 2, 7):
             torch.set_num_threads(threads)

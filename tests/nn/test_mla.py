@@ -130,7 +130,9 @@ def test_keys_are_expanded_where_that_is_fewer_operations() -> None:
     for length, keys in [(1, 2), (1, 4096), (100, 4096), (200, 4096), (16, 16), (16, 20), (16, 4096)]:
         expanded = keys * 512 * (128 + 128) + length * keys * (128 + 64 + 128)
         absorbed = length * 512 * (128 + 128) + length * keys * (512 + 64 + 512)
-        assert mla._expands(length, keys) == (expanded < absorbed), (length, keys)
+        assert mla._expands(1, keys, length) == (expanded < absorbed), (length, keys)
+    assert mla._expands(60, 4096 + 200, 200)
+    assert not mla._expands(70, 4096 + 200, 200)  # too many numbers at once
 
 
 def test_only_the_down_projections_and_the_output_have_biases(device: torch.device) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit.config import MHAConfig, MLAConfig, ModelConfig
+from moekit.errors import ConfigError
 from moekit.nn.attention import Attention, Context
 from moekit.nn.cache import KVCache
 from moekit.nn.ffn import SwiGLU
@@ -193,6 +194,21 @@ def test_the_first_tokens_go_into_the_cache(
     bound = 2e-5 if dtype == "float32" and kept == torch.float32 else 4e-2
     for ours, theirs in zip(*found, strict=True):
         assert (ours.float() - theirs.float()).abs().max() <= bound * theirs.float().abs().max()
+
+
+@pytest.mark.parametrize(("batch", "length", "kv_heads"), [(1, LENGTH, 4), (BATCH, LENGTH - 1, 4), (BATCH, LENGTH, 2)])
+def test_a_cache_of_another_shape_is_refused_and_not_written(batch: int, length: int, kv_heads: int) -> None:
+    module = made("multi-head", "float32")
+    assert isinstance(module, Attention)
+    attention = module.config.model_copy(update={"num_key_value_heads": kv_heads})
+    ffn = {"kind": "dense", "intermediate_size": 4}
+    config = ModelConfig(vocab_size=5, hidden_size=DIM, num_hidden_layers=1, attention=attention, ffn=ffn)
+    cache = KVCache(config, batch, length)
+    positions = torch.arange(LENGTH).expand(BATCH, LENGTH)
+    context = Context(rotation(module.config.rope, 12, positions), positions, Seen(), cache)
+    with torch.no_grad(), pytest.raises(ConfigError, match="cache of a layer is"):
+        module(torch.randn(BATCH, LENGTH, DIM), context)
+    assert not cache.layer(0).any()
 
 
 def test_gradients_never_go_through_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:

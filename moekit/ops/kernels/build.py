@@ -92,7 +92,7 @@ def native() -> Native:
             "no C++ compiler was found (g++ or clang++)" if sys.platform != "win32" else "Windows has none yet"
         )
     try:
-        path = folder() / f"native-{_key(compiler)}.so"
+        path = folder().absolute() / f"native-{_key(compiler)}.so"
         if not path.is_file():
             logger.info("building the native kernels, once for this machine")
             _build(compiler, path)
@@ -149,6 +149,8 @@ def compile_source(compiler: str, target: Path, *more: str) -> None:
         done = compiled((*FLAGS, *variant, *more))
         if done.returncode == 0:
             return
+        if "Killed" in done.stderr:  # for want of memory: the next variant would be slower code, kept for good
+            break
     lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
     raise BuildError(f"{compiler} failed: {lines[0]}")
 
@@ -168,9 +170,9 @@ def _build(compiler: str, path: Path) -> None:
 
 def run_check(target: Path) -> subprocess.CompletedProcess[str]:
     """Checks a compiled library in another process, which ends with 0 if all is well."""
-    command = [sys.executable, "-m", "moekit.ops.kernels.check", str(target.absolute())]
-    at = Path(__file__).parents[3]  # where this moekit lies
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=at)
+    script = "import sys; sys.path.insert(0, sys.argv[1]); from moekit.ops.kernels.check import main; main(sys.argv[2])"
+    command = [sys.executable, "-c", script, str(Path(__file__).parents[3]), str(target)]  # this moekit, no other
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def _key(compiler: str) -> str:

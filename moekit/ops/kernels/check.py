@@ -2,7 +2,6 @@
 
 import ctypes
 import itertools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -271,5 +270,8 @@ def _empty(half: int, *shape: int) -> np.ndarray:
     return np.full(shape, 0x7FC0 if half else np.nan, dtype=np.uint16 if half else np.float32)
 
 
-if __name__ == "__main__":
-    check(load(Path(sys.argv[1])).library)  # type: ignore[arg-type]
+def main(path: str) -> None:
+    """Checks the library at `path`."""
+    library = load(Path(path)).library
+    assert library is not None
+    check(library)

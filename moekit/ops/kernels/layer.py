@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moekit.errors import ConfigError
 from moekit.ops.kernels.addresses import at, matrix, room
 from moekit.ops.kernels.build import library
 from moekit.ops.quantize import Quantized
@@ -32,6 +33,11 @@ class Heads(NamedTuple):
     """Of the latent of keys and values; 0: multi-head attention."""
     q_rank: int
 
+    @property
+    def entry(self) -> int:
+        """How many numbers a cache keeps of a token."""
+        return self.rank + self.turned if self.rank else self.kv_heads * (self.head_dim + self.value_dim)
+
 
 def attention_layer(
     x: Float[Tensor, "batch length dim"],
@@ -43,14 +49,17 @@ def attention_layer(
     causal: bool,
     scale: float,
     eps: float,
-    cache: Float[Tensor, "batch keys entry"] | None = None,
+    cache: Float[Tensor, "sequences keys entry"] | None = None,
 ) -> Float[Tensor, "batch length dim"]:
     """Returns attention from its input to its output projection.
 
     `weights` are those of q, k, v, o and None; of latent attention q or q_b, kv_a, kv_b, o and q_a, with the `norms` of
     the latents of keys and of queries. Without gradients the first entries of a `cache` may be written: keys and values
-    of all heads, or the latent and the key.
+    of all heads, or the latent and the key; ConfigError where they have no place there.
     """
+    if cache is not None and (len(cache) != len(x) or cache.shape[1] < x.shape[1] or cache.shape[2] != heads.entry):
+        wanted = f"({len(x)}, at least {x.shape[1]}, {heads.entry})"
+        raise ConfigError(f"the cache of a layer is {tuple(cache.shape)} but must be {wanted}: made for another model")
     if document_ids is not None:
         document_ids = document_ids.to(torch.int32).contiguous()
     cos, sin = (part.contiguous() for part in rotation)
