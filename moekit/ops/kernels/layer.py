@@ -59,7 +59,7 @@ def attention_layer(
     """
     if cache is not None and (len(cache) != len(x) or cache.shape[1] < x.shape[1] or cache.shape[2] != heads.entry):
         wanted = f"({len(x)}, at least {x.shape[1]}, {heads.entry})"
-        raise ConfigError(f"the cache of a layer is {tuple(cache.shape)} but must be {wanted}: made for another model")
+        raise ConfigError(f"the cache of a layer is {tuple(cache.shape)} but must be {wanted}, as model and batch are")
     if document_ids is not None:
         document_ids = document_ids.to(torch.int32).contiguous()
     cos, sin = (part.contiguous() for part in rotation)

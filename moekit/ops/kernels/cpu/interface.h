@@ -2,7 +2,7 @@
 //
 // A plain C interface without torch's headers. One product is at the bottom, a block of rows times a packed panel of
 // PANEL columns; what is around it (gather, SiLU * up, routing weights, gradients) works on its small float32 tile while
-// that is in the cache. Three inner products exist, chosen when this file is compiled for the machine: AMX and AVX-512
+// that is in the cache. Three inner products exist, chosen when these files are compiled for the machine: AMX and AVX-512
 // BF16 for bfloat16, and one in vectors that any compiler lowers (AVX-512, AVX2, NEON, SSE) for float32, which also serves
 // bfloat16 where the machine has no such unit. No shape is special: blocks are fixed, what is left over is padded.
 //
