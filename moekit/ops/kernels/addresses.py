@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moekit.ops.kernels.build import library, matrices
+from moekit.ops.kernels.memory import empty
 from moekit.ops.mapped import Mapped, Weights
 from moekit.ops.quantize import Quantized
 from moekit.ops.scaled import Matrix, Scaled
@@ -33,7 +34,7 @@ def room(name: str, call: bytes, x: Tensor) -> Tensor:
     """Returns memory for what a way back needs of a layer, of the size that the library's function tells."""
     count = ctypes.c_int64()
     getattr(library(), name)(x.dtype == torch.bfloat16, call, ctypes.byref(count))
-    return torch.empty(count.value, dtype=torch.uint8)
+    return empty((count.value,), torch.uint8)
 
 
 def table(gate_up: Weights, down: Weights) -> np.ndarray:

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from moekit.ops.kernels.addresses import at
 from moekit.ops.kernels.build import library, native
+from moekit.ops.kernels.memory import empty
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -68,7 +69,7 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> Tensor:
         x = _rows(x)
         (batch, length, heads, _), half = x.shape, cos.shape[2]
-        y, pointers = x.new_empty(x.shape), (at(cos), at(sin))
+        y, pointers = empty(x.shape, x.dtype), (at(cos), at(sin))
         how = (interleaved, back, torch.get_num_threads())
         kind = x.dtype == torch.bfloat16
         library().moekit_rotate(kind, batch, length, heads, half, at(x), *x.stride()[:3], *pointers, at(y), *how)
@@ -95,7 +96,7 @@ class _Attention(torch.autograd.Function):
         offsets: Tensor | None,
         causal: bool,
     ) -> Tensor:
-        y = q.new_empty(*q.shape[:3], v.shape[3])
+        y = empty((*q.shape[:3], v.shape[3]), q.dtype)
         log_sums = torch.empty(q.shape[0], q.shape[2], q.shape[1]) if any(ctx.needs_input_grad) else None
         kind, sizes, threads = q.dtype == torch.bfloat16, _sizes(q, k, v, causal), torch.get_num_threads()
         pointers = (at(t) for t in (q, k, v, y, log_sums))
@@ -112,7 +113,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, document_ids, y, log_sums = ctx.saved_tensors
         dy = dy.contiguous()
-        gradients = tuple(torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
+        gradients = tuple(empty(t.shape, t.dtype) for t in (q, k, v))
         kind, sizes, threads = q.dtype == torch.bfloat16, _sizes(q, k, v, ctx.causal), torch.get_num_threads()
         pointers = (at(t) for t in (q, k, v, y, log_sums, dy, *gradients))
         library().moekit_attention_backward(kind, sizes, ctx.scale, at(document_ids), threads, *pointers)

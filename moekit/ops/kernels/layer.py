@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from moekit.errors import ConfigError
 from moekit.ops.kernels.addresses import at, matrix, room
 from moekit.ops.kernels.build import library
+from moekit.ops.kernels.memory import empty
 from moekit.ops.quantize import Quantized
 
 
@@ -69,7 +70,7 @@ def attention_layer(
         return y
     x = x.contiguous()
     layer, _wide = _attention(of, x, cos, sin, document_ids, weights, norms, cache)
-    y = torch.empty_like(x)
+    y = empty(x.shape, x.dtype)
     library().moekit_attention_layer(x.dtype == torch.bfloat16, layer, at(x), None, at(y))
     return y
 
@@ -107,7 +108,7 @@ def _gradients(
 ) -> tuple[list[Tensor | None], bytes]:
     """Returns room for the gradients that are wanted, and the library's table of them."""
     made = [
-        torch.empty_like(t, dtype=dtype) if want and t is not None else None
+        empty(t.shape, dtype or t.dtype) if want and t is not None else None
         for t, want in zip(tensors, wanted, strict=True)
     ]
     return made, struct.pack(f"={len(made)}q", *(at(d) or 0 for d in made))
@@ -121,7 +122,7 @@ class _AttentionLayer(torch.autograd.Function):
         x = x.contiguous()
         layer, _wide = _attention(of, x, cos, sin, documents, parameters[:5], parameters[5:])
         kept = room("moekit_attention_layer_bytes", layer, x) if any(ctx.needs_input_grad) else None
-        y = torch.empty_like(x)
+        y = empty(x.shape, x.dtype)
         library().moekit_attention_layer(x.dtype == torch.bfloat16, layer, at(x), at(kept), at(y))
         ctx.of = of
         if kept is not None:
@@ -135,7 +136,7 @@ class _AttentionLayer(torch.autograd.Function):
         dy = dy.contiguous()
         layer, _wide = _attention(ctx.of, x, cos, sin, documents, parameters[:5], parameters[5:])
         _, learns, _, _, _, *wanted = ctx.needs_input_grad
-        dx = torch.empty_like(x) if learns else None
+        dx = empty(x.shape, x.dtype) if learns else None
         matrices, table = _gradients(parameters[:5], wanted[:5])
         norms, more = _gradients(parameters[5:], wanted[5:], torch.float32)
         library().moekit_attention_layer_backward(
@@ -156,7 +157,7 @@ def feed_forward(
         y: Tensor = _FeedForward.apply(x, gate, up, down)
         return y
     x = x.contiguous()
-    y = torch.empty_like(x)
+    y = empty(x.shape, x.dtype)
     library().moekit_feed_forward(x.dtype == torch.bfloat16, _layer(x, gate, up, down), at(x), None, at(y))
     return y
 
@@ -171,7 +172,7 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
         x = x.contiguous()
-        layer, y = _layer(x, *weights), torch.empty_like(x)
+        layer, y = _layer(x, *weights), empty(x.shape, x.dtype)
         kept = room("moekit_feed_forward_bytes", layer, x) if any(ctx.needs_input_grad) else None
         library().moekit_feed_forward(x.dtype == torch.bfloat16, layer, at(x), at(kept), at(y))
         if kept is not None:
@@ -183,7 +184,7 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         kept, x, *weights = ctx.saved_tensors
         dy, (learns, *wanted) = dy.contiguous(), ctx.needs_input_grad
-        dx = torch.empty_like(x) if learns else None
+        dx = empty(x.shape, x.dtype) if learns else None
         made, table = _gradients(weights, wanted)
         library().moekit_feed_forward_backward(
             x.dtype == torch.bfloat16, _layer(x, *weights), at(x), at(kept), at(dy), at(dx), table

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from moekit.ops.kernels.addresses import KINDS, at, contiguous, matrix
 from moekit.ops.kernels.build import library, native
+from moekit.ops.kernels.memory import empty
 from moekit.ops.quantize import Quantized
 from moekit.ops.scaled import Scaled
 
@@ -71,7 +72,7 @@ class _Linears(torch.autograd.Function):
 
 def _forward(x: Tensor, weights: Sequence[Tensor | Quantized]) -> tuple[Tensor, ...]:
     x, weights = x.contiguous(), [contiguous(w) for w in weights]
-    ys = tuple(x.new_empty(*x.shape[:-1], w.shape[0]) for w in weights)
+    ys = tuple(empty((*x.shape[:-1], w.shape[0]), x.dtype) for w in weights)
     library().moekit_linear(*_sizes(x, len(ys)), at(x), x.shape[-1], _maps(weights, ys))
     return ys
 
@@ -81,7 +82,7 @@ def backward(
 ) -> Float[Tensor, "*batch dim"]:
     """Returns the sum of dy W."""
     weights = [w.contiguous() for w in weights]
-    dx = dys[0].new_empty(*dys[0].shape[:-1], weights[0].shape[1])
+    dx = empty((*dys[0].shape[:-1], weights[0].shape[1]), dys[0].dtype)
     kinds, sizes = (int(dx.dtype == torch.bfloat16), KINDS[weights[0].dtype]), _sizes(dx, len(dys))[1:]
     library().moekit_linear_backward(*kinds, *sizes, _maps(weights, dys), at(dx))
     return dx
@@ -92,7 +93,7 @@ def gradients(
 ) -> list[Float[Tensor, "_ dim"]]:
     """Returns dy^T x for each dy."""
     x = x.contiguous()
-    made = [torch.empty(dy.shape[-1], x.shape[-1], dtype=dtype) for dy in dys]
+    made = [empty((dy.shape[-1], x.shape[-1]), dtype) for dy in dys]
     if made:
         kinds, sizes = (int(x.dtype == torch.bfloat16), KINDS[dtype]), _sizes(x, len(made))[1:]
         library().moekit_linear_gradient(*kinds, *sizes, at(x), x.shape[-1], _maps(made, dys))

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from moekit.ops.kernels.addresses import at
 from moekit.ops.kernels.build import library, native
+from moekit.ops.kernels.memory import empty
 
 
 def has_kernel(x: Tensor, weight: Tensor) -> bool:
@@ -44,7 +45,7 @@ class _MergedLinear(torch.autograd.Function):
         x, by, weight = x.contiguous(), mix.float().contiguous(), weight.contiguous()
         ctx.save_for_backward(x, by, weight)
         ctx.mix_dtype = mix.dtype
-        y = x.new_empty(*x.shape[:2], weight.shape[1])
+        y = empty((*x.shape[:2], weight.shape[1]), x.dtype)
         _call("merged", x, by, weight, False, x, weight, y)
         return y
 
@@ -54,9 +55,9 @@ class _MergedLinear(torch.autograd.Function):
         x, by, weight = ctx.saved_tensors
         wants_x, wants_mix, wants_weight = ctx.needs_input_grad
         dy = dy.contiguous()
-        dx = torch.empty_like(x) if wants_x else None
-        d_weight = torch.empty_like(weight) if wants_weight else None
-        d_mix = torch.empty_like(by) if wants_mix else None
+        dx = empty(x.shape, x.dtype) if wants_x else None
+        d_weight = empty(weight.shape, weight.dtype) if wants_weight else None
+        d_mix = empty(by.shape, by.dtype) if wants_mix else None
         if dx is not None:
             _call("merged", x, by, weight, True, dy, weight, dx)
         if wants_mix or wants_weight:

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from moekit.ops.dispatch import Plan
 from moekit.ops.kernels.addresses import KINDS, at, contiguous, room, stored, table
 from moekit.ops.kernels.build import library, native
+from moekit.ops.kernels.memory import empty
 from moekit.ops.mapped import Mapped, Weights
 from moekit.ops.quantize import Quantized
 
@@ -96,7 +97,8 @@ class _Routed(torch.autograd.Function):
         kept, *tensors, inverse = ctx.saved_tensors
         x, weights, gate_up, down = tensors
         rows = dy.to(x.dtype).contiguous()
-        made = [torch.empty_like(t) if want else None for t, want in zip(tensors, ctx.needs_input_grad, strict=False)]
+        wanted = ctx.needs_input_grad[:4]
+        made = [empty(t.shape, t.dtype) if want else None for t, want in zip(tensors, wanted, strict=True)]
         dx, d_weights, d_gate_up, d_down = made
         call = _pairs(weights, down, None, None, inverse)
         library().moekit_routed_experts_backward(
@@ -132,7 +134,7 @@ def _routed(
     plus, low = None if plus is None else plus.to(x.dtype).contiguous(), x.dtype == torch.bfloat16
     experts, call = table(gate_up, down), _pairs(weights, down, counts, order, inverse)
     kept = room("moekit_routed_experts_bytes", call, x) if keep else None
-    y = torch.empty_like(x)
+    y = empty(x.shape, x.dtype)
     library().moekit_routed_experts(low, call, at(x), experts.ctypes.data, *map(at, (kept, plus, y)))
     return y, kept
 
@@ -152,12 +154,12 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate_up, down, offsets, hidden = ctx.saved_tensors
         dy = _rows(dy.to(x.dtype))
-        d_hidden, act = torch.empty_like(hidden), hidden.new_empty(len(hidden), down.shape[2])
-        dx = torch.empty_like(dy) if ctx.needs_input_grad[0] else None
+        d_hidden, act = empty(hidden.shape, hidden.dtype), empty((len(hidden), down.shape[2]), hidden.dtype)
+        dx = empty(dy.shape, dy.dtype) if ctx.needs_input_grad[0] else None
         run = _Call(x, gate_up, offsets)
         run.backward_rows(dy, gate_up, down, hidden, d_hidden, act, dx)
-        d_gate_up = torch.empty_like(gate_up) if ctx.needs_input_grad[1] else None
-        d_down = torch.empty_like(down) if ctx.needs_input_grad[2] else None
+        d_gate_up = empty(gate_up.shape, gate_up.dtype) if ctx.needs_input_grad[1] else None
+        d_down = empty(down.shape, down.dtype) if ctx.needs_input_grad[2] else None
         if d_gate_up is not None:
             run.weight_gradient(d_hidden, x, d_gate_up)
         if d_down is not None:
@@ -178,8 +180,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the rows, and with `keep` what the backward pass needs."""
     x, gate_up, down = _rows(x), contiguous(gate_up), contiguous(down)
-    hidden = x.new_empty(len(x), 2 * down.shape[2]) if keep else None
-    y = x.new_empty(len(x), down.shape[1])
+    hidden = empty((len(x), 2 * down.shape[2]), x.dtype) if keep else None
+    y = empty((len(x), down.shape[1]), x.dtype)
     _Call(x, gate_up, offsets).forward(x, gate_up, down, hidden, y)
     y[int(offsets[-1]) :] = 0
     return y, hidden

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from moekit.ops.kernels.addresses import at
 from moekit.ops.kernels.build import library, native
+from moekit.ops.kernels.memory import empty
 
 
 def has_rest(*tensors: Tensor) -> bool:
@@ -38,7 +39,7 @@ def cross_entropy_(
 def swiglu(gate: Float[Tensor, "*rows ff"], up: Float[Tensor, "*rows ff"]) -> Float[Tensor, "*rows ff"]:
     """Returns silu(gate) * up; autograd does not see it."""
     gate, up = gate.contiguous(), up.contiguous()
-    y = torch.empty_like(gate)
+    y = empty(gate.shape, gate.dtype)
     _by_number("moekit_swiglu", gate, up, y)
     return y
 
@@ -48,7 +49,7 @@ def swiglu_backward(
 ) -> tuple[Float[Tensor, "*rows ff"], Float[Tensor, "*rows ff"]]:
     """Returns the gradients of gate and up."""
     gate, up, dy = gate.contiguous(), up.contiguous(), dy.contiguous()
-    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    d_gate, d_up = empty(gate.shape, gate.dtype), empty(up.shape, up.dtype)
     _by_number("moekit_swiglu_backward", gate, up, dy, d_gate, d_up)
     return d_gate, d_up
 
@@ -90,9 +91,9 @@ def _norm(
     """Returns the sum, the same unless it is x, its norm, that rounded, and 1 / rms of each row."""
     x, by, scales = x.contiguous(), weight.float(), torch.empty(x.shape[:-1])
     delta = None if delta is None else delta.contiguous()
-    total = None if delta is None else torch.empty_like(x)
-    y = torch.empty_like(x) if exact else None
-    rounded = torch.empty_like(x, dtype=torch.bfloat16) if low else None
+    total = None if delta is None else empty(x.shape, x.dtype)
+    y = empty(x.shape, x.dtype) if exact else None
+    rounded = empty(x.shape, torch.bfloat16) if low else None
     kinds = x.dtype == torch.bfloat16, delta is not None and delta.dtype == torch.bfloat16
     inputs, outputs = map(at, (x, delta, by)), map(at, (total, y, rounded, scales))
     library().moekit_norm(
@@ -120,10 +121,10 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         total, weight, scales = ctx.saved_tensors
         given = [None if d is None else d.contiguous() for d in gradients]
-        dx, by = torch.empty_like(total), weight.float()
+        dx, by = empty(total.shape, total.dtype), weight.float()
         d_delta = dx if ctx.delta == total.dtype else None
         if ctx.delta is not None and d_delta is None:
-            d_delta = torch.empty_like(total, dtype=ctx.delta)
+            d_delta = empty(total.shape, ctx.delta)
         parts = torch.empty(_Norm.PARTS, len(weight))
         library().moekit_norm_backward(
             *(total.dtype == torch.bfloat16, scales.numel(), len(weight), *map(at, (total, by, scales, *given, dx))),

@@ -1,0 +1,134 @@
+"""Memory of large results, which is kept for the next ones.
+
+A training step makes the same large tensors as the step before it: gradients, and what the way back needs. Where the C
+library gives such memory back to the system each time, its pages come anew, cleared, and a step takes up to twice as
+long (decision 59). So the kernels' results lie in a heap of our own, to which a part comes back when the last tensor in
+it is gone.
+"""
+
+import bisect
+import gc
+import math
+import mmap
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LEAST = 1 << 21
+"""Bytes from which on a result lies in the heap."""
+
+STEP = 1 << 16
+"""A part of the heap is a multiple of as many bytes."""
+
+SEGMENT = 1 << 30
+"""Bytes that are mapped at once; what was never written of them takes no memory."""
+
+IDLE = 60.0
+"""Seconds without a new result after which Python's next garbage collection gives all that is free back."""
+
+
+class Part(NamedTuple):
+    """Some bytes of a segment."""
+
+    segment: int
+    begin: int
+    end: int
+
+
+class Heap:
+    """Segments of memory whose parts are lent: the first that is large enough, for what was written is used again."""
+
+    def __init__(self) -> None:
+        self.free: list[Part] = []
+        """In order, no two of them side by side."""
+        self._segments: list[mmap.mmap] = []
+        self._back: deque[Part] = deque()
+        self._watched: dict[int, weakref.ref[memoryview]] = {}
+        self._lock = threading.Lock()
+        self._last = 0.0
+        self._kept = False
+        """Whether something free may have been written since all was given back."""
+
+    def lend(self, count: int) -> memoryview:
+        """Returns at least `count` writable bytes, which come back when nothing refers to the view."""
+        with self._lock:
+            self._collect()
+            self._last, self._kept = time.monotonic(), True
+            part = self._take(-(-count // STEP) * STEP)
+        view = memoryview(self._segments[part.segment])[part.begin : part.end]
+
+        def back(reference: weakref.ref[memoryview]) -> None:  # at any time, in any thread: it must not wait
+            del self._watched[id(reference)]
+            self._back.append(part)
+
+        reference = weakref.ref(view, back)
+        self._watched[id(reference)] = reference
+        return view
+
+    def give_back(self, idle: float = 0.0) -> None:
+        """Gives what is free back to the system, if no result was asked for within the last `idle` seconds."""
+        if not (self._kept or self._back) or time.monotonic() - self._last < idle:
+            return
+        if not self._lock.acquire(blocking=False):  # this collection began in `lend`
+            return
+        try:
+            self._collect()
+            for part in self.free if hasattr(mmap, "MADV_DONTNEED") else ():
+                self._segments[part.segment].madvise(mmap.MADV_DONTNEED, part.begin, part.end - part.begin)
+            self._kept = False
+        finally:
+            self._lock.release()
+
+    def _take(self, size: int) -> Part:
+        for i, (segment, begin, end) in enumerate(self.free):
+            if end - begin >= size:
+                self.free[i : i + 1] = [Part(segment, begin + size, end)] if end - begin > size else []
+                return Part(segment, begin, begin + size)
+        self._segments.append(_segment(max(SEGMENT, size)))
+        last = len(self._segments) - 1
+        if size < SEGMENT:
+            self.free.append(Part(last, size, SEGMENT))
+        return Part(last, 0, size)
+
+    def _collect(self) -> None:
+        while self._back:
+            part = self._back.popleft()
+            i = bisect.bisect(self.free, part)
+            if i < len(self.free) and self.free[i][:2] == (part.segment, part.end):
+                part = part._replace(end=self.free.pop(i).end)
+            if i and self.free[i - 1].segment == part.segment and self.free[i - 1].end == part.begin:
+                i -= 1
+                part = part._replace(begin=self.free.pop(i).begin)
+            self.free.insert(i, part)
+
+
+def _segment(size: int) -> mmap.mmap:
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, size)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)  # private: a forked child's own
+    segment = mmap.mmap(-1, size, flags=flags)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        segment.madvise(mmap.MADV_HUGEPAGE)
+    return segment
+
+
+heap = Heap()
+gc.callbacks.append(lambda phase, _: heap.give_back(IDLE) if phase == "stop" else None)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Returns a tensor on the CPU whose numbers are not set, as `torch.empty`; in the heap from `LEAST` bytes on."""
+    numbers = math.prod(shape)
+    if numbers * dtype.itemsize < LEAST:
+        return torch.empty(shape, dtype=dtype)
+    try:
+        view = heap.lend(numbers * dtype.itemsize)
+    except OSError:  # the system maps no more
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(view, dtype=dtype, count=numbers).view(shape)

@@ -1,0 +1,180 @@
+"""Memory of large results: used again, never lent twice, given back."""
+
+import gc
+import os
+import random
+import subprocess
+import sys
+import threading
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from moekit.ops.kernels import memory
+from moekit.ops.kernels.build import native
+from moekit.ops.kernels.memory import LEAST, SEGMENT, STEP, Heap, Part, empty, heap
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+
+
+def resident() -> int:
+    """Returns the bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def lent(heap: Heap) -> int:
+    """Returns the bytes of the heap that tensors lie in."""
+    heap._collect()
+    return sum(map(len, heap._segments)) - sum(part.end - part.begin for part in heap.free)
+
+
+def test_a_large_result_lies_where_the_last_one_lay_and_a_small_one_is_torchs() -> None:
+    before = lent(heap)
+    first = empty((3, LEAST // 4), torch.float32)
+    place = first.data_ptr()
+    assert first.shape == (3, LEAST // 4)
+    assert first.dtype == torch.float32
+    assert first.is_contiguous()
+    assert lent(heap) == before + 3 * LEAST
+    kept = first[1:]  # a view holds it as well as the tensor does
+    del first
+    second = empty((3, LEAST // 4), torch.float32)
+    assert second.data_ptr() != place
+    del kept, second
+    assert lent(heap) == before
+    assert empty((3 * LEAST // 2,), torch.bfloat16).data_ptr() == place
+    assert lent(heap) == before
+    small = empty((LEAST // 4 - 1,), torch.float32)
+    assert small.numel() == LEAST // 4 - 1
+    assert lent(heap) == before
+
+
+def test_no_byte_is_lent_twice_and_all_come_back_as_one() -> None:
+    own, chance = Heap(), random.Random(0)
+    views: dict[int, memoryview] = {}
+    for turn in range(3000):
+        if views and chance.random() < 0.5:
+            number = chance.choice(list(views))
+            view = views.pop(number)
+            assert view[0] == view[-1] == number % 256
+            del view
+        else:
+            view = own.lend(chance.randrange(1, 9 * STEP))
+            view[0] = view[-1] = turn % 256
+            views[turn] = view
+            del view
+        with own._lock:
+            own._collect()
+        assert all(a.end < b.begin for a, b in pairwise(own.free) if a.segment == b.segment)
+    places = sorted((torch.frombuffer(view, dtype=torch.uint8).data_ptr(), len(view)) for view in views.values())
+    assert all(a + size <= b for (a, size), (b, _) in pairwise(places))
+    views.clear()
+    assert lent(own) == 0
+    assert own.free == [Part(0, 0, SEGMENT)]
+
+
+def test_more_than_a_segment_has_its_own() -> None:
+    own = Heap()
+    one, large = own.lend(5), own.lend(SEGMENT + 5)
+    assert len(large) >= SEGMENT + 5
+    assert len(own._segments) == 2
+    assert len(one) == STEP
+    del one, large
+    assert lent(own) == 0
+    assert own.free == [Part(0, 0, SEGMENT), Part(1, 0, SEGMENT + STEP)]
+
+
+def test_threads_share_the_heap() -> None:
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        chance, mine = random.Random(number), []
+        for _ in range(300):
+            mine.append(torch.full_like(empty((LEAST + chance.randrange(LEAST),), torch.uint8), number))
+            made = empty((LEAST + chance.randrange(LEAST),), torch.uint8).fill_(number)
+            mine = [*mine[-2:], made]
+            wrong.extend(number for t in mine if int(t[0]) != number or int(t[-1]) != number)
+
+    before = lent(heap)
+    workers = [threading.Thread(target=work, args=(n,)) for n in range(1, 5)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+    assert lent(heap) == before
+
+
+@linux
+def test_what_is_free_is_given_back_and_what_is_not_stays() -> None:
+    own = Heap()
+    stays, goes = own.lend(STEP), own.lend(256 << 20)
+    torch.frombuffer(stays, dtype=torch.uint8).fill_(7)
+    torch.frombuffer(goes, dtype=torch.uint8).fill_(8)
+    full = resident()
+    own.give_back()
+    assert resident() > full - (64 << 20), "it is still lent"
+    del goes
+    own.give_back(idle=60.0)
+    assert resident() > full - (64 << 20), "too soon"
+    own.give_back()
+    assert resident() < full - (192 << 20)
+    assert set(stays) == {7}
+
+
+@linux
+def test_a_collection_gives_back_what_was_long_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()
+    empty((256 << 20,), torch.uint8).fill_(1)
+    full = resident()
+    gc.collect()
+    assert resident() > full - (64 << 20)
+    monkeypatch.setattr(memory, "IDLE", 0.0)
+    gc.collect()
+    assert resident() < full - (192 << 20)
+    late = empty((256 << 20,), torch.uint8).fill_(1)
+    monkeypatch.setattr(memory, "IDLE", 60.0)
+    monkeypatch.setattr(heap, "_last", -1e9)  # what comes back long after the last was lent
+    del late
+    gc.collect()
+    assert resident() < full - (192 << 20)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_childs_writes_are_its_own() -> None:
+    mine = heap.lend(LEAST)
+    mine[0] = 1
+    child = os.fork()
+    if child == 0:
+        mine[0] = 2
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert mine[0] == 1
+
+
+STEPS = """
+import resource, torch
+from moekit.nn.ffn import SwiGLU
+torch.manual_seed(0)
+layer = SwiGLU(512, 4096)
+opt = torch.optim.SGD(layer.parameters(), lr=1e-3)
+x = torch.randn(256, 512)
+for step in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x).float().square().mean().backward()
+    opt.step()
+    opt.zero_grad()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@linux
+@pytest.mark.skipif(native().library is None, reason="no native library")
+def test_a_step_of_ones_own_loop_takes_no_new_pages() -> None:
+    """Three gradients of 8 MiB are 6,144 pages; without the heap 2,500 of them and more came anew in each step."""
+    done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 600
