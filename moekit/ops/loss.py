@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from moekit.ops.autocast import autocast_off, cast_once
 from moekit.ops.kernels import linear, step
+from moekit.ops.kernels.memory import empty
 from moekit.ops.product import product
 
 IGNORED = -100
@@ -34,16 +35,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, low: torch.dtype, gradients: bool) -> Tensor:
         ctx.dtypes = hidden.dtype, weight.dtype
-        hidden, weight = hidden.to(low), weight.to(low)
+        hidden = hidden.to(low)
         wanted = [gradients and needed for needed in ctx.needs_input_grad[:2]]
         total = hidden.new_zeros((), dtype=torch.float64 if low == torch.float64 else torch.float32)
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
         d_weight = None
         fused = step.has_rest(hidden, weight)
+        ours = fused and linear.has_linears(hidden, (weight,), mixed=True)  # which casts weights while it reads them
+        weight = weight if ours else weight.to(low)
         size = max(1, CHUNK_BYTES // (len(weight) * (low if fused else total.dtype).itemsize))
         for start in range(0, len(hidden), size):
             chunk, target = hidden[start : start + size], targets[start : start + size]
-            logits = product(chunk, weight.T)
+            logits = linear.linears(chunk, (weight,))[0] if ours else product(chunk, weight.T)
             if fused:
                 d_logits = logits
                 total += step.cross_entropy_(d_logits, target, any(wanted)).sum()
@@ -52,9 +55,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 total += losses
                 d_logits = d_logits.to(low)
             if d_hidden is not None:
-                d_hidden[start : start + size] = product(d_logits, weight)
+                back = linear.backward((d_logits,), (weight,)) if ours else product(d_logits, weight)
+                d_hidden[start : start + size] = back
             if wanted[1]:
-                if linear.has_linears(chunk, (weight,)):
+                if ours:
                     (part,) = linear.gradients(chunk, (d_logits,), total.dtype)
                 else:
                     part = product(d_logits.T, chunk)
@@ -69,10 +73,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # scaled in the precision of the loss: 1 / targets itself would be rounded in bf16, and vanish in fp16
         d_hidden, d_weight = (
-            None if d is None else (d * grad.view(1)).to(dtype)  # of one dimension: then it is grad's dtype that counts
+            None if d is None else _scaled(d, grad).to(dtype)
             for d, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return d_hidden, d_weight, None, None, None
+
+
+def _scaled(d: Tensor, grad: Tensor) -> Tensor:
+    by = grad.view(1)  # of one dimension: then it is grad's dtype that counts
+    if d.device.type == "cpu" and d.dtype == grad.dtype:
+        return torch.mul(d, by, out=empty(d.shape, d.dtype))
+    return d * by
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, differentiate: bool) -> tuple[Tensor, Tensor]:

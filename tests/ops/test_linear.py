@@ -78,7 +78,8 @@ def drawn(lies: str, *shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "out"), [((300,), 130, 70), ((2, 150), 70, 131), ((1,), 64, 70), ((9,), 1, 3), ((5000,), 6, 3)]
+    ("rows", "width", "out"),
+    [((300,), 130, 70), ((2, 150), 70, 131), ((1,), 64, 70), ((9,), 1, 3), ((5000,), 6, 3), ((41,), 70, 1300)],
 )
 @pytest.mark.parametrize("lies", ["as it comes", "across", "apart", "everywhere the same"])
 def test_float32_by_our_kernels_is_the_plain_product(
@@ -127,7 +128,8 @@ def test_a_strided_input_suits_the_kernel(kind: str, rows: int) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
-    ("rows", "width", "outs"), [(1, 64, (32,)), (37, 70, (33, 1, 64)), (600, 96, (130, 64)), (2100, 32, (7,))]
+    ("rows", "width", "outs"),
+    [(1, 64, (32,)), (37, 70, (33, 1, 64)), (600, 96, (130, 64)), (2100, 32, (7,)), (300, 70, (2500, 33))],
 )
 @pytest.mark.parametrize("weights_in", [torch.float32, torch.bfloat16])
 def test_several_products_of_the_same_rows_have_the_right_gradients(
@@ -161,7 +163,7 @@ def test_several_products_of_the_same_rows_have_the_right_gradients(
 
 def test_threads_change_no_bit_and_frozen_matrices_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 200, 70).bfloat16().transpose(0, 1).requires_grad_()
-    weights = [torch.randn(out, 70).requires_grad_(out != 40) for out in (33, 40, 96)]
+    weights = [torch.randn(out, 70).requires_grad_(out != 40) for out in (33, 40, 2096)]
     made = []
     for threads in (1, 2, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)

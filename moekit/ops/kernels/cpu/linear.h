@@ -102,47 +102,57 @@ template <class S, class W> void linear(const Maps& s, const S* x, int64_t ldx) 
         linear_panels<Product<S>, S, W>(s, x, ldx);
 }
 
-// dx (tokens, k) = the sum over maps of dy w.
+// dx (tokens, k) = the sum over maps of dy w. What is summed is taken a part of PART units at a time, whose panels stay in the
+// cache while the rows of a task meet all of them: a head's dy, which is larger than the cache, is read once a task.
 template <class S, class W> void linear_backward(const Maps& s, S* dx) {
     typedef Product<S> P;
+    constexpr int64_t PART = 512, each = Units<P>::each, WHOLE = PART * each * PANEL;
+    const int64_t step = Left<P>::step(), k = s.k, panels = (k + PANEL - 1) / PANEL;
     std::vector<Shared<P, S>> in;
-    std::vector<int64_t> at(1);  // where each map's part of a panel begins
     in.reserve(s.count);
+    int64_t parts = 0;
     for (int64_t m = 0; m < s.count; m++) {
         in.emplace_back((const S*)s.map[m].y, s.map[m].rows, s.tokens, s.map[m].rows);
-        at.push_back(at[m] + Units<P>::padded(s.map[m].rows) * PANEL);
+        parts += (s.map[m].rows + PART * each - 1) / (PART * each);
     }
-    const int64_t step = Left<P>::step(), k = s.k;
-    Tasks tasks(s.tokens, step);
-    tasks.add(0, k);
+    const int64_t group = std::min<int64_t>(2, (panels + s.threads - 1) / s.threads), groups = (panels + group - 1) / group;
+    const int64_t wanted = std::min((4 * s.threads + groups - 1) / groups, (s.tokens + 255) / 256);  // parts of the rows
+    const int64_t most = up((s.tokens + wanted - 1) / wanted, step), blocks = (s.tokens + most - 1) / most;
+    const int64_t kept = parts > 1 ? most + TILE_ROWS : TILE_ROWS;  // rows of sums
 #pragma omp parallel num_threads(s.threads)
     {
         AmxTiles tiles;
-        scratch.reserve(room(at.back(), sizeof(P)) + room(TILE_ROWS * PANEL, 4));
-        P* panel = scratch.take<P>(at.back());
-        float* c = scratch.take<float>(TILE_ROWS * PANEL);
-        int64_t packed = -1;
+        scratch.reserve(room(group * WHOLE, sizeof(P)) + room(group * kept * PANEL, 4));
+        P* packed = scratch.take<P>(group * WHOLE);
+        float* sums = scratch.take<float>(group * kept * PANEL);
         for (auto& rows : in)
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < (rows.in_place ? 0 : s.tokens); t++) rows.take(t);
-#pragma omp for schedule(dynamic, tasks.chunk(s.threads))
-        for (int64_t task = 0; task < tasks.count(); task++) {
-            const auto [of, n, columns] = tasks.panels[task / tasks.parts];
-            for (int64_t m = 0; packed != task / tasks.parts && m < s.count; m++)
-                pack(panel + at[m], (const W*)s.map[m].w.data + n, s.k, (const int64_t*)nullptr, columns, PANEL, s.map[m].rows);
-            packed = task / tasks.parts;
-            for (int64_t t = tasks.begin(task), end = tasks.end(task); t < end; t += step) {
-                const int64_t taken = std::min(step, end - t);
-                for (int64_t m = 0; m < s.count; m++) {
-                    const int64_t rs = in[m].rows.stride / Units<P>::each;
-                    const unit *left = (const unit*)(in[m].rows.at + t * in[m].rows.stride), *right = (const unit*)(panel + at[m]);
-                    if (m)
-                        multiply<P, Out::ADD>(taken, rs, left, rs, 1, right, c);
-                    else
-                        multiply<P>(taken, rs, left, rs, 1, right, c);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < groups * blocks; task++) {
+            const int64_t first = task / blocks * group, last = std::min(panels, first + group);
+            const int64_t begin = task % blocks * most, end = std::min(s.tokens, begin + most);
+            int64_t part = 0;
+            for (int64_t m = 0; m < s.count; m++) {
+                const Left<P>& left = in[m].rows;
+                for (int64_t row = 0; row < s.map[m].rows; row += PART * each, part++) {
+                    const int64_t count = std::min(PART * each, s.map[m].rows - row), depth = Units<P>::padded(count) / each;
+                    for (int64_t p = first; p < last; p++)
+                        pack(packed + (p - first) * WHOLE, (const W*)s.map[m].w.data + row * k + p * PANEL, k, (const int64_t*)nullptr,
+                             std::min<int64_t>(PANEL, k - p * PANEL), PANEL, count);
+                    for (int64_t t = begin; t < end; t += step)
+                        for (int64_t p = first; p < last; p++) {
+                            const int64_t taken = std::min(step, end - t);
+                            const unit *a = (const unit*)(left.at + t * left.stride + row), *panel = (const unit*)(packed + (p - first) * WHOLE);
+                            float* c = sums + ((p - first) * kept + (parts > 1 ? t - begin : 0)) * PANEL;
+                            if (part)
+                                multiply<P, Out::ADD>(taken, depth, a, left.stride / each, 1, panel, c);
+                            else
+                                multiply<P>(taken, depth, a, left.stride / each, 1, panel, c);
+                            if (part == parts - 1)
+                                for (int64_t i = 0; i < taken; i++) store_row(dx + (t + i) * k + p * PANEL, c + i * PANEL, std::min<int64_t>(PANEL, k - p * PANEL));
+                        }
                 }
-                S* to = dx + t * k + n;
-                for (int64_t i = 0; i < taken; i++) store_row(to + i * k, c + i * PANEL, columns);
             }
         }
     }
