@@ -13,7 +13,7 @@ from moekit.nn.norm import RMSNorm
 from moekit.nn.rope import Rotation, rotate, softmax_scale
 from moekit.ops.attention import Seen, attend
 from moekit.ops.autocast import cast_once
-from moekit.ops.layer import Heads, attention_layer
+from moekit.ops.layer import Attending, Heads, attention_layer
 
 
 class Context(NamedTuple):
@@ -57,15 +57,24 @@ class Attention(nn.Module):
         self.scale = softmax_scale(config.rope, head_dim)
         self.heads = Heads(dim, heads, kv_heads, head_dim, head_dim, head_dim, rank=0, q_rank=0)
 
+    def in_one(self, x: Float[Tensor, "batch length dim"], context: Context) -> Attending | None:
+        """Returns this layer as one call of the compiled kernels, if they may compute it for these tokens."""
+        if self.config.qk_norm != "none" or not context.begins:
+            return None
+        maps, cache, seen = (
+            (self.q_proj, self.k_proj, self.v_proj, self.o_proj),
+            context.buffer(self.layer),
+            context.seen,
+        )
+        if not (weights := whole(x, *maps, seen=seen, cache=cache)):
+            return None
+        how = context.rotation, seen.document_ids, seen.causal, self.scale, 0.0, cache
+        return Attending((*weights, None), (None, None), self.heads, *how)
+
     def forward(self, x: Float[Tensor, "batch length dim"], context: Context) -> Float[Tensor, "batch length dim"]:
         x, norm = cast_once(x), self.config.qk_norm
-        if norm == "none" and context.begins:
-            maps, cache = (self.q_proj, self.k_proj, self.v_proj, self.o_proj), context.buffer(self.layer)
-            if weights := whole(x, *maps, seen=context.seen, cache=cache):
-                return attention_layer(
-                    x, (*weights, None), (None, None), self.heads, context.rotation,
-                    context.seen.document_ids, context.seen.causal, self.scale, 0.0, cache,
-                )  # fmt: skip
+        if layer := self.in_one(x, context):
+            return attention_layer(x, layer)
         split = (-1, self.config.head_dim)
         q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
         if norm == "full":

@@ -1,5 +1,7 @@
 """Dense feed-forward networks: SwiGLU (arXiv 2002.05202), which shared experts are too, and two matrices with GELU."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 from moekit.nn.linear import Linear, together, whole
 from moekit.ops.autocast import cast_once
 from moekit.ops.layer import feed_forward
+from moekit.ops.quantize import Quantized
 from moekit.ops.swiglu import swiglu
 
 
@@ -23,9 +26,13 @@ class SwiGLU(nn.Module):
         self.up_proj = Linear(dim, ff)
         self.down_proj = Linear(ff, dim)
 
+    def in_one(self, x: Float[Tensor, "*tokens dim"]) -> Sequence[Tensor | Quantized]:
+        """Returns gate, up and down if one call of the compiled kernels may multiply them for these tokens."""
+        return whole(x, self.gate_proj, self.up_proj, self.down_proj)
+
     def forward(self, x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         x = cast_once(x)
-        if weights := whole(x, self.gate_proj, self.up_proj, self.down_proj):
+        if weights := self.in_one(x):
             return feed_forward(x, *weights)
         y: Tensor = self.down_proj(swiglu(*together(x, self.gate_proj, self.up_proj)))
         return y

@@ -11,7 +11,7 @@ from moekit.nn.norm import RMSNorm
 from moekit.nn.rope import rotate, softmax_scale
 from moekit.ops.attention import attend
 from moekit.ops.autocast import cast_once
-from moekit.ops.layer import Heads, attention_layer
+from moekit.ops.layer import Attending, Heads, attention_layer
 
 MOST_EXPANDED = 1 << 26
 """Keys and values of earlier tokens that are expanded at once: 128 MiB in bfloat16."""
@@ -44,20 +44,25 @@ class MLA(nn.Module):
         rope, rank, q_rank = config.qk_rope_head_dim, config.kv_lora_rank, config.q_lora_rank or 0
         self.heads = Heads(dim, heads, heads, qk_dim, config.v_head_dim, rope, rank, q_rank)
 
+    def in_one(self, x: Float[Tensor, "batch length dim"], context: Context) -> Attending | None:
+        """Returns this layer as one call of the compiled kernels, if they may compute it for these tokens."""
+        if not context.begins:
+            return None
+        compressed, cache, seen = self.config.q_lora_rank is not None, context.buffer(self.layer), context.seen
+        norms = [self.kv_a_layernorm, *([self.q_a_layernorm] if compressed else [])]
+        maps = [self.q_b_proj if compressed else self.q_proj, self.kv_a_proj_with_mqa, self.kv_b_proj, self.o_proj]
+        maps += [self.q_a_proj] if compressed else []
+        if not untouched(RMSNorm, *norms) or not (weights := whole(x, *maps, seen=seen, cache=cache)):
+            return None
+        more = [None] * (not compressed)
+        how = context.rotation, seen.document_ids, seen.causal, self.scale, self.kv_a_layernorm.eps, cache
+        return Attending((*weights, *more), (*(norm.weight for norm in norms), *more), self.heads, *how)
+
     def forward(self, x: Float[Tensor, "batch length dim"], context: Context) -> Float[Tensor, "batch length dim"]:
         config, x = self.config, cast_once(x)
         compressed = config.q_lora_rank is not None
-        if context.begins:
-            cache = context.buffer(self.layer)
-            norms = [self.kv_a_layernorm, *([self.q_a_layernorm] if compressed else [])]
-            maps = [self.q_b_proj if compressed else self.q_proj, self.kv_a_proj_with_mqa, self.kv_b_proj, self.o_proj]
-            maps += [self.q_a_proj] if compressed else []
-            if untouched(RMSNorm, *norms) and (weights := whole(x, *maps, seen=context.seen, cache=cache)):
-                more = [None] * (not compressed)
-                return attention_layer(
-                    x, (*weights, *more), (*(norm.weight for norm in norms), *more), self.heads, context.rotation,
-                    context.seen.document_ids, context.seen.causal, self.scale, self.kv_a_layernorm.eps, cache,
-                )  # fmt: skip
+        if layer := self.in_one(x, context):
+            return attention_layer(x, layer)
         q, latent = together(x, self.q_a_proj if compressed else self.q_proj, self.kv_a_proj_with_mqa)
         if compressed:
             q = self.q_b_proj(self.q_a_layernorm(q))

@@ -14,7 +14,7 @@ from moekit.nn.attention import Attention, Context
 from moekit.nn.cache import KVCache
 from moekit.nn.ffn import MLP, SwiGLU
 from moekit.nn.head import SentenceHead
-from moekit.nn.linear import Linear
+from moekit.nn.linear import Linear, untouched
 from moekit.nn.mla import MLA
 from moekit.nn.moe import MoE
 from moekit.nn.norm import RMSNorm
@@ -23,10 +23,13 @@ from moekit.nn.router import HashRouter, Probe, Router, RouterContext
 from moekit.nn.variants import build
 from moekit.nn.variants.layer import VariantLayer
 from moekit.ops.attention import all_seen, seen
+from moekit.ops.autocast import cast_once
 from moekit.ops.balance import LoadSums, updated_bias
+from moekit.ops.layer import whole_block
 from moekit.ops.loss import IGNORED, TokenLoss, linear_cross_entropy
-from moekit.ops.quantize import Codes
-from moekit.ops.routing import Routing, balanced_hash_table
+from moekit.ops.norm import Normed
+from moekit.ops.quantize import Codes, Quantized
+from moekit.ops.routing import Routing, balanced_hash_table, of_routes
 
 
 class ModelOutput(NamedTuple):
@@ -80,17 +83,60 @@ class Block(nn.Module):
     ) -> tuple[Float[Tensor, "batch length dim"], Float[Tensor, "batch length dim"], tuple[Routing, ...]]:
         """Returns two parts of the residual stream, x and what is to be added to it, as it takes them: the next norm
         adds them while it reads them."""
-        x, _, normed = self.input_layernorm.add(x, delta)
+        if (found := self._in_one(x, delta, context, units)) is not None:
+            return found
+        x, _, normed = _add(self.input_layernorm, x, delta)
         attended = self.self_attn(normed, context)
         if isinstance(self.mlp, VariantLayer):
             x = x + attended
             return x, *self.mlp(self.post_attention_layernorm(x), units)
         routes = isinstance(self.mlp, MoE)
-        x, exact, normed = self.post_attention_layernorm.add(x, attended, exact=routes)
+        x, exact, normed = _add(self.post_attention_layernorm, x, attended, exact=routes)
         if routes:
             y, routing = self.mlp(exact, units, normed)
             return x, y, (routing,)
         return x, self.mlp(normed), ()
+
+    def _in_one(
+        self, x: Tensor, delta: Tensor | None, context: Context, units: RouterContext
+    ) -> tuple[Tensor, Tensor, tuple[Routing, ...]] | None:
+        """Returns what `forward` does, from one call of the compiled kernels, if no gradient is wanted and nobody looks
+        at what lies between."""
+        norms, attention, mlp = (self.input_layernorm, self.post_attention_layernorm), self.self_attn, self.mlp
+        if (
+            torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or (delta is not None and delta.dtype != x.dtype)
+        ):
+            return None
+        if not isinstance(attention, Attention | MLA) or type(attention) not in (Attention, MLA):
+            return None
+        if not untouched(RMSNorm, *norms) or norms[0].eps != norms[1].eps:
+            return None
+        if not all(untouched(type(module), module) for module in (attention, mlp)):
+            return None
+        if (layer := attention.in_one(x, context)) is None:
+            return None
+        ffn: Sequence[Tensor | Quantized] = ()
+        routed = None
+        if type(mlp) is MoE:
+            if (found := mlp.in_one(x, units)) is None:
+                return None
+            ffn, routed = found
+        elif type(mlp) is not SwiGLU or not (ffn := mlp.in_one(x)):
+            return None
+        weights = norms[0].weight, norms[1].weight
+        x, y, routes = whole_block(x, delta, weights, norms[0].eps, layer, ffn, routed)
+        return x, y, () if routes is None else (of_routes(routes),)
+
+
+def _add(norm: nn.Module, x: Tensor, delta: Tensor | None, exact: bool = False) -> Normed:
+    """Returns x + delta with its norm in one pass, unless somebody has hooked, wrapped or replaced the norm."""
+    if isinstance(norm, RMSNorm) and (torch.compiler.is_compiling() or untouched(RMSNorm, norm)):
+        return norm.add(x, delta, exact)
+    stream = x if delta is None else x + delta
+    y = norm(stream)
+    return Normed(stream, y, cast_once(y))
 
 
 class Model(nn.Module):

@@ -1,18 +1,23 @@
 """The DeepSeekMoE layer (arXiv 2401.06066, Eq. 9-11) = router + routed experts + shared experts."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from moekit.config import MoEConfig
 from moekit.nn.experts import Experts
 from moekit.nn.ffn import SwiGLU
-from moekit.nn.linear import Linear
+from moekit.nn.linear import Linear, untouched
 from moekit.nn.router import HashRouter, Router, RouterContext
 from moekit.ops import balance, dispatch
 from moekit.ops.autocast import cast_once
 from moekit.ops.balance import LoadSums
+from moekit.ops.experts import choose
+from moekit.ops.layer import Routed
+from moekit.ops.quantize import Quantized
 from moekit.ops.routing import Routing, limit_capacity
 
 
@@ -60,6 +65,29 @@ class MoE(nn.Module):
                 shared = self.shared_expert_gate(tokens).sigmoid() * shared
         y = self.experts(tokens, plan.tokens_per_expert, plan=plan, weights=routing.weights, plus=shared)
         return MoEOutput(y.view(x.shape), routing)
+
+    def in_one(
+        self, x: Float[Tensor, "batch length dim"], context: RouterContext
+    ) -> tuple[Sequence[Tensor | Quantized], Routed] | None:
+        """Returns the shared and the routed experts for one call of the compiled kernels, if they may compute these
+        tokens: as `Router` chooses without groups, padding and probes, and nobody looks in between."""
+        config, router, shared, experts = self.config, self.router, self.shared_experts, self.experts
+        if context.probe is not None or context.mask is not None or self.shared_expert_gate is not None:
+            return None
+        if config.n_group != 1 or (self.training and config.capacity_factor is not None):
+            return None
+        if not isinstance(router, Router) or router.weight.dtype not in (torch.float32, torch.bfloat16):
+            return None
+        if not untouched(Router, router) or not untouched(Experts, experts):
+            return None
+        weights: Sequence[Tensor | Quantized] = ()
+        if shared is not None and not (untouched(SwiGLU, shared) and (weights := shared.in_one(x))):
+            return None
+        gate_up, down = experts.stacked
+        if choose(experts.backend, x, gate_up, down) != "native":
+            return None
+        how = config.scoring_func == "sigmoid", config.norm_topk_prob, config.routed_scaling_factor
+        return weights, Routed(gate_up, down, router.weight, router.expert_bias, config.num_experts_per_tok, *how)
 
     def balance_losses(self, routing: Routing, prior: LoadSums | None) -> dict[str, Float[Tensor, ""]]:
         """Returns each balance loss that has a factor, times its factor. `prior` is used by `global_aux` only."""

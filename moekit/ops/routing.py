@@ -94,11 +94,7 @@ def route(
             normed=norm_topk_prob,
             factor=routed_scaling_factor,
         )
-        length = torch.full((sequences,), len(logits) // max(sequences, 1), device=logits.device)
-        return Routing(
-            *(found.ids, found.weights, found.scores, found.counts, length.unsqueeze(-1)),
-            *(found.score_sums, found.squared_lse_sums, length),
-        )
+        return of_routes(found)
     scores = logits.softmax(-1) if scoring_func == "softmax" else logits.sigmoid()
     choice = scores.detach() if expert_bias is None else scores.detach() + expert_bias
     affinities = scores
@@ -118,6 +114,16 @@ def route(
     routing = _counted(expert_ids, weights * routed_scaling_factor, logits.shape[1], n_group, sequences, mask)
     sums = _per_sequence(shares, sequences), _per_sequence(squared_lse, sequences)
     return routing._replace(scores=scores, score_sums=sums[0], squared_lse_sums=sums[1])
+
+
+def of_routes(found: compiled.Routes) -> Routing:
+    """Returns the routing that the compiled choice has found: no groups, no padding."""
+    sequences = len(found.counts)
+    length = torch.full((sequences,), len(found.ids) // max(sequences, 1), device=found.ids.device)
+    return Routing(
+        *(found.ids, found.weights, found.scores, found.counts, length.unsqueeze(-1)),
+        *(found.score_sums, found.squared_lse_sums, length),
+    )
 
 
 def route_noisy(

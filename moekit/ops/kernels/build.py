@@ -44,6 +44,7 @@ SIGNATURES: dict[str, list[type]] = {
     "moekit_feed_forward_bytes": [_INT, *[_POINTER] * 2],
     "moekit_feed_forward": [_INT, *[_POINTER] * 4],
     "moekit_feed_forward_backward": [_INT, *[_POINTER] * 6],
+    "moekit_block": [_INT, *[_POINTER] * 5],
     "moekit_largest": [*[_LONG] * 3, *[_POINTER] * 2, _INT],
     "moekit_route": [_POINTER, ctypes.c_float, _INT, *[_POINTER] * 9],
     "moekit_route_backward": [_POINTER, ctypes.c_float, _INT, *[_POINTER] * 9],

@@ -56,6 +56,18 @@ def route(
     return Routes(*(_Route.apply(*how) if torch.is_grad_enabled() else _route(*how)[0]))
 
 
+def room_for_routes(units: int, sequences: int, experts: int, k: int) -> Routes:
+    """Returns tensors of these sizes whose numbers are not set."""
+    return Routes(
+        torch.empty(units, experts),
+        torch.empty(units, k, dtype=torch.int64),
+        torch.empty(units, k),
+        torch.empty(sequences, experts),
+        torch.empty(sequences),
+        torch.empty(sequences, experts, dtype=torch.int64),
+    )
+
+
 def _route(
     logits: Tensor, bias: Tensor | None, k: int, sequences: int, sigmoid: bool, normed: bool, factor: float
 ) -> tuple[tuple[Tensor, ...], Tensor, Any]:
@@ -63,14 +75,13 @@ def _route(
     logits, bias = logits.contiguous(), None if bias is None else bias.float().contiguous()
     units, experts = logits.shape
     sizes = (ctypes.c_int64 * 6)(sequences, units // max(sequences, 1), experts, k, sigmoid, normed)
-    scores, log_sums, squared = torch.empty_like(logits), logits.new_empty(units), logits.new_empty(sequences)
-    ids, counts = torch.empty(units, k, dtype=torch.int64), torch.empty(sequences, experts, dtype=torch.int64)
-    weights, sums = logits.new_empty(units, k), logits.new_empty(sequences, experts)
+    made, log_sums = room_for_routes(units, sequences, experts, k), torch.empty(units)
+    scores, ids, weights, sums, squared, counts = made
     library().moekit_route(
         *(sizes, factor, torch.get_num_threads(), logits.data_ptr(), None if bias is None else bias.data_ptr()),
         *(tensor.data_ptr() for tensor in (scores, ids, weights, log_sums, sums, squared, counts)),
     )
-    return (scores, ids, weights, sums, squared, counts), log_sums, sizes
+    return tuple(made), log_sums, sizes
 
 
 class _Route(torch.autograd.Function):

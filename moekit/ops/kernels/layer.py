@@ -40,63 +40,63 @@ class Heads(NamedTuple):
         return self.rank + self.turned if self.rank else self.kv_heads * (self.head_dim + self.value_dim)
 
 
-def attention_layer(
-    x: Float[Tensor, "batch length dim"],
-    weights: Sequence[Float[Tensor, "_ _"] | Quantized | None],
-    norms: Sequence[Float[Tensor, " _"] | None],
-    heads: Heads,
-    rotation: tuple[Float[Tensor, "batch length half"], Float[Tensor, "batch length half"]],
-    document_ids: Int[Tensor, "batch length"] | None,
-    causal: bool,
-    scale: float,
-    eps: float,
-    cache: Float[Tensor, "sequences keys entry"] | None = None,
-) -> Float[Tensor, "batch length dim"]:
-    """Returns attention from its input to its output projection.
+class Attending(NamedTuple):
+    """An attention layer as `attention_layer` computes it."""
 
-    `weights` are those of q, k, v, o and None; of latent attention q or q_b, kv_a, kv_b, o and q_a, with the `norms` of
-    the latents of keys and of queries. Without gradients the first entries of a `cache` may be written: keys and values
-    of all heads, or the latent and the key; ConfigError where they have no place there.
-    """
-    if cache is not None and (len(cache) != len(x) or cache.shape[1] < x.shape[1] or cache.shape[2] != heads.entry):
-        wanted = f"({len(x)}, at least {x.shape[1]}, {heads.entry})"
-        raise ConfigError(f"the cache of a layer is {tuple(cache.shape)} but must be {wanted}, as model and batch are")
-    if document_ids is not None:
-        document_ids = document_ids.to(torch.int32).contiguous()
-    cos, sin = (part.contiguous() for part in rotation)
-    of = (heads, causal, scale, eps)
+    weights: Sequence[Float[Tensor, "_ _"] | Quantized | None]
+    """Those of q, k, v, o and None; of latent attention q or q_b, kv_a, kv_b, o and q_a."""
+    norms: Sequence[Float[Tensor, " _"] | None]
+    """Of the latents of keys and of queries."""
+    heads: Heads
+    rotation: tuple[Float[Tensor, "batch length half"], Float[Tensor, "batch length half"]]
+    document_ids: Int[Tensor, "batch length"] | None
+    causal: bool
+    scale: float
+    eps: float
+    cache: Float[Tensor, "sequences keys entry"] | None = None
+    """Its first entries are written, which needs that no gradients are wanted: keys and values of all heads, or the
+    latent and the key."""
+
+
+def attention_layer(x: Float[Tensor, "batch length dim"], layer: Attending) -> Float[Tensor, "batch length dim"]:
+    """Returns attention from its input to its output projection; ConfigError where the cache has no place for it."""
     if torch.is_grad_enabled():
-        y: Tensor = _AttentionLayer.apply(of, x, cos, sin, document_ids, *weights, *norms)
+        y: Tensor = _AttentionLayer.apply(layer._replace(weights=(), norms=()), x, *layer.weights, *layer.norms)
         return y
     x = x.contiguous()
-    layer, _wide = _attention(of, x, cos, sin, document_ids, weights, norms, cache)
+    described, _kept = layer_of(x, *layer)
     y = empty(x.shape, x.dtype)
-    library().moekit_attention_layer(x.dtype == torch.bfloat16, layer, at(x), None, at(y))
+    library().moekit_attention_layer(x.dtype == torch.bfloat16, described, at(x), None, at(y))
     return y
 
 
-def _attention(
-    of: tuple[Heads, bool, float, float],
+def layer_of(
     x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    document_ids: Tensor | None,
     weights: Sequence[Tensor | Quantized | None],
     norms: Sequence[Tensor | None],
+    heads: Heads,
+    rotation: tuple[Tensor, Tensor],
+    document_ids: Tensor | None,
+    causal: bool,
+    scale: float,
+    eps: float,
     cache: Tensor | None = None,
 ) -> tuple[bytes, Any]:
-    """Returns the library's `AttentionLayer`, and what must live as long as it is used."""
-    heads, causal, scale, eps = of
-    wide = [None if norm is None else norm.float() for norm in norms]
-    where = [at(t) or 0 for t in (*wide, cos, sin, document_ids)]
-    sizes = (*x.shape[:2], *heads, causal)
+    """Returns the library's `AttentionLayer` for rows like x, and what must live as long as it is used."""
+    if cache is not None and (len(cache) != len(x) or cache.shape[1] < x.shape[1] or cache.shape[2] != heads.entry):
+        wanted = f"({len(x)}, at least {x.shape[1]}, {heads.entry})"
+        raise ConfigError(f"the cache of a layer is {tuple(cache.shape)} but must be {wanted}, as model and batch are")
+    documents = None if document_ids is None else document_ids.to(torch.int32).contiguous()
+    tensors = [None if norm is None else norm.float() for norm in norms]
+    tensors += [*(part.contiguous() for part in rotation), documents]
     kept = (0, 0, False) if cache is None else (at(cache), cache.shape[1], cache.dtype == torch.bfloat16)
-    numbers = (*sizes, *_matrices(weights), *where, scale, eps, torch.get_num_threads(), *kept)
-    return _ATTENTION.pack(*numbers), wide
+    where = [at(t) or 0 for t in tensors]
+    numbers = (*x.shape[:2], *heads, causal, *_matrices(weights), *where, scale, eps, torch.get_num_threads(), *kept)
+    return _ATTENTION.pack(*numbers), tensors
 
 
 _ATTENTION = struct.Struct("=11q15q5q2d4q")
-_FEED_FORWARD = struct.Struct("=3q9qq")
+FEED_FORWARD = struct.Struct("=3q9qq")
 
 
 def _matrices(weights: Sequence[Tensor | Quantized | None]) -> list[int]:
@@ -116,34 +116,32 @@ def _gradients(
 
 class _AttentionLayer(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, of: Any, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None, *parameters: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, of: Attending, x: Tensor, *parameters: Tensor | None) -> Tensor:
         x = x.contiguous()
-        layer, _wide = _attention(of, x, cos, sin, documents, parameters[:5], parameters[5:])
+        layer, _kept = layer_of(x, *of._replace(weights=parameters[:5], norms=parameters[5:]))
         kept = room("moekit_attention_layer_bytes", layer, x) if any(ctx.needs_input_grad) else None
         y = empty(x.shape, x.dtype)
         library().moekit_attention_layer(x.dtype == torch.bfloat16, layer, at(x), at(kept), at(y))
-        ctx.of = of
         if kept is not None:
-            ctx.save_for_backward(kept, x, cos, sin, documents, *parameters)
+            ctx.of = of
+            ctx.save_for_backward(kept, x, *parameters)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        kept, x, cos, sin, documents, *parameters = ctx.saved_tensors
-        dy = dy.contiguous()
-        layer, _wide = _attention(ctx.of, x, cos, sin, documents, parameters[:5], parameters[5:])
-        _, learns, _, _, _, *wanted = ctx.needs_input_grad
+        kept, x, *parameters = ctx.saved_tensors
+        dy, weights, norms = dy.contiguous(), parameters[:5], parameters[5:]
+        layer, _kept = layer_of(x, *ctx.of._replace(weights=weights, norms=norms))
+        _, learns, *wanted = ctx.needs_input_grad
         dx = empty(x.shape, x.dtype) if learns else None
-        matrices, table = _gradients(parameters[:5], wanted[:5])
-        norms, more = _gradients(parameters[5:], wanted[5:], torch.float32)
+        matrices, table = _gradients(weights, wanted[:5])
+        scales, more = _gradients(norms, wanted[5:], torch.float32)
         library().moekit_attention_layer_backward(
             x.dtype == torch.bfloat16, layer, at(x), at(kept), at(dy), at(dx), table + more
         )
-        rounded = (d if d is None else d.to(p.dtype) for d, p in zip(norms, parameters[5:], strict=True))
-        return None, dx, None, None, None, *matrices, *rounded
+        rounded = (d if d is None else d.to(p.dtype) for d, p in zip(scales, norms, strict=True))
+        return None, dx, *matrices, *rounded
 
 
 def feed_forward(
@@ -165,7 +163,7 @@ def feed_forward(
 def _layer(x: Tensor, *weights: Tensor | Quantized) -> bytes:
     """Returns the library's `FeedForward`."""
     sizes = (x.numel() // x.shape[-1], x.shape[-1], weights[0].shape[0])
-    return _FEED_FORWARD.pack(*sizes, *_matrices(weights), torch.get_num_threads())
+    return FEED_FORWARD.pack(*sizes, *_matrices(weights), torch.get_num_threads())
 
 
 class _FeedForward(torch.autograd.Function):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LEAST = 1 << 21
+LEAST = 1 << 22
 """Bytes from which on a result lies in the heap."""
 
 STEP = 1 << 16

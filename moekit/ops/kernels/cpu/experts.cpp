@@ -2,8 +2,8 @@
 
 #include "interface.h"
 
+#include "block.h"
 #include "decode.h"
-#include "routed.h"
 
 template <class S>
 void forward_of(const Shape& s, const S* x, int64_t ldx, const Expert* matrices, void* hidden, void* y) {
@@ -57,6 +57,10 @@ EXPORT void moekit_routed_experts_backward(int s_bf16, int w_bf16, const RoutedE
                                            char* kept, const void* dy, void* dx, float* d_weights, void* d_gate_up, void* d_down) {
     BY_TYPE((routed_experts_backward<S, W>(*s, (const S*)x, (const W*)gate_up, (const W*)down, kept, (const S*)dy, (S*)dx, d_weights,
                                            (W*)d_gate_up, (W*)d_down)))
+}
+
+EXPORT void moekit_block(int low, const Block* b, const void* x, const void* delta, void* stream, void* y) {
+    block(low, *b, x, delta, stream, y);
 }
 
 EXPORT void moekit_decode(const DecodeModel* model, int64_t batch, const int64_t* ids, const int64_t* lengths, float* logits,

@@ -1,0 +1,190 @@
+"""A block in one call of our kernels: what its modules give one by one, wherever that may be."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moekit.config import ModelConfig
+from moekit.nn import model as models
+from moekit.nn.cache import KVCache
+from moekit.nn.model import Model, ModelOutput
+from moekit.nn.quantized import quantize_
+from moekit.nn.router import Probe
+from moekit.ops.kernels import build
+from moekit.ops.kernels import linear as kernels
+
+HEADS = {"num_attention_heads": 3, "kv_lora_rank": 40, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}
+V3 = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True, "routed_scaling_factor": 2.5}
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "latent": {"attention": {"kind": "mla", **HEADS}},
+    "latent, compressed queries": {"attention": {"kind": "mla", "q_lora_rank": 24, **HEADS}},
+    "no shared expert": {"ffn": {"n_shared_experts": 0}},
+    "V3's router": {"ffn": V3},
+    "dense": {"ffn": {"kind": "dense"}},
+}
+LENGTH = 37
+
+
+@pytest.fixture(autouse=True)
+def ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets our kernels take float32 on any machine."""
+    if build.native().library is None:
+        pytest.skip("there are no native kernels")
+    monkeypatch.setattr(kernels, "native", lambda: build.native()._replace(wide_amd=True))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the blocks that are one call."""
+    made: list[int] = []
+
+    def counting(*arguments: Any) -> Any:
+        made.append(1)
+        return before(*arguments)
+
+    before = models.whole_block
+    monkeypatch.setattr(models, "whole_block", counting)
+    return made
+
+
+@pytest.fixture
+def made(tiny_config: Callable[..., ModelConfig]) -> Callable[..., Model]:
+    """Makes a model of a dense block and two more."""
+
+    def make(name: str, dtype: str = "float32") -> Model:
+        if dtype == "bfloat16" and not (build.native().bfloat16 and not build.native().amx):
+            pytest.skip("torch multiplies bfloat16 on this machine")
+        settings = MODELS[name]
+        ffn = {"first_k_dense_replace": 1, "intermediate_size": 70} | settings.get("ffn", {})
+        if ffn.get("kind") == "dense":
+            del ffn["first_k_dense_replace"]
+        config = tiny_config(**settings | {"ffn": ffn}, num_hidden_layers=3, hidden_size=64, initializer_range=0.2)
+        model = Model(config).eval()
+        for key, parameter in model.named_parameters():
+            if "norm" in key:
+                nn.init.normal_(parameter, mean=1.0, std=0.2)
+        for layer in model.moe_layers:
+            if layer.router.expert_bias is not None:
+                layer.router.expert_bias.normal_(std=0.3)
+        return model.to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+
+    return make
+
+
+def drawn(model: Model) -> Tensor:
+    return torch.randint(0, model.config.vocab_size, (2, LENGTH))
+
+
+def apart(model: Model) -> Model:
+    """Returns the model with hooks that nobody may pass over, so that each part of it is called."""
+    for part in model.modules():
+        if isinstance(part, nn.Linear):
+            part.register_forward_hook(lambda *_: None)
+    return model
+
+
+def same(ours: ModelOutput, theirs: ModelOutput, bound: float) -> None:
+    assert ours.logits is not None
+    assert theirs.logits is not None
+    assert ours.logits.dtype == theirs.logits.dtype
+    assert (ours.logits - theirs.logits).abs().max() <= bound * theirs.logits.abs().max()
+    assert ours.routing is not None
+    assert theirs.routing is not None
+    for one, other in zip(ours.routing, theirs.routing, strict=True):
+        assert torch.equal(one.expert_ids, other.expert_ids)
+        for name, a, b in zip(one._fields, one, other, strict=True):
+            assert a is not None, name
+            assert b is not None, name
+            assert (a.dtype, a.shape) == (b.dtype, b.shape), name
+            assert (a.double() - b.double()).abs().max() <= bound * b.double().abs().max(), name
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["alone", "into a cache"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_it_is_its_modules_one_by_one(
+    name: str, dtype: str, cached: bool, calls: list[int], made: Callable[..., Model]
+) -> None:
+    model = made(name, dtype)
+    ids = drawn(model)
+    if dtype.startswith("int"):
+        quantize_(model, dtype)  # type: ignore[arg-type]
+    found, caches = [], []
+    for turn in range(2):
+        caches.append(KVCache(model.config, 2, LENGTH + 1) if cached else None)
+        found.append((model if turn == 0 else apart(model))(ids, cache=caches[-1], return_routing=True))
+    mixes = name.startswith("latent") and dtype.startswith("int")  # kv_b_proj stays in numbers, the others are codes
+    assert len(calls) == (0 if mixes else 3)
+    same(*found, bound=2e-2 if dtype == "bfloat16" else 2e-5)
+    if cached:
+        for layer in range(3):
+            kept = [cache.layer(layer)[:, :LENGTH] for cache in caches if cache is not None]
+            torch.testing.assert_close(kept[0], kept[1], rtol=2e-2, atol=2e-2 if dtype == "bfloat16" else 1e-4)
+
+
+@torch.no_grad()
+def test_documents_and_a_loss_are_as_they_were(calls: list[int], made: Callable[..., Model]) -> None:
+    model = made("plain")
+    ids = drawn(model)
+    documents = torch.tensor([[0] * 20 + [1] * 17, [3] * 5 + [1] * 32])
+    ours = model(ids, labels=ids, document_ids=documents, return_routing=True)
+    assert len(calls) == 3
+    theirs = apart(model)(ids, labels=ids, document_ids=documents, return_routing=True)
+    same(ours, theirs, 2e-5)
+    torch.testing.assert_close(ours.loss, theirs.loss)
+    for name, term in ours.aux.items():
+        torch.testing.assert_close(term, theirs.aux[name])
+
+
+@torch.no_grad()
+def test_the_stream_is_left_as_it_was(calls: list[int], made: Callable[..., Model]) -> None:
+    """A block writes into memory of its own, whether something is added to its input or not."""
+    model, seen = made("plain"), []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(
+            lambda _, args: seen.append([(t, t.clone()) for t in args[:2] if t is not None])
+        )
+    model(drawn(model))
+    assert len(calls) == 3
+    assert [len(pair) for pair in seen] == [1, 2, 2]
+    assert all(torch.equal(now, before) for pair in seen for now, before in pair)
+
+
+TOUCHED: dict[str, Callable[[Model], Any]] = {
+    "a norm": lambda model: model.layers[1].post_attention_layernorm,
+    "attention": lambda model: model.layers[1].self_attn,
+    "a projection": lambda model: model.layers[1].self_attn.k_proj,
+    "the feed-forward network": lambda model: model.layers[1].mlp,
+    "the router": lambda model: model.layers[1].mlp.router,
+    "the experts": lambda model: model.layers[1].mlp.experts,
+    "the shared experts": lambda model: model.layers[1].mlp.shared_experts,
+}
+
+
+@pytest.mark.parametrize("part", TOUCHED)
+@torch.no_grad()
+def test_what_is_hooked_is_called(part: str, calls: list[int], made: Callable[..., Model]) -> None:
+    model, called = made("plain"), []
+    TOUCHED[part](model).register_forward_hook(lambda *_: called.append(1))
+    model(drawn(model))
+    assert len(called) == 1
+    assert len(calls) == 2, "the other blocks are one call"
+
+
+def test_gradients_autocast_probes_and_padding_go_module_by_module(
+    calls: list[int], made: Callable[..., Model]
+) -> None:
+    model = made("plain")
+    ids = drawn(model)
+    model(ids)
+    with torch.no_grad():
+        model(ids, probe=Probe(skip_top=1))
+        model(ids, padding_mask=torch.arange(LENGTH).expand(2, -1) < 30)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(ids)
+    assert len(calls) == 2, "the dense block of the two in between, which neither concerns"
