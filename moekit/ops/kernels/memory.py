@@ -30,7 +30,7 @@ SEGMENT = 1 << 30
 """Bytes that are mapped at once; what was never written of them takes no memory."""
 
 IDLE = 60.0
-"""Seconds without a new result after which Python's next garbage collection gives all that is free back."""
+"""Seconds without a new result after which Python's next full garbage collection gives all that is free back."""
 
 
 class Part(NamedTuple):
@@ -119,7 +119,7 @@ def _segment(size: int) -> mmap.mmap:
 
 
 heap = Heap()
-gc.callbacks.append(lambda phase, _: heap.give_back(IDLE) if phase == "stop" else None)
+gc.callbacks.append(lambda phase, info: heap.give_back(IDLE) if phase == "stop" and info["generation"] == 2 else None)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
