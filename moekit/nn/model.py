@@ -132,7 +132,7 @@ class Block(nn.Module):
 
 def _add(norm: nn.Module, x: Tensor, delta: Tensor | None, exact: bool = False) -> Normed:
     """Returns x + delta with its norm in one pass, unless somebody has hooked, wrapped or replaced the norm."""
-    if isinstance(norm, RMSNorm) and (torch.compiler.is_compiling() or untouched(RMSNorm, norm)):
+    if type(norm) is RMSNorm and (torch.compiler.is_compiling() or untouched(RMSNorm, norm)):
         return norm.add(x, delta, exact)
     stream = x if delta is None else x + delta
     y = norm(stream)

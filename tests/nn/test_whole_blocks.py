@@ -188,3 +188,21 @@ def test_gradients_autocast_probes_and_padding_go_module_by_module(
         with torch.autocast("cpu", torch.bfloat16):
             model(ids)
     assert len(calls) == 2, "the dense block of the two in between, which neither concerns"
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("learns", [False, True])
+def test_torchs_default_dtype_changes_nothing(
+    default: torch.dtype, learns: bool, calls: list[int], made: Callable[..., Model]
+) -> None:
+    model = made("V3's router")
+    ids, found = drawn(model), []
+    with torch.set_grad_enabled(learns):
+        for dtype in (torch.float32, default):
+            torch.set_default_dtype(dtype)
+            try:
+                found.append(model(ids, return_routing=True))
+            finally:
+                torch.set_default_dtype(torch.float32)
+    assert len(calls) == (0 if learns else 6)
+    same(*found, bound=2e-5)

@@ -97,7 +97,7 @@ class _Attention(torch.autograd.Function):
         causal: bool,
     ) -> Tensor:
         y = empty((*q.shape[:3], v.shape[3]), q.dtype)
-        log_sums = torch.empty(q.shape[0], q.shape[2], q.shape[1]) if any(ctx.needs_input_grad) else None
+        log_sums = empty((q.shape[0], q.shape[2], q.shape[1]), torch.float32) if any(ctx.needs_input_grad) else None
         kind, sizes, threads = q.dtype == torch.bfloat16, _sizes(q, k, v, causal), torch.get_num_threads()
         pointers = (at(t) for t in (q, k, v, y, log_sums))
         library().moekit_attention(kind, sizes, scale, at(offsets), at(document_ids), threads, *pointers)

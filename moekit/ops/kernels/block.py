@@ -64,8 +64,8 @@ def whole_block(
         bias = None if routed.bias is None else routed.bias.float().contiguous()
         (count, _, ff), k, factor = down.shape, routed.k, routed.factor
         experts, routes = table(gate_up, down), room_for_routes(sequences * length, sequences, count, k)
-        pairs = torch.empty(2 * sequences * length * k + count + 2, dtype=torch.int64)
-        log_sums = torch.empty(sequences * length)
+        pairs = empty((2 * sequences * length * k + count + 2,), torch.int64)
+        log_sums = empty((sequences * length,), torch.float32)
         numbers = [experts.ctypes.data, *matrix(router), at(bias) or 0, count, ff, k, routed.sigmoid, routed.normed]
         numbers.append(isinstance(down, Mapped))
         scores, ids, weights, score_sums, squared, counts = routes

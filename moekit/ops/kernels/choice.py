@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moekit.ops.kernels.build import library, native
+from moekit.ops.kernels.memory import empty
 
 
 def has_choice(of: Tensor) -> bool:
@@ -25,7 +26,7 @@ def has_choice(of: Tensor) -> bool:
 def largest(choice: Float[Tensor, "units experts"], k: int) -> Int[Tensor, "units k"]:
     """Returns the first k of a stable descending sort's indices; k is at most the number of experts."""
     choice = choice.contiguous()
-    ids = torch.empty(len(choice), k, dtype=torch.int64)
+    ids = empty((len(choice), k), torch.int64)
     library().moekit_largest(*choice.shape, k, choice.data_ptr(), ids.data_ptr(), torch.get_num_threads())
     return ids
 
@@ -59,12 +60,12 @@ def route(
 def room_for_routes(units: int, sequences: int, experts: int, k: int) -> Routes:
     """Returns tensors of these sizes whose numbers are not set."""
     return Routes(
-        torch.empty(units, experts),
-        torch.empty(units, k, dtype=torch.int64),
-        torch.empty(units, k),
-        torch.empty(sequences, experts),
-        torch.empty(sequences),
-        torch.empty(sequences, experts, dtype=torch.int64),
+        empty((units, experts), torch.float32),
+        empty((units, k), torch.int64),
+        empty((units, k), torch.float32),
+        empty((sequences, experts), torch.float32),
+        empty((sequences,), torch.float32),
+        empty((sequences, experts), torch.int64),
     )
 
 
@@ -75,7 +76,7 @@ def _route(
     logits, bias = logits.contiguous(), None if bias is None else bias.float().contiguous()
     units, experts = logits.shape
     sizes = (ctypes.c_int64 * 6)(sequences, units // max(sequences, 1), experts, k, sigmoid, normed)
-    made, log_sums = room_for_routes(units, sequences, experts, k), torch.empty(units)
+    made, log_sums = room_for_routes(units, sequences, experts, k), empty((units,), torch.float32)
     scores, ids, weights, sums, squared, counts = made
     library().moekit_route(
         *(sizes, factor, torch.get_num_threads(), logits.data_ptr(), None if bias is None else bias.data_ptr()),

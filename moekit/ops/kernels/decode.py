@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moekit.ops.kernels.addresses import KINDS, contiguous, matrix, table
 from moekit.ops.kernels.build import library, native
+from moekit.ops.kernels.memory import empty
 from moekit.ops.mapped import Mapped, Weights
 from moekit.ops.quantize import GROUP, Quantized
 from moekit.ops.scaled import Matrix, Scaled
@@ -117,7 +118,7 @@ class Decoder:
     def step(self, ids: Int[Tensor, " batch"], lengths: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
         """Returns the logits in float32 after one more token of each sequence, written to the cache at `lengths`."""
         ids, lengths = ids.contiguous(), lengths.contiguous()
-        logits = torch.empty(len(ids), self.vocab)
+        logits = empty((len(ids), self.vocab), torch.float32)
         addresses = (ids.data_ptr(), lengths.data_ptr(), logits.data_ptr())
         library().moekit_decode(ctypes.byref(self._model), len(ids), *addresses, torch.get_num_threads())
         return logits

@@ -10,11 +10,13 @@ import bisect
 import gc
 import math
 import mmap
+import os
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -79,9 +81,10 @@ class Heap:
             return
         try:
             self._collect()
-            for part in self.free if hasattr(mmap, "MADV_DONTNEED") else ():
-                self._segments[part.segment].madvise(mmap.MADV_DONTNEED, part.begin, part.end - part.begin)
             self._kept = False
+            with suppress(OSError):
+                for part in self.free if hasattr(mmap, "MADV_DONTNEED") else ():
+                    self._segments[part.segment].madvise(mmap.MADV_DONTNEED, part.begin, part.end - part.begin)
         finally:
             self._lock.release()
 
@@ -114,11 +117,22 @@ def _segment(size: int) -> mmap.mmap:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)  # private: a forked child's own
     segment = mmap.mmap(-1, size, flags=flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        segment.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a system without them
+            segment.madvise(mmap.MADV_HUGEPAGE)
     return segment
 
 
 heap = Heap()
+
+
+def _forked() -> None:
+    """Gives a child a heap of its own: another thread of its parent may have been at work in the old one."""
+    global heap
+    heap = Heap()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 gc.callbacks.append(lambda phase, info: heap.give_back(IDLE) if phase == "stop" and info["generation"] == 2 else None)
 
 
@@ -126,9 +140,9 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Returns a tensor on the CPU whose numbers are not set, as `torch.empty`; in the heap from `LEAST` bytes on."""
     numbers = math.prod(shape)
     if numbers * dtype.itemsize < LEAST:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     try:
         view = heap.lend(numbers * dtype.itemsize)
     except OSError:  # the system maps no more
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(view, dtype=dtype, count=numbers).view(shape)
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.frombuffer(view, dtype=dtype, count=numbers).view(shape).detach()  # no view to autograd

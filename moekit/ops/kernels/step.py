@@ -25,7 +25,7 @@ def cross_entropy_(
     """Returns each token's loss in nats, 0 for a negative target; with `differentiate` the logits turn to d_logits."""
     targets = targets.contiguous()
     assert logits.is_contiguous()
-    losses = torch.empty(len(logits))
+    losses = empty((len(logits),), torch.float32)
     library().moekit_cross_entropy(
         int(logits.dtype == torch.bfloat16),
         *logits.shape,
@@ -89,7 +89,7 @@ def _norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, exact: bool, low: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """Returns the sum, the same unless it is x, its norm, that rounded, and 1 / rms of each row."""
-    x, by, scales = x.contiguous(), weight.float(), torch.empty(x.shape[:-1])
+    x, by, scales = x.contiguous(), weight.float(), empty(x.shape[:-1], torch.float32)
     delta = None if delta is None else delta.contiguous()
     total = None if delta is None else empty(x.shape, x.dtype)
     y = empty(x.shape, x.dtype) if exact else None
@@ -125,7 +125,7 @@ class _Norm(torch.autograd.Function):
         d_delta = dx if ctx.delta == total.dtype else None
         if ctx.delta is not None and d_delta is None:
             d_delta = empty(total.shape, ctx.delta)
-        parts = torch.empty(_Norm.PARTS, len(weight))
+        parts = empty((_Norm.PARTS, len(weight)), torch.float32)
         library().moekit_norm_backward(
             *(total.dtype == torch.bfloat16, scales.numel(), len(weight), *map(at, (total, by, scales, *given, dx))),
             *(None if d_delta is dx else at(d_delta), at(parts), len(parts), torch.get_num_threads()),

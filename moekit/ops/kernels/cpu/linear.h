@@ -116,7 +116,8 @@ template <class S, class W> void linear_backward(const Maps& s, S* dx) {
         parts += (s.map[m].rows + PART * each - 1) / (PART * each);
     }
     const int64_t group = std::min<int64_t>(2, (panels + s.threads - 1) / s.threads), groups = (panels + group - 1) / group;
-    const int64_t wanted = std::min((4 * s.threads + groups - 1) / groups, (s.tokens + 255) / 256);  // parts of the rows
+    const int64_t fewest = std::max((4 * s.threads + groups - 1) / groups, (s.tokens + 2047) / 2048);  // parts of the rows
+    const int64_t wanted = std::max<int64_t>(1, std::min(fewest, (s.tokens + 255) / 256));
     const int64_t most = up((s.tokens + wanted - 1) / wanted, step), blocks = (s.tokens + most - 1) / most;
     const int64_t kept = parts > 1 ? most + TILE_ROWS : TILE_ROWS;  // rows of sums
 #pragma omp parallel num_threads(s.threads)
