@@ -61,11 +61,8 @@ class Attention(nn.Module):
         """Returns this layer as one call of the compiled kernels, if they may compute it for these tokens."""
         if self.config.qk_norm != "none" or not context.begins:
             return None
-        maps, cache, seen = (
-            (self.q_proj, self.k_proj, self.v_proj, self.o_proj),
-            context.buffer(self.layer),
-            context.seen,
-        )
+        maps = self.q_proj, self.k_proj, self.v_proj, self.o_proj
+        cache, seen = context.buffer(self.layer), context.seen
         if not (weights := whole(x, *maps, seen=seen, cache=cache)):
             return None
         how = context.rotation, seen.document_ids, seen.causal, self.scale, 0.0, cache

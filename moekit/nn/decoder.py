@@ -17,7 +17,7 @@ from moekit.nn.quantized import matrices
 from moekit.nn.rope import rotation, softmax_scale
 from moekit.nn.router import Router
 from moekit.nn.weights import MappedWeight, QuantizedWeight, operand
-from moekit.ops.decode import Decoder, Heads, Layer, Projections, Routed, unavailable
+from moekit.ops.decode import Decoder, Heads, Layer, Projections, unavailable
 
 KNOWN: set[type[nn.Module]] = {
     *(Model, Block, Attention, MLA, RMSNorm, Linear, SwiGLU, MoE, Router, Experts),
@@ -96,21 +96,8 @@ def _layer(block: Block, cache: KVCache, number: int) -> Layer:
     mlp, routed, gate = block.mlp, None, None
     ffn: SwiGLU | None
     if isinstance(mlp, MoE):
-        config, router, ffn = mlp.config, mlp.router, mlp.shared_experts
-        assert isinstance(router, Router)
+        ffn, routed = mlp.shared_experts, mlp.routed
         gate = None if mlp.shared_expert_gate is None else mlp.shared_expert_gate.numbers(torch.float32)[0]
-        routed = Routed(
-            *mlp.experts.stacked,
-            router.weight,
-            router.expert_bias,
-            config.num_experts_per_tok,
-            config.n_group,
-            config.topk_group,
-            group_best=2 if config.topk_method == "noaux_tc" else 1,
-            sigmoid=config.scoring_func == "sigmoid",
-            normalise=config.norm_topk_prob,
-            scale=config.routed_scaling_factor,
-        )
     else:
         assert isinstance(mlp, SwiGLU)
         ffn = mlp

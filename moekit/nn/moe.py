@@ -15,8 +15,8 @@ from moekit.nn.router import HashRouter, Router, RouterContext
 from moekit.ops import balance, dispatch
 from moekit.ops.autocast import cast_once
 from moekit.ops.balance import LoadSums
+from moekit.ops.decode import Routed
 from moekit.ops.experts import choose
-from moekit.ops.layer import Routed
 from moekit.ops.quantize import Quantized
 from moekit.ops.routing import Routing, limit_capacity
 
@@ -83,11 +83,25 @@ class MoE(nn.Module):
         weights: Sequence[Tensor | Quantized] = ()
         if shared is not None and not (untouched(SwiGLU, shared) and (weights := shared.in_one(x))):
             return None
-        gate_up, down = experts.stacked
-        if choose(experts.backend, x, gate_up, down) != "native":
-            return None
-        how = config.scoring_func == "sigmoid", config.norm_topk_prob, config.routed_scaling_factor
-        return weights, Routed(gate_up, down, router.weight, router.expert_bias, config.num_experts_per_tok, *how)
+        return (weights, self.routed) if choose(experts.backend, x, *experts.stacked) == "native" else None
+
+    @property
+    def routed(self) -> Routed:
+        """The routed experts and what chooses them, as the compiled kernels take both; of a `Router` only."""
+        config, router = self.config, self.router
+        assert isinstance(router, Router)
+        return Routed(
+            *self.experts.stacked,
+            router.weight,
+            router.expert_bias,
+            config.num_experts_per_tok,
+            config.n_group,
+            config.topk_group,
+            group_best=2 if config.topk_method == "noaux_tc" else 1,
+            sigmoid=config.scoring_func == "sigmoid",
+            normalise=config.norm_topk_prob,
+            scale=config.routed_scaling_factor,
+        )
 
     def balance_losses(self, routing: Routing, prior: LoadSums | None) -> dict[str, Float[Tensor, ""]]:
         """Returns each balance loss that has a factor, times its factor. `prior` is used by `global_aux` only."""

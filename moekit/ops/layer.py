@@ -7,12 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moekit.ops.attention import Seen
-from moekit.ops.kernels.block import Routed, whole_block
+from moekit.ops.kernels.block import whole_block
 from moekit.ops.kernels.layer import Attending, Heads, attention_layer, feed_forward
 from moekit.ops.kernels.linear import has_linears
 from moekit.ops.scaled import Matrix
 
-__all__ = ["Attending", "Heads", "Routed", "attention_layer", "feed_forward", "has_layer", "whole_block"]
+__all__ = ["Attending", "Heads", "attention_layer", "feed_forward", "has_layer", "whole_block"]
 
 
 def has_layer(

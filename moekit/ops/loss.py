@@ -80,6 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _scaled(d: Tensor, grad: Tensor) -> Tensor:
+    """Returns d times grad, in memory that is kept where it is large and of one dtype."""
     by = grad.view(1)  # of one dimension: then it is grad's dtype that counts
     if d.device.type == "cpu" and d.dtype == grad.dtype:
         return torch.mul(d, by, out=empty(d.shape, d.dtype))

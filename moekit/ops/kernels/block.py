@@ -6,7 +6,6 @@ tenth of a short prompt's time (decision 61).
 
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -15,26 +14,11 @@ from torch import Tensor
 from moekit.ops.kernels.addresses import at, contiguous, matrix, table
 from moekit.ops.kernels.build import library
 from moekit.ops.kernels.choice import Routes, room_for_routes
+from moekit.ops.kernels.decode import Routed
 from moekit.ops.kernels.layer import FEED_FORWARD, Attending, layer_of
 from moekit.ops.kernels.memory import empty
-from moekit.ops.mapped import Mapped, Weights
+from moekit.ops.mapped import Mapped
 from moekit.ops.quantize import Quantized
-
-
-class Routed(NamedTuple):
-    """Routed experts and what chooses them, as `choice.route` does."""
-
-    gate_up: Weights
-    """(experts, 2 ff, dim)."""
-    down: Weights
-    """(experts, dim, ff)."""
-    router: Float[Tensor, "experts dim"]
-    bias: Float[Tensor, " experts"] | None
-    k: int
-    sigmoid: bool
-    normed: bool
-    factor: float
-
 
 _REST = struct.Struct("=q3qq6q2q2d10q")
 
@@ -50,7 +34,8 @@ def whole_block(
 ) -> tuple[Float[Tensor, "batch length dim"], Float[Tensor, "batch length dim"], Routes | None]:
     """Returns x + delta + attention, what the feed-forward network adds to it, and the choice of experts.
 
-    `ffn` is gate, up and down of a dense layer or of the shared experts, or empty. There are no gradients.
+    `ffn` is gate, up and down of a dense layer or of the shared experts, or empty. Experts are chosen without
+    groups; there are no gradients.
     """
     x, delta = x.contiguous(), None if delta is None else delta.contiguous()
     (sequences, length, dim), scales = x.shape, [norm.float() for norm in norms]
@@ -62,11 +47,11 @@ def whole_block(
     if routed is not None:
         gate_up, down, router = contiguous(routed.gate_up), contiguous(routed.down), routed.router.contiguous()
         bias = None if routed.bias is None else routed.bias.float().contiguous()
-        (count, _, ff), k, factor = down.shape, routed.k, routed.factor
+        (count, _, ff), k, factor = down.shape, routed.k, routed.scale
         experts, routes = table(gate_up, down), room_for_routes(sequences * length, sequences, count, k)
         pairs = empty((2 * sequences * length * k + count + 2,), torch.int64)
         log_sums = empty((sequences * length,), torch.float32)
-        numbers = [experts.ctypes.data, *matrix(router), at(bias) or 0, count, ff, k, routed.sigmoid, routed.normed]
+        numbers = [experts.ctypes.data, *matrix(router), at(bias) or 0, count, ff, k, routed.sigmoid, routed.normalise]
         numbers.append(isinstance(down, Mapped))
         scores, ids, weights, score_sums, squared, counts = routes
         places = [t.data_ptr() for t in (scores, weights, log_sums, score_sums, squared, ids, counts, pairs)]
