@@ -12,6 +12,7 @@ from moekit.config import DenseConfig, MEOConfig, MHAConfig, ModelConfig, MoECon
 from moekit.errors import ConfigError, UnsupportedError
 from moekit.nn.attention import Attention, Context
 from moekit.nn.cache import KVCache
+from moekit.nn.embedding import Embedding
 from moekit.nn.ffn import MLP, SwiGLU
 from moekit.nn.head import SentenceHead
 from moekit.nn.linear import Linear, untouched
@@ -23,9 +24,9 @@ from moekit.nn.router import HashRouter, Probe, Router, RouterContext
 from moekit.nn.variants import build
 from moekit.nn.variants.layer import VariantLayer
 from moekit.ops.attention import all_seen, seen
-from moekit.ops.autocast import cast_once
+from moekit.ops.autocast import as_cast, cast_once
 from moekit.ops.balance import LoadSums, updated_bias
-from moekit.ops.layer import whole_block
+from moekit.ops.layer import Whole, whole_block
 from moekit.ops.loss import IGNORED, TokenLoss, linear_cross_entropy
 from moekit.ops.norm import Normed
 from moekit.ops.quantize import Codes, Quantized
@@ -100,33 +101,32 @@ class Block(nn.Module):
     def _in_one(
         self, x: Tensor, delta: Tensor | None, context: Context, units: RouterContext
     ) -> tuple[Tensor, Tensor, tuple[Routing, ...]] | None:
-        """Returns what `forward` does, from one call of the compiled kernels, if no gradient is wanted and nobody looks
+        """Returns what `forward` does, from one call of the compiled kernels, if they may compute it and nobody looks
         at what lies between."""
         norms, attention, mlp = (self.input_layernorm, self.post_attention_layernorm), self.self_attn, self.mlp
-        if (
-            torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")
-            or (delta is not None and delta.dtype != x.dtype)
-        ):
+        if not untouched(RMSNorm, *norms) or norms[0].eps != norms[1].eps:
             return None
         if not isinstance(attention, Attention | MLA) or type(attention) not in (Attention, MLA):
             return None
-        if not untouched(RMSNorm, *norms) or norms[0].eps != norms[1].eps:
-            return None
         if not all(untouched(type(module), module) for module in (attention, mlp)):
             return None
-        if (layer := attention.in_one(x, context)) is None:
+        low = as_cast(x)
+        if low.dtype not in (x.dtype, torch.bfloat16) or (delta is not None and delta.dtype != low.dtype):
+            return None
+        if (layer := attention.in_one(low, context)) is None:
             return None
         ffn: Sequence[Tensor | Quantized] = ()
         routed = None
         if type(mlp) is MoE:
-            if (found := mlp.in_one(x, units)) is None:
+            if (found := mlp.in_one(low, units)) is None:
                 return None
             ffn, routed = found
-        elif type(mlp) is not SwiGLU or not (ffn := mlp.in_one(x)):
+        elif type(mlp) is not SwiGLU or not (ffn := mlp.in_one(low)):
             return None
-        weights = norms[0].weight, norms[1].weight
-        x, y, routes = whole_block(x, delta, weights, norms[0].eps, layer, ffn, routed)
+        block = Whole((norms[0].weight, norms[1].weight), norms[0].eps, layer, ffn, routed)
+        if torch.is_grad_enabled() and not block.learns():
+            return None
+        x, y, routes = whole_block(x, delta, block, low.dtype)
         return x, y, () if routes is None else (of_routes(routes),)
 
 
@@ -153,7 +153,7 @@ class Model(nn.Module):
         """What the matrices are kept in, where not in numbers: set by `nn.quantized.quantize_`."""
         self.mapped = False
         """The weights are in files: set by `formats.load`."""
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.embed_task: nn.Embedding | None = None
         if isinstance(config.ffn, MEOConfig) and config.ffn.level == "task":
             self.embed_task = nn.Embedding(config.vocab_size, config.ffn.description_size)
@@ -264,7 +264,7 @@ class Model(nn.Module):
             length = input_ids.shape[1]
             counts = torch.full_like(cache.lengths, length) if padding_mask is None else padding_mask.sum(1)
             cache.advance(counts, length)
-        hidden = x = self.norm(x if delta is None else x + delta)
+        hidden = x = _add(self.norm, x, delta, exact=True).exact
         token_loss = loss_mean = logits = scores = None
         if targets is not None:
             token_loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.numbers(x.dtype), targets.flatten())

@@ -18,6 +18,12 @@ def cast_once(x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
     return x.to(torch.get_autocast_dtype(device))
 
 
+def as_cast(x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
+    """Returns x itself, or what `cast_once` would return without its numbers: for those who ask who may multiply it."""
+    dtype = cast_once(x.new_empty(0)).dtype
+    return x if dtype == x.dtype else x.new_empty((), dtype=dtype).expand(x.shape)
+
+
 def autocast_off(x: Tensor) -> AbstractContextManager[object]:
     """Returns a context in which nothing on x's device is cast."""
     on = not x.is_meta and torch.is_autocast_enabled(x.device.type)

@@ -176,18 +176,186 @@ def test_what_is_hooked_is_called(part: str, calls: list[int], made: Callable[..
     assert len(calls) == 2, "the other blocks are one call"
 
 
-def test_gradients_autocast_probes_and_padding_go_module_by_module(
-    calls: list[int], made: Callable[..., Model]
-) -> None:
+def test_probes_padding_and_float16_go_module_by_module(calls: list[int], made: Callable[..., Model]) -> None:
     model = made("plain")
     ids = drawn(model)
+    for learns in (False, True):
+        with torch.set_grad_enabled(learns):
+            model(ids, probe=Probe(skip_top=1))
+            model(ids, padding_mask=torch.arange(LENGTH).expand(2, -1) < 30)
+            with torch.autocast("cpu", torch.float16):
+                model(ids)
+    assert len(calls) == 4, "the dense block of the first two, which neither concerns"
+
+
+KINDS = ["float32", "bfloat16", "mixed"]
+"""Of a training step: mixed is bfloat16 products beside float32 weights."""
+BOUND = {"float32": 1e-5, "bfloat16": 3e-2, "mixed": 2e-2}
+
+
+def step(model: Model, kind: str, more: Callable[[ModelOutput], Tensor] | None = None) -> dict[str, Tensor]:
+    """Returns the loss, what else is summed, and every gradient of a step on the same tokens."""
+    model.train().zero_grad()
+    torch.manual_seed(1)
+    ids = drawn(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "mixed"):
+        output = model(ids, labels=ids, return_routing=True)
+    assert output.loss is not None
+    objective = output.loss + sum(output.aux.values())
+    if more is not None:
+        objective = objective + more(output)
+    objective.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": output.loss.detach(), "objective": objective.detach()} | gradients
+
+
+def near(ours: dict[str, Tensor], theirs: dict[str, Tensor], bound: float) -> None:
+    """Asserts that all are equal but for a share of each one's own size."""
+    assert ours.keys() == theirs.keys()
+    for name, one in ours.items():
+        assert (one.dtype, one.shape) == (theirs[name].dtype, theirs[name].shape), name
+        assert (one.double() - theirs[name].double()).norm() <= bound * theirs[name].double().norm(), name
+
+
+BALANCED = {"aux_loss_alpha": 0.3, "z_loss_alpha": 0.1}
+
+
+@pytest.fixture
+def learning(made: Callable[..., Model]) -> Callable[..., Model]:
+    """Makes a model whose balance losses count, in float32 or in bfloat16."""
+
+    def make(name: str, kind: str = "float32") -> Model:
+        if kind != "float32" and not (build.native().bfloat16 and not build.native().amx):
+            pytest.skip("torch multiplies bfloat16 on this machine")
+        model = made(name, "bfloat16" if kind == "bfloat16" else "float32")
+        for layer in model.moe_layers:
+            layer.config = layer.config.model_copy(update=BALANCED)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_training_step_is_its_modules_one_by_one(
+    name: str, kind: str, calls: list[int], learning: Callable[..., Model]
+) -> None:
+    model = learning(name, kind)
+    ours = step(model, kind)
+    assert len(calls) == 3
+    theirs = step(apart(model), kind)
+    assert len(calls) == 3
+    assert len(ours) == 2 + len(list(model.parameters()))
+    near(ours, theirs, BOUND[kind])
+
+
+def test_what_is_read_of_the_routing_has_its_gradient(calls: list[int], learning: Callable[..., Model]) -> None:
+    def more(output: ModelOutput) -> Tensor:
+        assert output.routing is not None
+        total = torch.zeros(())
+        for number, one in enumerate(output.routing):
+            assert one.scores is not None
+            assert one.score_sums is not None
+            assert one.squared_lse_sums is not None
+            parts = one.weights.square().sum(), one.scores.pow(3).sum(), one.score_sums.square().sum()
+            total = total + (number + 1) * sum(parts, one.squared_lse_sums.sum() / 10) / 20
+        return total
+
+    for name in ("plain", "V3's router"):
+        model = learning(name)
+        ours = step(model, "float32", more)
+        near(ours, step(apart(model), "float32", more), 1e-5)
+        assert (ours["layers.1.mlp.router.weight"] - step(model, "float32")["layers.1.mlp.router.weight"]).norm() > 0.1
+    assert len(calls) == 6
+
+
+FROZEN: dict[str, Callable[[str], bool]] = {
+    "all but the experts": lambda name: ".experts." in name,
+    "all but a router": lambda name: name == "layers.1.mlp.router.weight",
+    "the embedding": lambda name: "embed" not in name,
+    "the first block": lambda name: not name.startswith(("embed", "layers.0")),
+    "all but a norm": lambda name: name == "layers.0.input_layernorm.weight",
+    "all but attention's last": lambda name: name == "layers.2.self_attn.o_proj.weight",
+}
+
+
+@pytest.mark.parametrize("which", FROZEN)
+@pytest.mark.parametrize("name", ["plain", "latent"])
+def test_what_is_frozen_gets_no_gradient(
+    name: str, which: str, calls: list[int], learning: Callable[..., Model]
+) -> None:
+    model = learning(name)
+    every = step(model, "float32")
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(FROZEN[which](key))
+    ours = step(model, "float32")
+    assert len(calls) == 6
+    assert {key for key in ours if "." in key} == {key for key in every if "." in key and FROZEN[which](key)}
+    for key in ours:
+        assert torch.equal(ours[key], every[key]), key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_the_same_twice_and_with_its_blocks_recomputed(
+    kind: str, calls: list[int], learning: Callable[..., Model]
+) -> None:
+    model = learning("latent, compressed queries", kind)
+    first = step(model, kind)
+    model.recompute = True
+    for again in (step(model, kind), step(model, kind)):
+        assert all(torch.equal(one, again[key]) for key, one in first.items())
+    assert len(calls) == 3 + 2 * 6
+
+
+def test_a_way_back_can_be_gone_twice(calls: list[int], learning: Callable[..., Model]) -> None:
+    model = learning("plain").train()
+    ids = drawn(model)
+    loss = model(ids, labels=ids).loss
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in model.parameters()]
+    loss.backward()
+    for parameter, grad in zip(model.parameters(), once, strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * grad)
+    assert len(calls) == 3
+
+
+def test_one_output_alone_has_a_way_back(calls: list[int], learning: Callable[..., Model]) -> None:
+    """Of the stream or of what is to be added to it; the gradients of both are those of their sum."""
+    model = learning("plain").train()
+    ids = drawn(model)
+    seen: list[tuple[Tensor, Tensor]] = []
+    model.layers[1].register_forward_hook(lambda _, args, output: seen.append(output[:2]))
     model(ids)
-    with torch.no_grad():
-        model(ids, probe=Probe(skip_top=1))
-        model(ids, padding_mask=torch.arange(LENGTH).expand(2, -1) < 30)
-        with torch.autocast("cpu", torch.bfloat16):
-            model(ids)
-    assert len(calls) == 2, "the dense block of the two in between, which neither concerns"
+    stream, delta = seen[0]
+    weights = [model.layers[0].self_attn.q_proj.weight, model.layers[1].mlp.experts.down_proj]
+    toward = torch.randn_like(stream)
+    parts = [
+        torch.autograd.grad((part * toward).sum(), weights, retain_graph=True, allow_unused=True)
+        for part in (stream, delta, stream + delta)
+    ]
+    sums = {str(number): alone + other for number, (alone, other, _) in enumerate(zip(*parts, strict=True))}
+    near(sums, {str(number): both for number, both in enumerate(parts[2])}, 1e-5)
+    assert not parts[0][1].any(), "the experts add nothing to the stream itself"
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("part", TOUCHED)
+def test_what_is_hooked_is_called_in_training(part: str, calls: list[int], learning: Callable[..., Model]) -> None:
+    model, called = learning("plain"), []
+    ours = step(model, "float32")
+    TOUCHED[part](model).register_full_backward_hook(lambda *_: called.append(1))
+    theirs = step(model, "float32")
+    assert (len(called), len(calls)) == (1, 5)
+    near(ours, theirs, 1e-5)
+
+
+def test_evaluation_under_autocast_is_one_call_too(calls: list[int], learning: Callable[..., Model]) -> None:
+    model = learning("latent", "mixed")
+    ids = drawn(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ours = model(ids, return_routing=True)
+        assert len(calls) == 3
+        same(ours, apart(model)(ids, return_routing=True), 2e-2)
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
@@ -204,5 +372,5 @@ def test_torchs_default_dtype_changes_nothing(
                 found.append(model(ids, return_routing=True))
             finally:
                 torch.set_default_dtype(torch.float32)
-    assert len(calls) == (0 if learns else 6)
+    assert len(calls) == 6
     same(*found, bound=2e-5)

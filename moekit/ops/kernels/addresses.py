@@ -30,10 +30,10 @@ def matrix(weight: Tensor | Quantized) -> tuple[int, int, int]:
     return weight.data_ptr(), 0, KINDS[weight.dtype]
 
 
-def room(name: str, call: bytes, x: Tensor) -> Tensor:
+def room(name: str, *of: bool | bytes) -> Tensor:
     """Returns memory for what a way back needs of a layer, of the size that the library's function tells."""
     count = ctypes.c_int64()
-    getattr(library(), name)(x.dtype == torch.bfloat16, call, ctypes.byref(count))
+    getattr(library(), name)(*of, ctypes.byref(count))
     return empty((count.value,), torch.uint8)
 
 

@@ -1,17 +1,19 @@
-"""A block of a model in one call of our own compiled kernels, for tokens whose way back is not wanted.
+"""A block of a model in one call of our own compiled kernels, forward and back.
 
 What Python does between two calls of a layer waits for memory that the last product has pushed out of the caches: a
-tenth of a short prompt's time (decision 61).
+tenth of a short prompt's time, and of a training step's where layers are small (decisions 61 and 62).
 """
 
 import struct
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from moekit.ops.kernels.addresses import at, contiguous, matrix, table
+from moekit.ops.kernels.addresses import at, contiguous, matrix, room, table
 from moekit.ops.kernels.build import library
 from moekit.ops.kernels.choice import Routes, room_for_routes
 from moekit.ops.kernels.decode import Routed
@@ -20,43 +22,156 @@ from moekit.ops.kernels.memory import empty
 from moekit.ops.mapped import Mapped
 from moekit.ops.quantize import Quantized
 
-_REST = struct.Struct("=q3qq6q2q2d10q")
+
+class Whole(NamedTuple):
+    """A block as `whole_block` computes it."""
+
+    norms: tuple[Float[Tensor, " dim"], Float[Tensor, " dim"]]
+    eps: float
+    attention: Attending
+    ffn: Sequence[Float[Tensor, "_ _"] | Quantized]
+    """Gate, up and down of a dense layer or of the shared experts, or nothing."""
+    routed: Routed | None
+    """Experts are chosen without groups."""
+
+    @property
+    def parameters(self) -> list[Any]:
+        """What may have a gradient, in the order of the library's `BlockGradients`; None where there is no such."""
+        none, of = [None] * 3, self.routed
+        experts = none if of is None else (of.router, of.gate_up, of.down)
+        return [*self.attention.weights, *self.attention.norms, *(self.ffn or none), *self.norms, *experts]
+
+    def having(self, parameters: Sequence[Any]) -> "Whole":
+        """Returns the same block of these `parameters`."""
+        q, k, v, o, q_a, kv_norm, q_norm, *ffn, first, second, router, gate_up, down = parameters
+        routed = None if self.routed is None else self.routed._replace(router=router, gate_up=gate_up, down=down)
+        attention = self.attention._replace(weights=(q, k, v, o, q_a), norms=(kv_norm, q_norm))
+        ffn = [w for w in ffn if w is not None]
+        return self._replace(norms=(first, second), attention=attention, ffn=ffn, routed=routed)
+
+    def learns(self) -> bool:
+        """Returns whether a way back could be wanted of all of it: of weights in numbers it could."""
+        return all(w is None or isinstance(w, Tensor) for w in self.parameters)
 
 
 def whole_block(
-    x: Float[Tensor, "batch length dim"],
-    delta: Float[Tensor, "batch length dim"] | None,
-    norms: tuple[Float[Tensor, " dim"], Float[Tensor, " dim"]],
-    eps: float,
-    attention: Attending,
-    ffn: Sequence[Float[Tensor, "_ _"] | Quantized],
-    routed: Routed | None,
+    x: Float[Tensor, "batch length dim"], delta: Float[Tensor, "batch length dim"] | None, of: Whole, low: torch.dtype
 ) -> tuple[Float[Tensor, "batch length dim"], Float[Tensor, "batch length dim"], Routes | None]:
     """Returns x + delta + attention, what the feed-forward network adds to it, and the choice of experts.
 
-    `ffn` is gate, up and down of a dense layer or of the shared experts, or empty. Experts are chosen without
-    groups; there are no gradients.
+    Rows are multiplied in `low`, x's dtype or bfloat16, which delta has and what is to be added gets.
     """
-    x, delta = x.contiguous(), None if delta is None else delta.contiguous()
-    (sequences, length, dim), scales = x.shape, [norm.float() for norm in norms]
-    layer, _kept = layer_of(x, *attention)
-    threads = torch.get_num_threads()
-    matrices = [number for w in ffn for number in matrix(w)] or [0] * 9
-    network = FEED_FORWARD.pack(sequences * length, dim, ffn[0].shape[0] if ffn else 0, *matrices, threads)
-    experts, routes, numbers, factor, places = None, None, [0] * 11, 1.0, [0] * 10
-    if routed is not None:
+    if torch.is_grad_enabled():
+        stream, y, *routes = _Block.apply(of.having([None] * 15), low, x, delta, *of.parameters)
+    else:
+        stream, y, found, _ = _run(x.contiguous(), None if delta is None else delta.contiguous(), of, low)
+        routes = [] if found is None else found.routes
+    return stream, y, Routes(*routes) if routes else None
+
+
+class _Choice(NamedTuple):
+    """Where the library finds and puts the choice of experts."""
+
+    routes: Sequence[Tensor | None]
+    """`Routes`; those that have no gradient of their own are missing on the way back."""
+    log_sums: Tensor
+    pairs: Tensor
+    """Row -> pair, pair -> row, and each expert's rows."""
+
+
+def _room(x: Tensor, of: Routed) -> _Choice:
+    units, experts = x.shape[0] * x.shape[1], of.down.shape[0]
+    routes = room_for_routes(units, len(x), experts, of.k)
+    return _Choice(routes, empty((units,), torch.float32), empty((2 * units * of.k + experts + 2,), torch.int64))
+
+
+def _described(x: Tensor, of: Whole, choice: _Choice | None) -> tuple[bytes, Any]:
+    """Returns the library's `Block` for rows like x, and what must live as long as it is used."""
+    layer, kept = layer_of(x, *of.attention)
+    scales = [norm.float() for norm in of.norms]
+    matrices = [number for w in of.ffn for number in matrix(w)] or [0] * 9
+    sizes = x.shape[0] * x.shape[1], x.shape[2], of.ffn[0].shape[0] if of.ffn else 0
+    network = FEED_FORWARD.pack(*sizes, *matrices, torch.get_num_threads())
+    numbers, factor, places = [0] * 11, 1.0, [0] * 10
+    if of.routed is not None and choice is not None:
+        routed, (routes, log_sums, pairs) = of.routed, choice
         gate_up, down, router = contiguous(routed.gate_up), contiguous(routed.down), routed.router.contiguous()
         bias = None if routed.bias is None else routed.bias.float().contiguous()
-        (count, _, ff), k, factor = down.shape, routed.k, routed.scale
-        experts, routes = table(gate_up, down), room_for_routes(sequences * length, sequences, count, k)
-        pairs = empty((2 * sequences * length * k + count + 2,), torch.int64)
-        log_sums = empty((sequences * length,), torch.float32)
-        numbers = [experts.ctypes.data, *matrix(router), at(bias) or 0, count, ff, k, routed.sigmoid, routed.normalise]
-        numbers.append(isinstance(down, Mapped))
+        experts, (count, _, ff), factor = table(gate_up, down), down.shape, routed.scale
+        numbers = [experts.ctypes.data, *matrix(router), at(bias) or 0, count, ff, routed.k, routed.sigmoid]
+        numbers += [routed.normalise, isinstance(down, Mapped)]
         scores, ids, weights, score_sums, squared, counts = routes
-        places = [t.data_ptr() for t in (scores, weights, log_sums, score_sums, squared, ids, counts, pairs)]
-        places += [places[-1] + 8 * ids.numel(), places[-1] + 16 * ids.numel()]
-    rest = _REST.pack(*numbers, *map(at, scales), factor, eps, *places)
-    stream, y = empty(x.shape, x.dtype), empty(x.shape, x.dtype)
-    library().moekit_block(x.dtype == torch.bfloat16, layer + network + rest, *map(at, (x, delta, stream, y)))
-    return stream, y, routes
+        places = [at(t) or 0 for t in (scores, weights, log_sums, score_sums, squared, ids, counts, pairs)]
+        rows = sizes[0] * routed.k * pairs.itemsize
+        places += [places[-1] + rows, places[-1] + 2 * rows]
+        kept = kept, gate_up, down, router, bias, experts
+    rest = _REST.pack(*numbers, *map(at, scales), factor, of.eps, *places)
+    return layer + network + rest, (kept, scales)
+
+
+_REST = struct.Struct("=q3qq6q2q2d10q")
+
+
+def _run(
+    x: Tensor, delta: Tensor | None, of: Whole, low: torch.dtype, keep: bool = False
+) -> tuple[Tensor, Tensor, _Choice | None, Tensor | None]:
+    """Returns the stream, what is to be added to it, the choice, and with `keep` what the way back needs."""
+    choice = None if of.routed is None else _room(x, of.routed)
+    block, _kept = _described(x, of, choice)
+    kinds = x.dtype == torch.bfloat16, low == torch.bfloat16
+    kept = room("moekit_block_bytes", *kinds, block) if keep else None
+    stream, y = empty(x.shape, x.dtype), empty(x.shape, low)
+    library().moekit_block(*kinds, block, *map(at, (x, delta, kept, stream, y)))
+    return stream, y, choice, kept
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, of: Whole, low: torch.dtype, x: Tensor, delta: Tensor | None, *parameters: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, delta = x.contiguous(), None if delta is None else delta.contiguous()
+        stream, y, choice, kept = _run(x, delta, of.having(parameters), low, any(ctx.needs_input_grad))
+        if kept is not None:
+            scores, ids, weights, *_ = [None] * 3 if choice is None else choice.routes
+            chosen = scores, ids, weights, *([None] * 2 if choice is None else choice[1:])
+            ctx.of, ctx.low = of, low
+            ctx.save_for_backward(kept, x if delta is None else None, stream, *chosen, *parameters)
+        ctx.set_materialize_grads(False)
+        if choice is None:
+            return stream, y
+        ctx.mark_non_differentiable(choice.routes[1], choice.routes[5])
+        return stream, y, *choice.routes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_stream: Tensor | None, dy: Tensor | None, *given: Tensor | None) -> tuple[Any, ...]:
+        kept, x, stream, scores, ids, weights, log_sums, pairs, *parameters = ctx.saved_tensors
+        of, low = ctx.of.having(parameters), ctx.low
+        choice = None if scores is None else _Choice((scores, ids, weights, None, None, None), log_sums, pairs)
+        if of.routed is not None:
+            of = of._replace(routed=of.routed._replace(router=of.routed.router.float()))
+        block, _kept = _described(stream, of, choice)
+        dy = torch.zeros(stream.shape, dtype=low, device="cpu") if dy is None else dy.contiguous()
+        d_stream = None if d_stream is None else d_stream.contiguous()
+        around = [None if d is None else d.contiguous() for d in (*given[:1], *given[2:5])] or [None] * 4
+        _, _, of_x, of_delta, *wanted = ctx.needs_input_grad
+        dx = empty(stream.shape, stream.dtype) if of_x or of_delta else None
+        d_delta = (dx if low == stream.dtype else empty(stream.shape, low)) if of_delta else None
+        made = [
+            empty(p.shape, torch.float32 if i in _EXACT else p.dtype) if want and p is not None else None
+            for i, (p, want) in enumerate(zip(parameters, wanted, strict=True))
+        ]
+        experts = low if of.routed is None else of.routed.down.dtype
+        kinds = (dtype == torch.bfloat16 for dtype in (stream.dtype, low, experts))
+        library().moekit_block_backward(
+            *(*kinds, block, *map(at, (x, stream, kept, d_stream, dy, dx, None if d_delta is dx else d_delta))),
+            _GRADIENTS.pack(*(at(t) or 0 for t in (*around, *made))),
+        )
+        rounded = (d if d is None else d.to(p.dtype) for d, p in zip(made, parameters, strict=True))
+        return None, None, dx, d_delta, *rounded
+
+
+_GRADIENTS = struct.Struct("=19q")
+_EXACT = (5, 6, 10, 11, 12)
+"""The parameters whose gradients the library writes in float32: of norms and of the router."""

@@ -119,7 +119,11 @@ class _AttentionLayer(torch.autograd.Function):
     def forward(ctx: Any, of: Attending, x: Tensor, *parameters: Tensor | None) -> Tensor:
         x = x.contiguous()
         layer, _kept = layer_of(x, *of._replace(weights=parameters[:5], norms=parameters[5:]))
-        kept = room("moekit_attention_layer_bytes", layer, x) if any(ctx.needs_input_grad) else None
+        kept = (
+            room("moekit_attention_layer_bytes", x.dtype == torch.bfloat16, layer)
+            if any(ctx.needs_input_grad)
+            else None
+        )
         y = empty(x.shape, x.dtype)
         library().moekit_attention_layer(x.dtype == torch.bfloat16, layer, at(x), at(kept), at(y))
         if kept is not None:
@@ -171,7 +175,9 @@ class _FeedForward(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
         x = x.contiguous()
         layer, y = _layer(x, *weights), empty(x.shape, x.dtype)
-        kept = room("moekit_feed_forward_bytes", layer, x) if any(ctx.needs_input_grad) else None
+        kept = (
+            room("moekit_feed_forward_bytes", x.dtype == torch.bfloat16, layer) if any(ctx.needs_input_grad) else None
+        )
         library().moekit_feed_forward(x.dtype == torch.bfloat16, layer, at(x), at(kept), at(y))
         if kept is not None:
             ctx.save_for_backward(kept, x, *weights)

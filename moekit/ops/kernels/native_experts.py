@@ -133,7 +133,7 @@ def _routed(
     x, weights, gate_up, down = x.contiguous(), weights.contiguous(), contiguous(gate_up), contiguous(down)
     plus, low = None if plus is None else plus.to(x.dtype).contiguous(), x.dtype == torch.bfloat16
     experts, call = table(gate_up, down), _pairs(weights, down, counts, order, inverse)
-    kept = room("moekit_routed_experts_bytes", call, x) if keep else None
+    kept = room("moekit_routed_experts_bytes", low, call) if keep else None
     y = empty(x.shape, x.dtype)
     library().moekit_routed_experts(low, call, at(x), experts.ctypes.data, *map(at, (kept, plus, y)))
     return y, kept

@@ -103,9 +103,6 @@ def _norm(
 
 
 class _Norm(torch.autograd.Function):
-    PARTS = 64
-    """Rows are summed for the weight's gradient in so many parts, whatever the number of threads."""
-
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, exact: bool, low: bool
@@ -125,9 +122,9 @@ class _Norm(torch.autograd.Function):
         d_delta = dx if ctx.delta == total.dtype else None
         if ctx.delta is not None and d_delta is None:
             d_delta = empty(total.shape, ctx.delta)
-        parts = empty((_Norm.PARTS, len(weight)), torch.float32)
+        d_weight = empty(weight.shape, torch.float32)
         library().moekit_norm_backward(
             *(total.dtype == torch.bfloat16, scales.numel(), len(weight), *map(at, (total, by, scales, *given, dx))),
-            *(None if d_delta is dx else at(d_delta), at(parts), len(parts), torch.get_num_threads()),
+            *(None if d_delta is dx else at(d_delta), at(d_weight), torch.get_num_threads()),
         )
-        return dx, d_delta, parts.sum(0).to(weight.dtype), None, None, None
+        return dx, d_delta, d_weight.to(weight.dtype), None, None, None

@@ -130,12 +130,14 @@ EXPORT void moekit_norm(int x_bf16, int delta_bf16, int64_t rows, int64_t dim, c
 }
 
 EXPORT void moekit_norm_backward(int x_bf16, int64_t rows, int64_t dim, const void* sum, const float* weight, const float* scales,
-                                 const void* d_sum, const void* dy, const void* d_low, void* dx, void* d_delta,
-                                 float* d_weights, int64_t parts, int threads) {
+                                 const void* d_sum, const void* dy, const void* d_low, void* dx, void* d_delta, float* d_weight,
+                                 int threads) {
     if (x_bf16)
-        norm_backward(rows, dim, (const bf16*)sum, weight, scales, (const bf16*)d_sum, (const bf16*)dy, (const bf16*)d_low, (bf16*)dx, (bf16*)d_delta, d_weights, parts, threads);
+        norm_backward(rows, dim, (const bf16*)sum, weight, scales, (const bf16*)d_sum, sum_of((const bf16*)dy, (const bf16*)d_low),
+                      (bf16*)dx, (bf16*)d_delta, d_weight, threads);
     else
-        norm_backward(rows, dim, (const float*)sum, weight, scales, (const float*)d_sum, (const float*)dy, (const bf16*)d_low, (float*)dx, (bf16*)d_delta, d_weights, parts, threads);
+        norm_backward(rows, dim, (const float*)sum, weight, scales, (const float*)d_sum, sum_of((const float*)dy, (const bf16*)d_low),
+                      (float*)dx, (bf16*)d_delta, d_weight, threads);
 }
 
 // sizes: the numbers of `Sizes` (attention.h), in their order.

@@ -199,13 +199,7 @@ template <class S> struct GradientsInAttention {
 
 // The gradient of a norm over rows: dx in dy's place, that of its weight in d_weight unless null.
 template <class S> void latent_norm_backward(int64_t rows, int64_t dim, const S* x, const float* weight, const float* scales, S* dy, float* d_weight, int threads) {
-    constexpr int64_t PARTS = 64;
-    std::vector<float> parts(PARTS * dim);
-    norm_backward(rows, dim, x, weight, scales, (const S*)nullptr, dy, (const bf16*)nullptr, dy, (bf16*)nullptr, parts.data(), PARTS, threads);
-    for (int64_t i = 0; d_weight && i < dim; i++) {
-        d_weight[i] = 0;
-        for (int64_t p = 0; p < PARTS; p++) d_weight[i] += parts[p * dim + i];
-    }
+    norm_backward(rows, dim, x, weight, scales, (const S*)nullptr, sum_of((const S*)dy), dy, (S*)nullptr, d_weight, threads);
 }
 
 // dx (tokens, dim) unless null, and the gradients of the weights that are wanted.

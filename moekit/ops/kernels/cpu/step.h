@@ -101,36 +101,46 @@ void norm(int64_t rows, int64_t dim, const X* x, const D* delta, const float* we
     }
 }
 
-// dx, what sum's own gradient and those of y and low make of it, and the same in bfloat16 as d_delta; null ones are 0, or
-// not wanted. The weight's gradient is summed over fixed parts of the rows, `parts` of them, one row of d_weights each.
-template <class X>
-void norm_backward(int64_t rows, int64_t dim, const X* sum, const float* weight, const float* scales, const X* d_sum, const X* dy,
-                   const bf16* d_low, X* dx, bf16* d_delta, float* d_weights, int64_t parts, int threads) {
+// The sum of rows of several kinds; null ones are 0.
+template <class... T> auto sum_of(const T*... rows) {
+    return [=](int64_t i, int64_t left) {
+        vec sum = {};
+        ((rows ? (void)(sum += load(rows + i, left)) : (void)0), ...);
+        return sum;
+    };
+}
+
+// dx, what sum's own gradient and that of its norm (gradient(i, left), `sum_of`) make of it, and the same as d_delta; null
+// ones are 0, or not wanted. The weight's gradient is summed over fixed parts of the rows, whatever the number of threads.
+template <class X, class D, class G>
+void norm_backward(int64_t rows, int64_t dim, const X* sum, const float* weight, const float* scales, const X* d_sum, const G& gradient,
+                   X* dx, D* d_delta, float* d_weight, int threads) {
+    constexpr int64_t PARTS = 64;
+    std::vector<float> d_weights(PARTS * dim);
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t p = 0; p < parts; p++) {
-        float* dw = d_weights + p * dim;
-        std::fill(dw, dw + dim, 0.0f);
-        for (int64_t r = rows * p / parts; r < rows * (p + 1) / parts; r++) {
+    for (int64_t p = 0; p < PARTS; p++) {
+        float* dw = d_weights.data() + p * dim;
+        for (int64_t r = rows * p / PARTS; r < rows * (p + 1) / PARTS; r++) {
             const int64_t at = r * dim;
-            const auto gradient = [&](int64_t i, int64_t left) {  // of the normed row
-                const vec none = {};
-                return (dy ? load(dy + at + i, left) : none) + (d_low ? load(d_low + at + i, left) : none);
-            };
             const float scale = scales[r];
             vec sums = {};
             by_vector(dim, [&](int64_t i, int64_t left) {
-                const vec g = gradient(i, left), n = load(sum + at + i, left) * scale;
+                const vec g = gradient(at + i, left), n = load(sum + at + i, left) * scale;
                 sums += g * load(weight + i, left) * n;
                 store(dw + i, load(dw + i, left) + g * n, left);
             });
             const float mean = total(sums) / dim * scale;
             by_vector(dim, [&](int64_t i, int64_t left) {
-                vec d = gradient(i, left) * load(weight + i, left) * scale - load(sum + at + i, left) * scale * mean;
+                vec d = gradient(at + i, left) * load(weight + i, left) * scale - load(sum + at + i, left) * scale * mean;
                 if (d_sum) d += load(d_sum + at + i, left);
                 store(dx + at + i, d, left);
                 if (d_delta) store(d_delta + at + i, d, left);
             });
         }
+    }
+    for (int64_t i = 0; d_weight && i < dim; i++) {
+        d_weight[i] = 0;
+        for (int64_t p = 0; p < PARTS; p++) d_weight[i] += d_weights[p * dim + i];
     }
 }
 
