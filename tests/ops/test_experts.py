@@ -202,6 +202,17 @@ def test_a_back_end_that_cannot_run_says_why(device: torch.device) -> None:
         choose("nativ", x, gate_up, down)
 
 
+def test_experts_whose_two_stacks_differ_in_dtype_are_not_the_compiled_kernels() -> None:
+    """They read both as one kind: the output would be made of other memory."""
+    rows = torch.randn(3, 5, dtype=torch.bfloat16)
+    gate_up, down = weights(torch.device("cpu"), torch.float32)
+    said = "gate_up is torch.float32 and down torch.bfloat16; it takes one dtype"
+    assert unavailable("native", rows, gate_up, down.bfloat16()) == said
+    y = swiglu_experts(rows, gate_up, down.bfloat16(), torch.tensor([1, 0, 2, 0]))
+    expected = loop(rows.double(), gate_up.double(), down.double(), [1, 0, 2, 0])
+    assert (y.double() - expected).norm() <= 2e-2 * expected.norm()
+
+
 def test_gradcheck_with_an_empty_expert_and_dropped_rows(device: torch.device) -> None:
     rows = torch.randn(6, 5, dtype=torch.float64, device=device, requires_grad=True)
     counts = torch.tensor([2, 0, 1, 2], device=device)

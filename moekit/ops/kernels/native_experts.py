@@ -26,9 +26,11 @@ def unavailable(x: Tensor, gate_up: Weights, down: Weights) -> str | None:
     """Returns why the kernels cannot run on these tensors, or None."""
     if x.device.type != "cpu":
         return f"it runs on a CPU but the tensors are on {x.device.type}"
-    for dtype in (stored(gate_up).dtype, stored(down).dtype):
-        if (x.dtype, dtype) not in _TYPES:
-            return f"rows are {x.dtype} and weights {dtype}; it takes float32, or bfloat16 rows with either weights"
+    dtype, other = stored(gate_up).dtype, stored(down).dtype
+    if dtype != other:
+        return f"gate_up is {dtype} and down {other}; it takes one dtype"
+    if (x.dtype, dtype) not in _TYPES:
+        return f"rows are {x.dtype} and weights {dtype}; it takes float32, or bfloat16 rows with either weights"
     return native().reason
 
 
