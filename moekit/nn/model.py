@@ -26,7 +26,7 @@ from moekit.nn.variants.layer import VariantLayer
 from moekit.ops.attention import all_seen, seen
 from moekit.ops.autocast import as_cast, cast_once
 from moekit.ops.balance import LoadSums, updated_bias
-from moekit.ops.layer import Whole, whole_block
+from moekit.ops.layer import Whole, learning_block, whole_blocks
 from moekit.ops.loss import IGNORED, TokenLoss, linear_cross_entropy
 from moekit.ops.norm import Normed
 from moekit.ops.quantize import Codes, Quantized
@@ -101,17 +101,27 @@ class Block(nn.Module):
     def _in_one(
         self, x: Tensor, delta: Tensor | None, context: Context, units: RouterContext
     ) -> tuple[Tensor, Tensor, tuple[Routing, ...]] | None:
-        """Returns what `forward` does, from one call of the compiled kernels, if they may compute it and nobody looks
-        at what lies between."""
+        """Returns what `forward` does, from one call of the compiled kernels, if they may compute it."""
+        low = as_cast(x)
+        if (delta is not None and delta.dtype != low.dtype) or (block := self.whole(x, low, context, units)) is None:
+            return None
+        if not torch.is_grad_enabled():
+            x, y, (routes,) = whole_blocks(x, delta, [block], low.dtype)
+        elif block.learns():
+            x, y, routes = learning_block(x, delta, block, low.dtype)
+        else:
+            return None
+        return x, y, () if routes is None else (of_routes(routes),)
+
+    def whole(self, x: Tensor, low: Tensor, context: Context, units: RouterContext) -> Whole | None:
+        """Returns this block as the compiled kernels take it, if they may compute it for a stream like x with products
+        of rows like `low`, and nobody looks at what lies between."""
         norms, attention, mlp = (self.input_layernorm, self.post_attention_layernorm), self.self_attn, self.mlp
-        if not untouched(RMSNorm, *norms) or norms[0].eps != norms[1].eps:
+        if not untouched(RMSNorm, *norms) or norms[0].eps != norms[1].eps or low.dtype not in (x.dtype, torch.bfloat16):
             return None
         if not isinstance(attention, Attention | MLA) or type(attention) not in (Attention, MLA):
             return None
         if not all(untouched(type(module), module) for module in (attention, mlp)):
-            return None
-        low = as_cast(x)
-        if low.dtype not in (x.dtype, torch.bfloat16) or (delta is not None and delta.dtype != low.dtype):
             return None
         if (layer := attention.in_one(low, context)) is None:
             return None
@@ -123,11 +133,7 @@ class Block(nn.Module):
             ffn, routed = found
         elif type(mlp) is not SwiGLU or not (ffn := mlp.in_one(low)):
             return None
-        block = Whole((norms[0].weight, norms[1].weight), norms[0].eps, layer, ffn, routed)
-        if torch.is_grad_enabled() and not block.learns():
-            return None
-        x, y, routes = whole_block(x, delta, block, low.dtype)
-        return x, y, () if routes is None else (of_routes(routes),)
+        return Whole((norms[0].weight, norms[1].weight), norms[0].eps, layer, ffn, routed)
 
 
 def _add(norm: nn.Module, x: Tensor, delta: Tensor | None, exact: bool = False) -> Normed:
@@ -243,9 +249,14 @@ class Model(nn.Module):
         x, delta = self.embed_tokens(input_ids), None
         routings: list[Routing] = []
         aux: dict[str, Tensor] = {}
-        for block in self.layers:
+        at_once = self._at_once(x, context, plain) if probes is None else None
+        if at_once is not None:
+            x, delta, choices = at_once
+        for number, block in enumerate(self.layers):
             units = plain if probes is None else plain._replace(probe=probes[min(len(routings), len(probes) - 1)])
-            if self.recompute and self.training and cache is None:
+            if at_once is not None:
+                routed = choices[number]
+            elif self.recompute and self.training and cache is None:
                 x, delta, routed = checkpoint(block, x, delta, context, units, use_reentrant=False)
             else:
                 x, delta, routed = block(x, delta, context, units)
@@ -278,6 +289,22 @@ class Model(nn.Module):
                 x = x[torch.arange(len(x), device=x.device), logits_to_keep].unsqueeze(1)
             logits = self.lm_head(x)
         return ModelOutput(logits, loss_mean, aux, routings if return_routing else None, token_loss, hidden, scores)
+
+    def _at_once(
+        self, x: Tensor, context: Context, units: RouterContext
+    ) -> tuple[Tensor, Tensor, list[tuple[Routing, ...]]] | None:
+        """Returns what all blocks make of x, and their routing, in one call, if no gradient is wanted and each may be
+        computed so (`Block.whole`)."""
+        if torch.is_grad_enabled() or not untouched(Block, *self.layers):
+            return None
+        low, blocks = as_cast(x), list[Whole]()
+        for block in self.layers:
+            assert isinstance(block, Block)
+            if (whole := block.whole(x, low, context, units)) is None:
+                return None
+            blocks.append(whole)
+        x, y, chosen = whole_blocks(x, None, blocks, low.dtype)
+        return x, y, [() if routes is None else (of_routes(routes),) for routes in chosen]
 
     def _context(
         self, input_ids: Tensor, cache: KVCache | None, document_ids: Tensor | None, padding_mask: Tensor | None

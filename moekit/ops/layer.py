@@ -1,4 +1,4 @@
-"""Attention, SwiGLU and a whole block as one call each, where our kernels multiply."""
+"""Attention, SwiGLU, a block and all blocks as one call each, where our kernels multiply."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moekit.ops.attention import Seen
-from moekit.ops.kernels.block import Whole, whole_block
+from moekit.ops.kernels.block import Whole, learning_block, whole_blocks
 from moekit.ops.kernels.layer import Attending, Heads, attention_layer, feed_forward
 from moekit.ops.kernels.linear import has_linears
 from moekit.ops.scaled import Matrix
 
-__all__ = ["Attending", "Heads", "Whole", "attention_layer", "feed_forward", "has_layer", "whole_block"]
+__all__ = [
+    "Attending",
+    "Heads",
+    "Whole",
+    "attention_layer",
+    "feed_forward",
+    "has_layer",
+    "learning_block",
+    "whole_blocks",
+]
 
 
 def has_layer(

@@ -13,7 +13,7 @@ from moekit.nn.cache import KVCache
 from moekit.nn.model import Model, ModelOutput
 from moekit.nn.quantized import quantize_
 from moekit.nn.router import Probe
-from moekit.ops.kernels import build
+from moekit.ops.kernels import block, build
 from moekit.ops.kernels import linear as kernels
 
 HEADS = {"num_attention_heads": 3, "kv_lora_rank": 40, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}
@@ -42,12 +42,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts the blocks that are one call."""
     made: list[int] = []
 
-    def counting(*arguments: Any) -> Any:
-        made.append(1)
-        return before(*arguments)
+    def counting(name: str, several: bool) -> None:
+        before = getattr(models, name)
 
-    before = models.whole_block
-    monkeypatch.setattr(models, "whole_block", counting)
+        def counted(x: Tensor, delta: Tensor | None, of: Any, low: torch.dtype) -> Any:
+            made.extend([1] * (len(of) if several else 1))
+            return before(x, delta, of, low)
+
+        monkeypatch.setattr(models, name, counted)
+
+    counting("whole_blocks", several=True)
+    counting("learning_block", several=False)
     return made
 
 
@@ -125,6 +130,26 @@ def test_it_is_its_modules_one_by_one(
         for layer in range(3):
             kept = [cache.layer(layer)[:, :LENGTH] for cache in caches if cache is not None]
             torch.testing.assert_close(kept[0], kept[1], rtol=2e-2, atol=2e-2 if dtype == "bfloat16" else 1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_blocks_in_one_call_are_those_of_several_to_the_bit(
+    name: str, calls: list[int], made: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, found = made(name), []
+    ids, asked = drawn(model), []
+    before = block.library
+    monkeypatch.setattr(block, "library", lambda: asked.append(1) or before())
+    for together in (block.TOGETHER, 2 * ids.numel() * 64**2, 0):
+        monkeypatch.setattr(block, "TOGETHER", together)
+        found.append(model(ids, return_routing=True))
+    model.layers[1].register_forward_hook(lambda *_: None)  # who hooks a block sees each
+    found.append(model(ids, return_routing=True))
+    assert len(asked) == 1 + 2 + 3 + 3
+    assert len(calls) == 4 * 3
+    for other in found[1:]:
+        same(found[0], other, 0.0)
 
 
 @torch.no_grad()

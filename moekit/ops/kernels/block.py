@@ -22,9 +22,12 @@ from moekit.ops.kernels.memory import empty
 from moekit.ops.mapped import Mapped
 from moekit.ops.quantize import Quantized
 
+TOGETHER = 1 << 32
+"""Of so many times tokens * dim^2 blocks are one call: a tenth of a second to a few, and Ctrl-C waits for no more."""
+
 
 class Whole(NamedTuple):
-    """A block as `whole_block` computes it."""
+    """A block as `whole_blocks` computes it."""
 
     norms: tuple[Float[Tensor, " dim"], Float[Tensor, " dim"]]
     eps: float
@@ -54,26 +57,34 @@ class Whole(NamedTuple):
         return all(w is None or isinstance(w, Tensor) for w in self.parameters)
 
 
-def whole_block(
+def whole_blocks(
+    x: Float[Tensor, "batch length dim"],
+    delta: Float[Tensor, "batch length dim"] | None,
+    blocks: Sequence[Whole],
+    low: torch.dtype,
+) -> tuple[Float[Tensor, "batch length dim"], Float[Tensor, "batch length dim"], list[Routes | None]]:
+    """Returns x + delta as blocks one after another leave it, what is still to be added, and each choice of experts.
+
+    Rows are multiplied in `low`, x's dtype or bfloat16, which delta has and what is to be added gets. Without a way
+    back.
+    """
+    stream, y, choices, _ = _run(x, delta, blocks, low)
+    return stream, y, [None if choice is None else Routes(*choice.routes) for choice in choices]
+
+
+def learning_block(
     x: Float[Tensor, "batch length dim"], delta: Float[Tensor, "batch length dim"] | None, of: Whole, low: torch.dtype
 ) -> tuple[Float[Tensor, "batch length dim"], Float[Tensor, "batch length dim"], Routes | None]:
-    """Returns x + delta + attention, what the feed-forward network adds to it, and the choice of experts.
-
-    Rows are multiplied in `low`, x's dtype or bfloat16, which delta has and what is to be added gets.
-    """
-    if torch.is_grad_enabled():
-        stream, y, *routes = _Block.apply(of.having([None] * 15), low, x, delta, *of.parameters)
-    else:
-        stream, y, found, _ = _run(x.contiguous(), None if delta is None else delta.contiguous(), of, low)
-        routes = [] if found is None else found.routes
+    """Returns what `whole_blocks` does of one block, with a way back."""
+    stream, y, *routes = _Block.apply(of.having([None] * 15), low, x, delta, *of.parameters)
     return stream, y, Routes(*routes) if routes else None
 
 
 class _Choice(NamedTuple):
     """Where the library finds and puts the choice of experts."""
 
-    routes: Sequence[Tensor | None]
-    """`Routes`; those that have no gradient of their own are missing on the way back."""
+    routes: Sequence[Any]
+    """`Routes`; on the way back None for the sums and counts."""
     log_sums: Tensor
     pairs: Tensor
     """Row -> pair, pair -> row, and each expert's rows."""
@@ -113,16 +124,21 @@ _REST = struct.Struct("=q3qq6q2q2d10q")
 
 
 def _run(
-    x: Tensor, delta: Tensor | None, of: Whole, low: torch.dtype, keep: bool = False
-) -> tuple[Tensor, Tensor, _Choice | None, Tensor | None]:
-    """Returns the stream, what is to be added to it, the choice, and with `keep` what the way back needs."""
-    choice = None if of.routed is None else _room(x, of.routed)
-    block, _kept = _described(x, of, choice)
+    x: Tensor, delta: Tensor | None, blocks: Sequence[Whole], low: torch.dtype, keep: bool = False
+) -> tuple[Tensor, Tensor, list[_Choice | None], Tensor | None]:
+    """Returns the stream, what is to be added to it, the choices, and with `keep` what one block's way back needs."""
+    x, delta = x.contiguous(), None if delta is None else delta.contiguous()
+    choices = [None if of.routed is None else _room(x, of.routed) for of in blocks]
+    described = [_described(x, of, choice) for of, choice in zip(blocks, choices, strict=True)]
     kinds = x.dtype == torch.bfloat16, low == torch.bfloat16
-    kept = room("moekit_block_bytes", *kinds, block) if keep else None
+    kept = room("moekit_block_bytes", *kinds, described[0][0]) if keep else None
     stream, y = empty(x.shape, x.dtype), empty(x.shape, low)
-    library().moekit_block(*kinds, block, *map(at, (x, delta, kept, stream, y)))
-    return stream, y, choice, kept
+    together = max(1, TOGETHER // max(1, x.numel() * x.shape[-1]))
+    for first in range(0, len(blocks), together):
+        part = [block for block, _ in described[first : first + together]]
+        library().moekit_blocks(*kinds, len(part), b"".join(part), *map(at, (x, delta, kept, stream, y)))
+        x, delta = stream, y
+    return stream, y, choices, kept
 
 
 class _Block(torch.autograd.Function):
@@ -130,8 +146,8 @@ class _Block(torch.autograd.Function):
     def forward(
         ctx: Any, of: Whole, low: torch.dtype, x: Tensor, delta: Tensor | None, *parameters: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, delta = x.contiguous(), None if delta is None else delta.contiguous()
-        stream, y, choice, kept = _run(x, delta, of.having(parameters), low, any(ctx.needs_input_grad))
+        x = x.contiguous()
+        stream, y, (choice,), kept = _run(x, delta, [of.having(parameters)], low, any(ctx.needs_input_grad))
         if kept is not None:
             scores, ids, weights, *_ = [None] * 3 if choice is None else choice.routes
             chosen = scores, ids, weights, *([None] * 2 if choice is None else choice[1:])

@@ -45,7 +45,7 @@ SIGNATURES: dict[str, list[type]] = {
     "moekit_feed_forward": [_INT, *[_POINTER] * 4],
     "moekit_feed_forward_backward": [_INT, *[_POINTER] * 6],
     "moekit_block_bytes": [_INT, _INT, *[_POINTER] * 2],
-    "moekit_block": [_INT, _INT, *[_POINTER] * 6],
+    "moekit_blocks": [_INT, _INT, _LONG, *[_POINTER] * 6],
     "moekit_block_backward": [*[_INT] * 3, *[_POINTER] * 9],
     "moekit_largest": [*[_LONG] * 3, *[_POINTER] * 2, _INT],
     "moekit_route": [_POINTER, ctypes.c_float, _INT, *[_POINTER] * 9],

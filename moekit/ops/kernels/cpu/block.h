@@ -85,7 +85,8 @@ template <class X, class S> struct KeptBlock {
 };
 
 // stream (tokens, dim) = x + delta (null: 0) + attention of its norm, y = the feed-forward network of stream's norm. The
-// stream is in X, rows that are multiplied are in S; the router reads float32. Without memory there is no way back.
+// stream is in X, rows that are multiplied are in S; the router reads float32. Without memory there is no way back, and stream
+// may be x, y delta.
 template <class X, class S> void block(const Block& b, const X* x, const S* delta, char* memory, X* stream, S* y) {
     constexpr bool low = sizeof(S) == 2, same = sizeof(X) == sizeof(S);
     const int64_t t = b.attention.tokens(), d = b.attention.dim;

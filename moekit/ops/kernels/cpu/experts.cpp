@@ -73,8 +73,9 @@ EXPORT void moekit_block_bytes(int x_bf16, int s_bf16, const Block* b, int64_t* 
     BY_STREAM((*bytes = KeptBlock<X, S>(*b, nullptr, true).bytes))
 }
 
-EXPORT void moekit_block(int x_bf16, int s_bf16, const Block* b, const void* x, const void* delta, char* kept, void* stream, void* y) {
-    BY_STREAM((block(*b, (const X*)x, (const S*)delta, kept, (X*)stream, (S*)y)))
+// One block after another; one alone where something is kept.
+EXPORT void moekit_blocks(int x_bf16, int s_bf16, int64_t count, const Block* b, const void* x, const void* delta, char* kept, void* stream, void* y) {
+    for (int64_t i = 0; i < count; i++, x = stream, delta = y) BY_STREAM((block(b[i], (const X*)x, (const S*)delta, kept, (X*)stream, (S*)y)))
 }
 
 // x: null where something was added to it.
