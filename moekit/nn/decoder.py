@@ -6,7 +6,6 @@ from torch import nn
 from moekit.config import MHAConfig, MLAConfig
 from moekit.nn.attention import Attention
 from moekit.nn.cache import KVCache
-from moekit.nn.embedding import Embedding
 from moekit.nn.experts import Experts
 from moekit.nn.ffn import SwiGLU
 from moekit.nn.linear import Linear, untouched
@@ -22,7 +21,7 @@ from moekit.ops.decode import Decoder, Heads, Layer, Projections, unavailable
 
 KNOWN: set[type[nn.Module]] = {
     *(Model, Block, Attention, MLA, RMSNorm, Linear, SwiGLU, MoE, Router, Experts),
-    *(QuantizedWeight, MappedWeight, Embedding, nn.ModuleList),
+    *(QuantizedWeight, MappedWeight, nn.Embedding, nn.ModuleList),
 }
 """What the native step stands for, each as it is."""
 

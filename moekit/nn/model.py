@@ -12,7 +12,6 @@ from moekit.config import DenseConfig, MEOConfig, MHAConfig, ModelConfig, MoECon
 from moekit.errors import ConfigError, UnsupportedError
 from moekit.nn.attention import Attention, Context
 from moekit.nn.cache import KVCache
-from moekit.nn.embedding import Embedding
 from moekit.nn.ffn import MLP, SwiGLU
 from moekit.nn.head import SentenceHead
 from moekit.nn.linear import Linear, untouched
@@ -26,6 +25,7 @@ from moekit.nn.variants.layer import VariantLayer
 from moekit.ops.attention import all_seen, seen
 from moekit.ops.autocast import as_cast, cast_once
 from moekit.ops.balance import LoadSums, updated_bias
+from moekit.ops.embedding import embedding
 from moekit.ops.layer import Whole, learning_block, whole_blocks
 from moekit.ops.loss import IGNORED, TokenLoss, linear_cross_entropy
 from moekit.ops.norm import Normed
@@ -102,6 +102,8 @@ class Block(nn.Module):
         self, x: Tensor, delta: Tensor | None, context: Context, units: RouterContext
     ) -> tuple[Tensor, Tensor, tuple[Routing, ...]] | None:
         """Returns what `forward` does, from one call of the compiled kernels, if they may compute it."""
+        if not _may_be_ours(x):
+            return None
         low = as_cast(x)
         if (delta is not None and delta.dtype != low.dtype) or (block := self.whole(x, low, context, units)) is None:
             return None
@@ -115,9 +117,12 @@ class Block(nn.Module):
 
     def whole(self, x: Tensor, low: Tensor, context: Context, units: RouterContext) -> Whole | None:
         """Returns this block as the compiled kernels take it, if they may compute it for a stream like x with products
-        of rows like `low`, and nobody looks at what lies between."""
+        of rows like `low` (`as_cast`), and nobody looks at what lies between. Whether a way back is possible too is not
+        asked."""
         norms, attention, mlp = (self.input_layernorm, self.post_attention_layernorm), self.self_attn, self.mlp
-        if not untouched(RMSNorm, *norms) or norms[0].eps != norms[1].eps or low.dtype not in (x.dtype, torch.bfloat16):
+        if x.dtype not in (torch.float32, torch.bfloat16) or low.dtype not in (x.dtype, torch.bfloat16):
+            return None
+        if not untouched(RMSNorm, *norms) or norms[0].eps != norms[1].eps:
             return None
         if not isinstance(attention, Attention | MLA) or type(attention) not in (Attention, MLA):
             return None
@@ -136,6 +141,10 @@ class Block(nn.Module):
         return Whole((norms[0].weight, norms[1].weight), norms[0].eps, layer, ffn, routed)
 
 
+def _may_be_ours(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _add(norm: nn.Module, x: Tensor, delta: Tensor | None, exact: bool = False) -> Normed:
     """Returns x + delta with its norm in one pass, unless somebody has hooked, wrapped or replaced the norm."""
     if type(norm) is RMSNorm and (torch.compiler.is_compiling() or untouched(RMSNorm, norm)):
@@ -143,6 +152,14 @@ def _add(norm: nn.Module, x: Tensor, delta: Tensor | None, exact: bool = False) 
     stream = x if delta is None else x + delta
     y = norm(stream)
     return Normed(stream, y, cast_once(y))
+
+
+def _embedded(module: nn.Embedding, ids: Tensor) -> Tensor:
+    """Returns the rows of ids, unless somebody has hooked, wrapped or replaced the embedding, or set its options."""
+    if not untouched(nn.Embedding, module):
+        return module(ids)  # type: ignore[no-any-return]
+    set_ = module.padding_idx is not None or module.max_norm is not None or module.sparse or module.scale_grad_by_freq
+    return module(ids) if set_ else embedding(ids, module.weight)
 
 
 class Model(nn.Module):
@@ -159,7 +176,7 @@ class Model(nn.Module):
         """What the matrices are kept in, where not in numbers: set by `nn.quantized.quantize_`."""
         self.mapped = False
         """The weights are in files: set by `formats.load`."""
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_task: nn.Embedding | None = None
         if isinstance(config.ffn, MEOConfig) and config.ffn.level == "task":
             self.embed_task = nn.Embedding(config.vocab_size, config.ffn.description_size)
@@ -246,7 +263,7 @@ class Model(nn.Module):
         plain = RouterContext(
             input_ids.flatten(), len(input_ids), real, cache=cache, task=self._task(task_ids, len(input_ids))
         )
-        x, delta = self.embed_tokens(input_ids), None
+        x, delta = _embedded(self.embed_tokens, input_ids), None
         routings: list[Routing] = []
         aux: dict[str, Tensor] = {}
         at_once = self._at_once(x, context, plain) if probes is None else None
@@ -295,14 +312,17 @@ class Model(nn.Module):
     ) -> tuple[Tensor, Tensor, list[tuple[Routing, ...]]] | None:
         """Returns what all blocks make of x, and their routing, in one call, if no gradient is wanted and each may be
         computed so (`Block.whole`)."""
-        if torch.is_grad_enabled() or not untouched(Block, *self.layers):
+        if torch.is_grad_enabled() or not _may_be_ours(x) or not untouched(Block, *self.layers):
             return None
-        low, blocks = as_cast(x), list[Whole]()
+        low = as_cast(x)
+        blocks: list[Whole] = []
         for block in self.layers:
             assert isinstance(block, Block)
             if (whole := block.whole(x, low, context, units)) is None:
                 return None
             blocks.append(whole)
+        if not blocks:
+            return None
         x, y, chosen = whole_blocks(x, None, blocks, low.dtype)
         return x, y, [() if routes is None else (of_routes(routes),) for routes in chosen]
 

@@ -6,18 +6,24 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
-from moekit.ops.kernels.memory import empty
+from moekit.ops.kernels.memory import LEAST, empty
 
 
 def embedding(ids: Int[Tensor, "*batch"], weight: Float[Tensor, "vocab dim"]) -> Float[Tensor, "*batch dim"]:
     """Returns a row of the weight for each id."""
-    ours = weight.device.type == "cpu" and type(weight) in (Tensor, nn.Parameter) and torch.is_grad_enabled()
-    if not ours or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed():
+        return F.embedding(ids, weight)
+    if weight.device.type != "cpu" or type(weight) not in (Tensor, nn.Parameter) or weight.nbytes < LEAST:
         return F.embedding(ids, weight)
     rows: Tensor = _Embedding.apply(ids, weight)
     return rows
+
+
+def _transformed() -> bool:
+    """Returns whether a transform of `torch.func`, or forward-mode differentiation, is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 class _Embedding(torch.autograd.Function):
@@ -28,7 +34,9 @@ class _Embedding(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_rows: Tensor) -> tuple[None, Tensor]:
-        (ids,) = ctx.saved_tensors
-        return None, empty(*ctx.of).zero_().index_add_(0, ids.flatten(), d_rows.flatten(0, -2))
+        (ids,), (shape, dtype) = ctx.saved_tensors, ctx.of
+        if torch.is_grad_enabled():  # the gradient is to be differentiated
+            return None, torch.ops.aten.embedding_dense_backward(d_rows, ids, shape[0], -1, False)
+        rows = d_rows.reshape(-1, shape[1])
+        return None, empty(shape, dtype).zero_().index_add_(0, ids.flatten(), rows)

@@ -1,13 +1,17 @@
 """A block in one call of our kernels: what its modules give one by one, wherever that may be."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from moekit.config import ModelConfig
+from moekit.config import MHAConfig, ModelConfig, MoEConfig
+from moekit.formats.checkpoint import load, save
 from moekit.nn import model as models
 from moekit.nn.cache import KVCache
 from moekit.nn.model import Model, ModelOutput
@@ -132,24 +136,112 @@ def test_it_is_its_modules_one_by_one(
             torch.testing.assert_close(kept[0], kept[1], rtol=2e-2, atol=2e-2 if dtype == "bfloat16" else 1e-4)
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Has an entry for each call of the library that computes blocks, and how many those are."""
+    made: list[int] = []
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(build.library(), name)
+
+        def moekit_blocks(self, *arguments: Any) -> None:
+            made.append(arguments[2])
+            build.library().moekit_blocks(*arguments)
+
+    monkeypatch.setattr(block, "library", Counting)
+    return made
+
+
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_blocks_in_one_call_are_those_of_several_to_the_bit(
-    name: str, calls: list[int], made: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+    name: str, asked: list[int], calls: list[int], made: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, found = made(name), []
-    ids, asked = drawn(model), []
-    before = block.library
-    monkeypatch.setattr(block, "library", lambda: asked.append(1) or before())
-    for together in (block.TOGETHER, 2 * ids.numel() * 64**2, 0):
+    ids, each = drawn(model), list[int]()
+    work = block.Whole.work
+    monkeypatch.setattr(block.Whole, "work", lambda *of: each.append(work(*of)) or each[-1])
+    found.append(model(ids, return_routing=True))
+    for together in (each[0] + 1, 0):
         monkeypatch.setattr(block, "TOGETHER", together)
         found.append(model(ids, return_routing=True))
+    assert asked == [3, 2, 1, 1, 1, 1]
     model.layers[1].register_forward_hook(lambda *_: None)  # who hooks a block sees each
     found.append(model(ids, return_routing=True))
-    assert len(asked) == 1 + 2 + 3 + 3
+    assert asked[6:] == [1, 1, 1]
     assert len(calls) == 4 * 3
     for other in found[1:]:
         same(found[0], other, 0.0)
+
+
+@torch.no_grad()
+def test_the_work_of_a_block_is_that_of_its_products(made: Callable[..., Model]) -> None:
+    model, found = made("plain"), []
+    with pytest.MonkeyPatch.context() as patch:
+        work = block.Whole.work
+        patch.setattr(block.Whole, "work", lambda *of: found.append(work(*of)) or 0)
+        model(drawn(model))
+    config, dim, tokens = model.config, 64, 2 * LENGTH
+    attention, ffn = config.attention, config.ffn
+    assert isinstance(attention, MHAConfig)
+    assert isinstance(ffn, MoEConfig)
+    heads, kv_heads, width = attention.num_attention_heads, attention.num_key_value_heads, attention.head_dim
+    attending = dim * width * (2 * heads + 2 * kv_heads) + LENGTH * heads * 2 * width
+    experts = 3 * dim * (ffn.shared_width + ffn.num_experts_per_tok * ffn.moe_intermediate_size)
+    assert found == [tokens * (attending + 3 * dim * 70), *[tokens * (attending + experts)] * 2]
+
+
+@torch.no_grad()
+def test_experts_in_files_are_waited_for_a_block_at_a_time(
+    asked: list[int], made: Callable[..., Model], tmp_path: Path
+) -> None:
+    model = made("plain")
+    ids = drawn(model)
+    expected = model(ids, return_routing=True)
+    save(model, tmp_path / "model")
+    mapped = load(tmp_path / "model", mapped=True).eval()
+    same(expected, mapped(ids, return_routing=True), 1e-6)
+    assert asked == [3, 2, 1], "the dense block and the first of experts; the second"
+
+
+@torch.no_grad()
+def test_a_model_without_blocks_is_its_embedding_and_its_head(made: Callable[..., Model]) -> None:
+    model = made("plain")
+    model.layers = nn.ModuleList()
+    ids = drawn(model)
+    assert torch.equal(model(ids).hidden, model.norm(model.embed_tokens(ids)))
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_stream_of_another_dtype_goes_module_by_module_under_autocast(
+    dtype: torch.dtype, learns: bool, calls: list[int], learning: Callable[..., Model]
+) -> None:
+    model = learning("plain", "mixed")
+    ids = drawn(model)
+    model.embed_tokens.to(dtype)
+    with torch.set_grad_enabled(learns), torch.autocast("cpu", torch.bfloat16):
+        ours = model(ids, return_routing=True)
+        assert len(calls) == (2 if dtype == torch.float16 else 0), "float16 and bfloat16 make a stream in float32"
+        same(ours, apart(model)(ids, return_routing=True), 2e-2)
+
+
+def test_what_is_compiled_is_one_graph(made: Callable[..., Model], tmp_path: Path) -> None:
+    """Nothing of ours is asked for while a model is compiled, so nothing of it breaks the graph."""
+    save(made("dense"), tmp_path / "model")
+    code = f"""
+import torch
+from moekit.formats.checkpoint import load
+model, ids = load({str(tmp_path / "model")!r}).double(), torch.tensor([[3, 1, 2]])
+for learns in (False, True):
+    with torch.set_grad_enabled(learns):
+        found = torch.compile(model, backend="eager", fullgraph=True)(ids).logits
+        torch.testing.assert_close(found, model(ids).logits)
+    torch._dynamo.reset()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)  # tests check types, it cannot
+    assert done.returncode == 0, done.stderr
 
 
 @torch.no_grad()

@@ -1,9 +1,11 @@
-"""A block of a model in one call of our own compiled kernels, forward and back.
+"""A block of a model in one call of our own compiled kernels, forward and back, and all blocks in one where no gradient
+is wanted.
 
 What Python does between two calls of a layer waits for memory that the last product has pushed out of the caches: a
 tenth of a short prompt's time, and of a training step's where layers are small (decisions 61 and 62).
 """
 
+import math
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,8 +24,32 @@ from moekit.ops.kernels.memory import empty
 from moekit.ops.mapped import Mapped
 from moekit.ops.quantize import Quantized
 
-TOGETHER = 1 << 32
-"""Of so many times tokens * dim^2 blocks are one call: a tenth of a second to a few, and Ctrl-C waits for no more."""
+TOGETHER = 1 << 36
+"""Multiplications of the blocks that are one call: a tenth of a second to a few, and Ctrl-C waits for no more."""
+
+
+class Parameters(NamedTuple):
+    """What of a block may have a gradient, in the library's order; None where there is no such."""
+
+    q: Any = None
+    k: Any = None
+    v: Any = None
+    o: Any = None
+    q_a: Any = None
+    kv_norm: Any = None
+    q_norm: Any = None
+    gate: Any = None
+    up: Any = None
+    down: Any = None
+    attention_norm: Any = None
+    ffn_norm: Any = None
+    router: Any = None
+    experts_gate_up: Any = None
+    experts_down: Any = None
+
+
+_EXACT = ("kv_norm", "q_norm", "attention_norm", "ffn_norm", "router")
+"""Those whose gradients the library writes in float32."""
 
 
 class Whole(NamedTuple):
@@ -38,23 +64,38 @@ class Whole(NamedTuple):
     """Experts are chosen without groups."""
 
     @property
-    def parameters(self) -> list[Any]:
-        """What may have a gradient, in the order of the library's `BlockGradients`; None where there is no such."""
-        none, of = [None] * 3, self.routed
-        experts = none if of is None else (of.router, of.gate_up, of.down)
-        return [*self.attention.weights, *self.attention.norms, *(self.ffn or none), *self.norms, *experts]
+    def parameters(self) -> Parameters:
+        routed = self.routed
+        ffn: Sequence[Any] = self.ffn or [None] * 3
+        found: list[Any] = [*self.attention.weights, *self.attention.norms, *ffn, *self.norms]
+        if routed is not None:
+            found += routed.router, routed.gate_up, routed.down
+        return Parameters(*found)
 
-    def having(self, parameters: Sequence[Any]) -> "Whole":
-        """Returns the same block of these `parameters`."""
-        q, k, v, o, q_a, kv_norm, q_norm, *ffn, first, second, router, gate_up, down = parameters
-        routed = None if self.routed is None else self.routed._replace(router=router, gate_up=gate_up, down=down)
-        attention = self.attention._replace(weights=(q, k, v, o, q_a), norms=(kv_norm, q_norm))
-        ffn = [w for w in ffn if w is not None]
-        return self._replace(norms=(first, second), attention=attention, ffn=ffn, routed=routed)
+    def having(self, p: Parameters) -> "Whole":
+        """Returns the same block of these parameters."""
+        attention = self.attention._replace(weights=(p.q, p.k, p.v, p.o, p.q_a), norms=(p.kv_norm, p.q_norm))
+        routed = self.routed
+        if routed is not None:
+            routed = routed._replace(router=p.router, gate_up=p.experts_gate_up, down=p.experts_down)
+        ffn = () if p.gate is None else (p.gate, p.up, p.down)
+        return Whole((p.attention_norm, p.ffn_norm), self.eps, attention, ffn, routed)
 
     def learns(self) -> bool:
         """Returns whether a way back could be wanted of all of it: of weights in numbers it could."""
         return all(w is None or isinstance(w, Tensor) for w in self.parameters)
+
+    def work(self, batch: int, length: int) -> int:
+        """Returns how many multiplications it is for so many tokens, or more than any call should have where the
+        experts are in files, which may have to be waited for."""
+        if self.routed is not None and isinstance(self.routed.down, Mapped):
+            return TOGETHER
+        heads = self.attention.heads
+        each = sum(math.prod(w.shape) for w in (*self.attention.weights, *self.ffn) if w is not None)
+        each += length * heads.heads * (heads.head_dim + heads.value_dim)
+        if self.routed is not None:
+            each += 3 * self.routed.k * math.prod(self.routed.down.shape[1:])
+        return batch * length * each
 
 
 def whole_blocks(
@@ -65,41 +106,50 @@ def whole_blocks(
 ) -> tuple[Float[Tensor, "batch length dim"], Float[Tensor, "batch length dim"], list[Routes | None]]:
     """Returns x + delta as blocks one after another leave it, what is still to be added, and each choice of experts.
 
-    Rows are multiplied in `low`, x's dtype or bfloat16, which delta has and what is to be added gets. Without a way
-    back.
+    Rows are multiplied in `low`, x's dtype or bfloat16, which delta has and what is to be added gets. There is at least
+    one block, and no way back.
     """
     stream, y, choices, _ = _run(x, delta, blocks, low)
-    return stream, y, [None if choice is None else Routes(*choice.routes) for choice in choices]
+    return stream, y, [None if choice is None else choice.routes for choice in choices]
 
 
 def learning_block(
     x: Float[Tensor, "batch length dim"], delta: Float[Tensor, "batch length dim"] | None, of: Whole, low: torch.dtype
 ) -> tuple[Float[Tensor, "batch length dim"], Float[Tensor, "batch length dim"], Routes | None]:
     """Returns what `whole_blocks` does of one block, with a way back."""
-    stream, y, *routes = _Block.apply(of.having([None] * 15), low, x, delta, *of.parameters)
+    stream, y, *routes = _Block.apply(of.having(Parameters()), low, x, delta, *of.parameters)
     return stream, y, Routes(*routes) if routes else None
 
 
 class _Choice(NamedTuple):
     """Where the library finds and puts the choice of experts."""
 
-    routes: Sequence[Any]
+    routes: Any
     """`Routes`; on the way back None for the sums and counts."""
     log_sums: Tensor
     pairs: Tensor
     """Row -> pair, pair -> row, and each expert's rows."""
 
 
-def _room(x: Tensor, of: Routed) -> _Choice:
-    units, experts = x.shape[0] * x.shape[1], of.down.shape[0]
-    routes = room_for_routes(units, len(x), experts, of.k)
-    return _Choice(routes, empty((units,), torch.float32), empty((2 * units * of.k + experts + 2,), torch.int64))
+def _room(x: Tensor, blocks: Sequence[Whole]) -> list[_Choice | None]:
+    """Returns room for each block's choice; blocks that are alike share what only a way back reads besides."""
+    units, shared = x.shape[0] * x.shape[1], dict[tuple[int, int], tuple[Tensor, Tensor]]()
+    choices: list[_Choice | None] = []
+    for of in (block.routed for block in blocks):
+        if of is None:
+            choices.append(None)
+            continue
+        if (size := (of.down.shape[0], of.k)) not in shared:
+            pairs = empty((2 * units * of.k + of.down.shape[0] + 2,), torch.int64)
+            shared[size] = empty((units,), torch.float32), pairs
+        choices.append(_Choice(room_for_routes(units, len(x), *size), *shared[size]))
+    return choices
 
 
 def _described(x: Tensor, of: Whole, choice: _Choice | None) -> tuple[bytes, Any]:
     """Returns the library's `Block` for rows like x, and what must live as long as it is used."""
     layer, kept = layer_of(x, *of.attention)
-    scales = [norm.float() for norm in of.norms]
+    scales = [norm.float().contiguous() for norm in of.norms]
     matrices = [number for w in of.ffn for number in matrix(w)] or [0] * 9
     sizes = x.shape[0] * x.shape[1], x.shape[2], of.ffn[0].shape[0] if of.ffn else 0
     network = FEED_FORWARD.pack(*sizes, *matrices, torch.get_num_threads())
@@ -128,16 +178,19 @@ def _run(
 ) -> tuple[Tensor, Tensor, list[_Choice | None], Tensor | None]:
     """Returns the stream, what is to be added to it, the choices, and with `keep` what one block's way back needs."""
     x, delta = x.contiguous(), None if delta is None else delta.contiguous()
-    choices = [None if of.routed is None else _room(x, of.routed) for of in blocks]
+    choices = _room(x, blocks)
     described = [_described(x, of, choice) for of, choice in zip(blocks, choices, strict=True)]
     kinds = x.dtype == torch.bfloat16, low == torch.bfloat16
     kept = room("moekit_block_bytes", *kinds, described[0][0]) if keep else None
     stream, y = empty(x.shape, x.dtype), empty(x.shape, low)
-    together = max(1, TOGETHER // max(1, x.numel() * x.shape[-1]))
-    for first in range(0, len(blocks), together):
-        part = [block for block, _ in described[first : first + together]]
-        library().moekit_blocks(*kinds, len(part), b"".join(part), *map(at, (x, delta, kept, stream, y)))
-        x, delta = stream, y
+    part: list[bytes] = []
+    work = 0
+    for number, ((block, _), of) in enumerate(zip(described, blocks, strict=True), 1):
+        part.append(block)
+        work += of.work(*x.shape[:2])
+        if work >= TOGETHER or number == len(blocks):
+            library().moekit_blocks(*kinds, len(part), b"".join(part), *map(at, (x, delta, kept, stream, y)))
+            x, delta, part, work = stream, y, [], 0
     return stream, y, choices, kept
 
 
@@ -146,28 +199,27 @@ class _Block(torch.autograd.Function):
     def forward(
         ctx: Any, of: Whole, low: torch.dtype, x: Tensor, delta: Tensor | None, *parameters: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x = x.contiguous()
-        stream, y, (choice,), kept = _run(x, delta, [of.having(parameters)], low, any(ctx.needs_input_grad))
+        x, block = x.contiguous(), of.having(Parameters(*parameters))
+        stream, y, (choice,), kept = _run(x, delta, [block], low, any(ctx.needs_input_grad))
         if kept is not None:
-            scores, ids, weights, *_ = [None] * 3 if choice is None else choice.routes
-            chosen = scores, ids, weights, *([None] * 2 if choice is None else choice[1:])
+            chosen = [None] * 5 if choice is None else (*choice.routes[:3], choice.log_sums, choice.pairs)
             ctx.of, ctx.low = of, low
             ctx.save_for_backward(kept, x if delta is None else None, stream, *chosen, *parameters)
         ctx.set_materialize_grads(False)
         if choice is None:
             return stream, y
-        ctx.mark_non_differentiable(choice.routes[1], choice.routes[5])
+        ctx.mark_non_differentiable(choice.routes.ids, choice.routes.counts)
         return stream, y, *choice.routes
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_stream: Tensor | None, dy: Tensor | None, *given: Tensor | None) -> tuple[Any, ...]:
-        kept, x, stream, scores, ids, weights, log_sums, pairs, *parameters = ctx.saved_tensors
-        of, low = ctx.of.having(parameters), ctx.low
+        kept, x, stream, scores, ids, weights, log_sums, pairs, *saved = ctx.saved_tensors
         choice = None if scores is None else _Choice((scores, ids, weights, None, None, None), log_sums, pairs)
-        if of.routed is not None:
-            of = of._replace(routed=of.routed._replace(router=of.routed.router.float()))
-        block, _kept = _described(stream, of, choice)
+        parameters, low = Parameters(*saved), ctx.low
+        router = parameters.router
+        exact = parameters._replace(router=None if router is None else router.float())
+        block, _kept = _described(stream, ctx.of.having(exact), choice)
         dy = torch.zeros(stream.shape, dtype=low, device="cpu") if dy is None else dy.contiguous()
         d_stream = None if d_stream is None else d_stream.contiguous()
         around = [None if d is None else d.contiguous() for d in (*given[:1], *given[2:5])] or [None] * 4
@@ -175,10 +227,10 @@ class _Block(torch.autograd.Function):
         dx = empty(stream.shape, stream.dtype) if of_x or of_delta else None
         d_delta = (dx if low == stream.dtype else empty(stream.shape, low)) if of_delta else None
         made = [
-            empty(p.shape, torch.float32 if i in _EXACT else p.dtype) if want and p is not None else None
-            for i, (p, want) in enumerate(zip(parameters, wanted, strict=True))
+            empty(p.shape, torch.float32 if name in _EXACT else p.dtype) if want and p is not None else None
+            for name, p, want in zip(Parameters._fields, parameters, wanted, strict=True)
         ]
-        experts = low if of.routed is None else of.routed.down.dtype
+        experts = low if choice is None else parameters.experts_down.dtype
         kinds = (dtype == torch.bfloat16 for dtype in (stream.dtype, low, experts))
         library().moekit_block_backward(
             *(*kinds, block, *map(at, (x, stream, kept, d_stream, dy, dx, None if d_delta is dx else d_delta))),
@@ -189,5 +241,3 @@ class _Block(torch.autograd.Function):
 
 
 _GRADIENTS = struct.Struct("=19q")
-_EXACT = (5, 6, 10, 11, 12)
-"""The parameters whose gradients the library writes in float32: of norms and of the router."""

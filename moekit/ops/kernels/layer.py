@@ -87,7 +87,7 @@ def layer_of(
         wanted = f"({len(x)}, at least {x.shape[1]}, {heads.entry})"
         raise ConfigError(f"the cache of a layer is {tuple(cache.shape)} but must be {wanted}, as model and batch are")
     documents = None if document_ids is None else document_ids.to(torch.int32).contiguous()
-    tensors = [None if norm is None else norm.float() for norm in norms]
+    tensors = [None if norm is None else norm.float().contiguous() for norm in norms]
     tensors += [*(part.contiguous() for part in rotation), documents]
     kept = (0, 0, False) if cache is None else (at(cache), cache.shape[1], cache.dtype == torch.bfloat16)
     where = [at(t) or 0 for t in tensors]

@@ -89,7 +89,7 @@ def _norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, exact: bool, low: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """Returns the sum, the same unless it is x, its norm, that rounded, and 1 / rms of each row."""
-    x, by, scales = x.contiguous(), weight.float(), empty(x.shape[:-1], torch.float32)
+    x, by, scales = x.contiguous(), weight.float().contiguous(), empty(x.shape[:-1], torch.float32)
     delta = None if delta is None else delta.contiguous()
     total = None if delta is None else empty(x.shape, x.dtype)
     y = empty(x.shape, x.dtype) if exact else None
@@ -118,7 +118,7 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         total, weight, scales = ctx.saved_tensors
         given = [None if d is None else d.contiguous() for d in gradients]
-        dx, by = empty(total.shape, total.dtype), weight.float()
+        dx, by = empty(total.shape, total.dtype), weight.float().contiguous()
         d_delta = dx if ctx.delta == total.dtype else None
         if ctx.delta is not None and d_delta is None:
             d_delta = empty(total.shape, ctx.delta)

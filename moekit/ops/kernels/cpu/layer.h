@@ -197,11 +197,6 @@ template <class S> struct GradientsInAttention {
     }
 };
 
-// The gradient of a norm over rows: dx in dy's place, that of its weight in d_weight unless null.
-template <class S> void latent_norm_backward(int64_t rows, int64_t dim, const S* x, const float* weight, const float* scales, S* dy, float* d_weight, int threads) {
-    norm_backward(rows, dim, x, weight, scales, (const S*)nullptr, sum_of((const S*)dy), dy, (S*)nullptr, d_weight, threads);
-}
-
 // dx (tokens, dim) unless null, and the gradients of the weights that are wanted.
 template <class S>
 void attention_layer_backward(const AttentionLayer& s, const S* x, char* memory, const S* dy, S* dx, const AttentionGradients& d) {
@@ -238,11 +233,11 @@ void attention_layer_backward(const AttentionLayer& s, const S* x, char* memory,
     turn(s, in.key, 1, s.turned, true);
     product_backward(t, s.rank, threads, {{s.v, s.heads * pair, in.pair}}, in.latent);
     product_gradient(t, s.rank, threads, kept.latent, {{to(d.v, s.v), s.heads * pair, in.pair}});
-    latent_norm_backward(t, s.rank, kept.raw, s.kv_norm, kept.scales, in.latent, d.kv_norm, threads);
+    norm_backward(t, s.rank, kept.raw, s.kv_norm, kept.scales, (const S*)nullptr, sum_of((const S*)in.latent), in.latent, (S*)nullptr, d.kv_norm, threads);
     if (s.q_rank) {
         product_backward(t, s.q_rank, threads, {{s.q, wide, dq}}, in.q_latent);
         product_gradient(t, s.q_rank, threads, kept.q_latent, {{to(d.q, s.q), wide, dq}});
-        latent_norm_backward(t, s.q_rank, kept.q_raw, s.q_norm, kept.q_scales, in.q_latent, d.q_norm, threads);
+        norm_backward(t, s.q_rank, kept.q_raw, s.q_norm, kept.q_scales, (const S*)nullptr, sum_of((const S*)in.q_latent), in.q_latent, (S*)nullptr, d.q_norm, threads);
     }
     const Matrix &first = s.q_rank ? s.q_a : s.q, into = to(s.q_rank ? d.q_a : d.q, first), k_into = to(d.k, s.k);
     const int64_t rows = s.q_rank ? s.q_rank : wide;

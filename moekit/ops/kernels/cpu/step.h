@@ -111,7 +111,8 @@ template <class... T> auto sum_of(const T*... rows) {
 }
 
 // dx, what sum's own gradient and that of its norm (gradient(i, left), `sum_of`) make of it, and the same as d_delta; null
-// ones are 0, or not wanted. The weight's gradient is summed over fixed parts of the rows, whatever the number of threads.
+// ones are 0, or not wanted; dx may be what `gradient` reads. The weight's gradient is summed over fixed parts of the rows,
+// whatever the number of threads.
 template <class X, class D, class G>
 void norm_backward(int64_t rows, int64_t dim, const X* sum, const float* weight, const float* scales, const X* d_sum, const G& gradient,
                    X* dx, D* d_delta, float* d_weight, int threads) {
@@ -138,10 +139,11 @@ void norm_backward(int64_t rows, int64_t dim, const X* sum, const float* weight,
             });
         }
     }
-    for (int64_t i = 0; d_weight && i < dim; i++) {
-        d_weight[i] = 0;
-        for (int64_t p = 0; p < PARTS; p++) d_weight[i] += d_weights[p * dim + i];
-    }
+    for (int64_t p = 0; d_weight && p < PARTS; p++)
+        by_vector(dim, [&](int64_t i, int64_t left) {
+            const vec none = {};
+            store(d_weight + i, (p ? load(d_weight + i, left) : none) + load(d_weights.data() + p * dim + i, left), left);
+        });
 }
 
 // A vector of pairs' first numbers and one of their second ones, of pairs that lie side by side; and back.
