@@ -2,8 +2,8 @@
 
 #include "interface.h"
 
-#include "block.h"
 #include "decode.h"
+#include "routed.h"
 
 template <class S>
 void forward_of(const Shape& s, const S* x, int64_t ldx, const Expert* matrices, void* hidden, void* y) {
@@ -57,31 +57,6 @@ EXPORT void moekit_routed_experts_backward(int s_bf16, int w_bf16, const RoutedE
                                            char* kept, const void* dy, void* dx, float* d_weights, void* d_gate_up, void* d_down) {
     BY_TYPE((routed_experts_backward<S, W>(*s, (const S*)x, (const W*)gate_up, (const W*)down, kept, (const S*)dy, (S*)dx, d_weights,
                                            (W*)d_gate_up, (W*)d_down)))
-}
-
-// x_bf16, s_bf16: of what kind the stream is, and the rows that are multiplied.
-#define BY_STREAM(call)                        \
-    if (x_bf16) {                              \
-        typedef bf16 X; typedef bf16 S; call;  \
-    } else if (s_bf16) {                       \
-        typedef float X; typedef bf16 S; call; \
-    } else {                                   \
-        typedef float X; typedef float S; call; \
-    }
-
-EXPORT void moekit_block_bytes(int x_bf16, int s_bf16, const Block* b, int64_t* bytes) {
-    BY_STREAM((*bytes = KeptBlock<X, S>(*b, nullptr, true).bytes))
-}
-
-// One block after another; one alone where something is kept.
-EXPORT void moekit_blocks(int x_bf16, int s_bf16, int64_t count, const Block* b, const void* x, const void* delta, char* kept, void* stream, void* y) {
-    for (int64_t i = 0; i < count; i++, x = stream, delta = y) BY_STREAM((block(b[i], (const X*)x, (const S*)delta, kept, (X*)stream, (S*)y)))
-}
-
-// x: null where something was added to it.
-EXPORT void moekit_block_backward(int x_bf16, int s_bf16, int w_bf16, const Block* b, const void* x, const void* stream, char* kept,
-                                  const void* d_stream, const void* dy, void* dx, void* d_delta, const BlockGradients* gradients) {
-    BY_STREAM((block_backward(*b, w_bf16, (const X*)x, (const X*)stream, kept, (const X*)d_stream, (const S*)dy, (X*)dx, (S*)d_delta, *gradients)))
 }
 
 EXPORT void moekit_decode(const DecodeModel* model, int64_t batch, const int64_t* ids, const int64_t* lengths, float* logits,

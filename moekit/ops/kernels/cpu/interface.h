@@ -9,7 +9,7 @@
 // Elements: S is what rows are stored in (activations), W what weights are stored in, P what is multiplied.
 // A unit is 32 bits that lie together along the summed dimension: one float, or two bfloat16.
 //
-// The functions lie in two files, which are compiled side by side: dense.cpp and experts.cpp.
+// The functions lie in three files, which are compiled side by side: dense.cpp, experts.cpp and blocks.cpp.
 
 #pragma once
 
