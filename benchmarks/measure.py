@@ -19,6 +19,7 @@ import torch
 
 from moekit import receipts
 from moekit.train import hardware
+from moekit.ops.kernels import memory
 from moekit.train.process import keep_memory
 
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm", "sve")
@@ -206,6 +207,7 @@ def available_memory() -> int | None:
     """Returns the bytes that can be had without swapping, or None where unknown."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None:
         trim(0)  # what this process has freed and kept can be had too
+    memory.heap.give_back()
     try:
         about = Path("/proc/meminfo").read_text()
     except OSError:
