@@ -18,8 +18,8 @@ import binding
 import torch
 
 from moekit import receipts
-from moekit.train import hardware
 from moekit.ops.kernels import memory
+from moekit.train import hardware
 from moekit.train.process import keep_memory
 
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm", "sve")
