@@ -5,12 +5,13 @@ from torch import nn
 
 from moekit.config import MHAConfig, MLAConfig
 from moekit.nn.attention import Attention
+from moekit.nn.block import Block
 from moekit.nn.cache import KVCache
 from moekit.nn.experts import Experts
 from moekit.nn.ffn import SwiGLU
 from moekit.nn.linear import Linear, untouched
 from moekit.nn.mla import MLA
-from moekit.nn.model import Block, Model
+from moekit.nn.model import Model
 from moekit.nn.moe import MoE
 from moekit.nn.norm import RMSNorm
 from moekit.nn.quantized import matrices

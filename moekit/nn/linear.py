@@ -41,7 +41,7 @@ class Linear(nn.Linear):
 def together(x: Float[Tensor, "*batch dim"], *maps: nn.Module) -> tuple[Float[Tensor, "*batch _"], ...]:
     """Returns each map of x: in one product if all are ours and nobody has hooked, wrapped or replaced one."""
     ours = [m for m in maps if isinstance(m, Linear)]
-    if not _is_ours(x) or not untouched(Linear, *maps):
+    if not may_be_ours(x) or not untouched(Linear, *maps):
         return tuple(m(x) for m in maps)
     ys = linears(x, *(m.matrix for m in ours))
     return tuple(y if m.bias is None else y + m.bias.to(y.dtype) for m, y in zip(ours, ys, strict=True))
@@ -52,13 +52,13 @@ def whole(
 ) -> Sequence[Tensor | Quantized]:
     """Returns the maps' weights if `ops.layer` may multiply them for the maps: as in `together`, and without biases."""
     ours = [m for m in maps if isinstance(m, Linear)]
-    if not _is_ours(x) or not untouched(Linear, *maps) or any(m.bias is not None for m in ours):
+    if not may_be_ours(x) or not untouched(Linear, *maps) or any(m.bias is not None for m in ours):
         return ()
     weights = [w for w in (m.matrix for m in ours) if not isinstance(w, Scaled)]
     return weights if len(weights) == len(maps) and has_layer(x, weights, seen, cache) else ()
 
 
-def _is_ours(x: Tensor) -> bool:
+def may_be_ours(x: Tensor) -> bool:
     """Returns whether our kernels may be asked at all."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moekit.config import MHAConfig, ModelConfig, MoEConfig
 from moekit.formats.checkpoint import load, save
-from moekit.nn import model as models
+from moekit.nn import block as blocks
 from moekit.nn.cache import KVCache
 from moekit.nn.model import Model, ModelOutput
 from moekit.nn.quantized import quantize_
@@ -48,13 +48,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     made: list[int] = []
 
     def counting(name: str, several: bool) -> None:
-        before = getattr(models, name)
+        before = getattr(blocks, name)
 
         def counted(x: Tensor, delta: Tensor | None, of: Any, low: torch.dtype) -> Any:
             made.extend([1] * (len(of) if several else 1))
             return before(x, delta, of, low)
 
-        monkeypatch.setattr(models, name, counted)
+        monkeypatch.setattr(blocks, name, counted)
 
     counting("whole_blocks", several=True)
     counting("learning_block", several=False)

@@ -93,7 +93,7 @@ template <class X, class S> void block(const Block& b, const X* x, const S* delt
     const int threads = (int)b.attention.threads;
     of_block.reserve(room(t * d, sizeof(S)) + (memory ? 0 : KeptBlock<X, S>(b, nullptr, false).bytes));
     S* between = of_block.take<S>(t * d);
-    const KeptBlock<X, S> kept(b, memory ? memory : of_block.data + of_block.used, memory);
+    const KeptBlock<X, S> kept(b, memory ? memory : of_block.data + of_block.used, memory != nullptr);
     X* first = kept.first ? kept.first : stream;
     void* const normed = kept.normed;
     void* const again = kept.again;
