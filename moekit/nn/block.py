@@ -135,7 +135,7 @@ def at_once(
 
 def add(norm: nn.Module, x: Tensor, delta: Tensor | None, exact: bool = False) -> Normed:
     """Returns x + delta with its norm in one pass, unless somebody has hooked, wrapped or replaced the norm."""
-    if type(norm) is RMSNorm and (torch.compiler.is_compiling() or untouched(RMSNorm, norm)):
+    if type(norm) is RMSNorm and untouched(RMSNorm, norm):
         return norm.add(x, delta, exact)
     stream = x if delta is None else x + delta
     y = norm(stream)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moekit.config import RopeConfig
 from moekit.ops import attention
+from moekit.ops.kernels.addresses import readable
 
 
 class Rotation(NamedTuple):
@@ -58,18 +59,22 @@ def softmax_scale(rope: RopeConfig, head_dim: int) -> float:
 
 def rotation(rope: RopeConfig, dim: int, positions: Int[Tensor, "batch length"]) -> Rotation:
     """Returns cos and sin in float32; with YaRN times magnitude(mscale) / magnitude(mscale_all_dim)."""
-    angles = positions.unsqueeze(-1).float() * _frequencies(rope, dim, positions.device)
+    keeps = readable(positions) and not torch.compiler.is_compiling()  # else it is a tensor of this pass alone
+    frequencies = (_kept_frequencies if keeps else _frequencies)(rope, dim, positions.device)
+    angles = positions.unsqueeze(-1).float() * frequencies
     factor = 1.0
     if rope.yarn is not None:
         factor = magnitude(rope.yarn.factor, rope.yarn.mscale) / magnitude(rope.yarn.factor, rope.yarn.mscale_all_dim)
     return Rotation(angles.cos() * factor, angles.sin() * factor)
 
 
-@functools.cache
 def _frequencies(rope: RopeConfig, dim: int, device: torch.device) -> Float[Tensor, " half_rope"]:
-    """Returns them as a tensor that stays on the device: copying them there would wait for it at every step."""
     with torch.inference_mode(False):  # one made in that mode could not be used outside of it
         return torch.tensor(inverse_frequencies(rope, dim), device=device)
+
+
+_kept_frequencies = functools.cache(_frequencies)
+"""They stay on the device: copying them there would wait for it at every step."""
 
 
 def rotate(

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 
+from moekit.ops.kernels.addresses import readable
 from moekit.ops.kernels.memory import LEAST, empty
 
 
@@ -15,7 +16,7 @@ def embedding(ids: Int[Tensor, "*batch"], weight: Float[Tensor, "vocab dim"]) ->
     """Returns a row of the weight for each id."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed():
         return F.embedding(ids, weight)
-    if weight.device.type != "cpu" or type(weight) not in (Tensor, nn.Parameter) or weight.nbytes < LEAST:
+    if weight.device.type != "cpu" or not readable(weight) or weight.nbytes < LEAST:
         return F.embedding(ids, weight)
     rows: Tensor = _Embedding.apply(ids, weight)
     return rows

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from moekit.ops.autocast import autocast_off, cast_once
 from moekit.ops.kernels import linear, step
+from moekit.ops.kernels.addresses import readable
 from moekit.ops.kernels.memory import empty
 from moekit.ops.product import product
 
@@ -119,7 +120,7 @@ def _predicted(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
     On another device than a CPU, asking for their number would wait for it. Products of few sizes: see `kernels.loop`.
     """
-    if hidden.device.type != "cpu" or torch.compiler.is_compiling():
+    if hidden.device.type != "cpu" or torch.compiler.is_compiling() or not readable(targets):
         return hidden, targets
     wanted = targets != IGNORED
     rows = -(-int(wanted.sum()) // ROWS) * ROWS

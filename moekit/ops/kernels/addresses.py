@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moekit.ops.kernels.build import library, matrices
+from moekit.ops.kernels.build import library, matrices, native
 from moekit.ops.kernels.memory import empty
 from moekit.ops.mapped import Mapped, Weights
 from moekit.ops.quantize import Quantized
@@ -16,6 +16,17 @@ from moekit.ops.scaled import Matrix, Scaled
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 """What the library calls the dtypes of numbers and of codes."""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def missing() -> str | None:
+    """Returns why there is no compiled library, or None. A compiled graph takes the answer for a constant."""
+    return native().reason
+
+
+def readable(*tensors: Tensor) -> bool:
+    """Returns whether the numbers lie where the tensors say: a subclass (FakeTensor, DTensor) has them elsewhere."""
+    return all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
 
 
 def at(tensor: Tensor | None) -> int | None:

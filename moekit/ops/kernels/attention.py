@@ -8,14 +8,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moekit.ops.kernels.addresses import at
-from moekit.ops.kernels.build import library, native
+from moekit.ops.kernels.addresses import at, missing, readable
+from moekit.ops.kernels.build import library
 from moekit.ops.kernels.memory import empty
 
 
 def has_kernels(device: torch.device) -> bool:
     """Returns whether tensors on this device may find kernels here."""
-    return device.type == "cpu" and _missing() is None
+    return device.type == "cpu" and missing() is None
 
 
 def unavailable(*tensors: Tensor) -> str | None:
@@ -23,13 +23,10 @@ def unavailable(*tensors: Tensor) -> str | None:
     kinds = {(t.device.type, t.dtype) for t in tensors}
     if kinds not in ({("cpu", torch.float32)}, {("cpu", torch.bfloat16)}):
         return "it takes tensors on a CPU, all float32 or all bfloat16"
-    reason: str | None = _missing()
+    if not readable(*tensors):
+        return "it takes plain tensors, of no subclass"
+    reason: str | None = missing()
     return reason
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _missing() -> str | None:
-    return native().reason
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -25,6 +25,9 @@ VARIANTS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fope
 """Tried in turn: not every compiler knows the machine by the same name. Without OpenMP one thread would have to beat
 torch's many, so such a compiler (Apple's) is none."""
 
+PATIENCE = 600
+"""Seconds given to a step of the build. It takes a fraction of a minute, on a machine that is very busy several."""
+
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 SIGNATURES: dict[str, list[type]] = {
     "moekit_forward": [_INT, *[_LONG] * 3, *[_POINTER] * 2, _INT, _POINTER, _LONG, *[_POINTER] * 3],
@@ -140,7 +143,7 @@ def compile_source(compiler: str, target: Path, *more: str) -> None:
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [compiler, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
     def compiled(flags: Sequence[str]) -> subprocess.CompletedProcess[str]:
         with ThreadPoolExecutor() as pool:
@@ -175,11 +178,12 @@ def run_check(target: Path) -> subprocess.CompletedProcess[str]:
     """Checks a compiled library in another process, which ends with 0 if all is well."""
     script = "import sys; sys.path.insert(0, sys.argv[1]); from moekit.ops.kernels.check import main; main(sys.argv[2])"
     command = [sys.executable, "-c", script, str(Path(__file__).parents[3]), str(target)]  # this moekit, no other
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def _key(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    command = [compiler, "--version"]
+    version = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
     sources = [path.read_text() for path in sorted(SOURCES.iterdir())]
     return hashlib.sha256("\0".join((*sources, version, *FLAGS, cpu())).encode()).hexdigest()[:16]
 

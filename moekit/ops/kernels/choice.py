@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moekit.ops.kernels.addresses import readable
 from moekit.ops.kernels.build import library, native
 from moekit.ops.kernels.memory import empty
 
@@ -17,7 +18,7 @@ def has_choice(of: Tensor) -> bool:
     return (
         of.device.type == "cpu"
         and of.dtype in (torch.float32, torch.int64)
-        and type(of) is Tensor  # no tensor without numbers
+        and readable(of)
         and not torch.compiler.is_compiling()
         and native().library is not None
     )

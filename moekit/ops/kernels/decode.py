@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moekit.ops.kernels.addresses import KINDS, contiguous, matrix, table
+from moekit.ops.kernels.addresses import KINDS, contiguous, matrix, readable, table
 from moekit.ops.kernels.build import library, native
 from moekit.ops.kernels.memory import empty
 from moekit.ops.mapped import Mapped, Weights
@@ -192,6 +192,8 @@ def unavailable(numbers: Iterable[Tensor], weights: Iterable[Weights | Matrix]) 
     for tensor in numbers:
         if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16):
             return f"it takes float32 and bfloat16 on a CPU, not {tensor.dtype} on {tensor.device.type}"
+        if not readable(tensor):
+            return "it takes plain tensors, of no subclass"
     for weight in weights:
         one = weight.one if isinstance(weight, Mapped) else weight
         if isinstance(one, Scaled):

@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moekit.ops.kernels.addresses import at
-from moekit.ops.kernels.build import library, native
+from moekit.ops.kernels.addresses import at, missing, readable
+from moekit.ops.kernels.build import library
 from moekit.ops.kernels.memory import empty
 
 
@@ -21,13 +21,9 @@ def has_kernel(x: Tensor, weight: Tensor) -> bool:
         x.device.type == weight.device.type == "cpu"
         and kinds in ((float32, float32), (bfloat16, float32), (bfloat16, bfloat16))
         and x.numel() > 0
-        and _has_library()
+        and readable(x, weight)
+        and missing() is None
     )
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_library() -> bool:
-    return native().library is not None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

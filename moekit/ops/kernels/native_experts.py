@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moekit.ops.dispatch import Plan
-from moekit.ops.kernels.addresses import KINDS, at, contiguous, room, stored, table
-from moekit.ops.kernels.build import library, native
+from moekit.ops.kernels.addresses import KINDS, at, contiguous, missing, readable, room, stored, table
+from moekit.ops.kernels.build import library
 from moekit.ops.kernels.memory import empty
 from moekit.ops.mapped import Mapped, Weights
 from moekit.ops.quantize import Quantized
@@ -26,12 +26,15 @@ def unavailable(x: Tensor, gate_up: Weights, down: Weights) -> str | None:
     """Returns why the kernels cannot run on these tensors, or None."""
     if x.device.type != "cpu":
         return f"it runs on a CPU but the tensors are on {x.device.type}"
+    if not readable(x, stored(gate_up), stored(down)):
+        return "it takes plain tensors, of no subclass"
     dtype, other = stored(gate_up).dtype, stored(down).dtype
     if dtype != other:
         return f"gate_up is {dtype} and down {other}; it takes one dtype"
     if (x.dtype, dtype) not in _TYPES:
         return f"rows are {x.dtype} and weights {dtype}; it takes float32, or bfloat16 rows with either weights"
-    return native().reason
+    reason: str | None = missing()
+    return reason
 
 
 _TYPES = {

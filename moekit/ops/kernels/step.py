@@ -7,16 +7,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moekit.ops.kernels.addresses import at
-from moekit.ops.kernels.build import library, native
+from moekit.ops.kernels.addresses import at, missing, readable
+from moekit.ops.kernels.build import library
 from moekit.ops.kernels.memory import empty
 
 
 def has_rest(*tensors: Tensor) -> bool:
     """Returns whether `cross_entropy_` and `swiglu` can run on these tensors."""
-    return all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.bfloat16) for t in tensors) and (
-        native().library is not None
-    )
+    on_cpu = all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.bfloat16) for t in tensors)
+    return on_cpu and readable(*tensors) and missing() is None
 
 
 def cross_entropy_(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moekit.ops.dispatch import Plan
+from moekit.ops.kernels.addresses import readable
 
 try:
     import triton
@@ -32,6 +33,8 @@ def unavailable(x: Tensor, gate_up: Tensor, down: Tensor) -> str | None:
         return "triton is not installed"
     if not (x.is_cuda or (kernels.INTERPRETED and x.device.type == "cpu")):
         return f"triton needs tensors on CUDA and these are on {x.device.type}"
+    if not readable(x, gate_up, down):
+        return "it takes plain tensors, of no subclass"
     if gate_up.device != x.device:
         return f"x is on {x.device} and the experts are on {gate_up.device}"
     if x.dtype not in _DTYPES or gate_up.dtype != x.dtype:

@@ -1,0 +1,120 @@
+"""Models that are not run but traced: compiled, or with tensors that have no numbers."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+
+from moekit.config import ModelConfig
+from moekit.errors import UnsupportedError
+from moekit.formats.checkpoint import save
+from moekit.nn.model import Model
+
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+DENSE = {"ffn": {"kind": "dense", "intermediate_size": 70}}
+
+
+@pytest.fixture
+def compiled(tmp_path: Path) -> Callable[..., None]:
+    """Runs lines with `model` and `ids` in another process, which may print nothing, no warning either.
+
+    Here the types of arguments are checked, which cannot be compiled.
+    """
+
+    def run(model: Model, then: str) -> None:
+        save(model, tmp_path / "model")
+        code = f"""
+import torch
+from moekit.formats.checkpoint import load
+model, ids = load({str(tmp_path / "model")!r}), torch.tensor([[3, 1, 2]])
+"""
+        done = subprocess.run([sys.executable, "-c", code + then], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+
+    return run
+
+
+@pytest.mark.skipif(TORCH < (2, 13), reason="torch 2.10 does not trace a property of a NamedTuple")
+def test_what_is_compiled_is_one_graph(compiled: Callable[..., None], tiny_config: Callable[..., ModelConfig]) -> None:
+    """Nothing of ours is asked for where it could not run, so nothing of it breaks the graph."""
+    compiled(
+        Model(tiny_config(**DENSE)).double(),
+        """
+for learns in (False, True):
+    with torch.set_grad_enabled(learns):
+        found = torch.compile(model, backend="eager", fullgraph=True)(ids).logits
+        torch.testing.assert_close(found, model(ids).logits)
+    torch._dynamo.reset()
+""",
+    )
+
+
+def test_a_hooked_norm_of_a_compiled_model_is_called(
+    compiled: Callable[..., None], tiny_config: Callable[..., ModelConfig]
+) -> None:
+    """Where one graph is all: behind a break torch takes a module with hooks for another of its class without."""
+    compiled(
+        Model(tiny_config(**DENSE)).double(),
+        """
+before = model(ids).logits
+for layer in model.layers:
+    layer.post_attention_layernorm.register_forward_hook(lambda module, inputs, y: -y)
+hooked = model(ids).logits
+assert not torch.allclose(hooked, before)
+torch.testing.assert_close(torch.compile(model, backend="eager")(ids).logits, hooked)
+""",
+    )
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiled_with_kernels_of_ours_it_gives_the_same(
+    whole: bool, compiled: Callable[..., None], tiny_config: Callable[..., ModelConfig]
+) -> None:
+    compiled(
+        Model(tiny_config()),
+        f"""
+expected = model(ids).logits
+for module in [model] if {whole} else model.layers:
+    module.compile(backend="eager")
+torch.testing.assert_close(model(ids).logits, expected)
+""",
+    )
+
+
+def test_tensors_without_numbers_give_shapes(tiny_config: Callable[..., ModelConfig]) -> None:
+    with FakeTensorMode():
+        model = Model(tiny_config(**DENSE))
+        ids = torch.zeros(2, 5, dtype=torch.long)
+        output = model(ids, labels=ids)
+        assert output.loss is not None
+        output.loss.backward()
+        assert isinstance(model.embed_tokens.weight.grad, FakeTensor)
+        with torch.no_grad():
+            logits = model(ids).logits
+    assert logits is not None
+    assert logits.shape == (2, 5, model.config.vocab_size)
+
+
+def test_experts_refuse_tensors_without_numbers(tiny_config: Callable[..., ModelConfig]) -> None:
+    """Which experts have tokens is asked of the numbers."""
+    with FakeTensorMode():
+        model = Model(tiny_config())
+        with pytest.raises(DataDependentOutputException):
+            model(torch.zeros(2, 5, dtype=torch.long))
+        for layer in model.moe_layers:
+            with pytest.raises(UnsupportedError, match=r"backend is 'native'.*: it takes plain tensors"):
+                layer.experts.set_backend("native")
+
+
+def test_tensors_without_numbers_leave_nothing_behind(tiny_config: Callable[..., ModelConfig]) -> None:
+    """What passes keep for each other, of RoPE, is of real numbers."""
+    config = tiny_config(**DENSE, attention={"kind": "mha", "num_attention_heads": 2, "rope": {"theta": 777.0}})
+    with FakeTensorMode():
+        Model(config)(torch.zeros(2, 5, dtype=torch.long))
+    assert Model(config)(torch.zeros(2, 5, dtype=torch.long)).logits.isfinite().all()
+    with FakeTensorMode():
+        Model(config)(torch.zeros(2, 5, dtype=torch.long))
