@@ -1,5 +1,7 @@
 """A model's decoding step in one native call, where the model is of the kind that it knows."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -45,18 +47,46 @@ def decoder(model: Model, cache: KVCache) -> Decoder | None:
         return None
     attention = model.config.attention
     heads, positions = _heads(attention), torch.arange(cache.max_length).unsqueeze(0)
+    scale, eps = softmax_scale(attention.rope, heads.head_dim), model.config.rms_norm_eps
+    latent_eps = (attention.latent_norm_eps if attention.kind == "mla" else None) or eps
+    layers = [_layer(block, cache, number) for number, block in enumerate(model.layers) if isinstance(block, Block)]
+    if not _told(model, layers, scale, eps, latent_eps):
+        return None
     cos, sin = rotation(attention.rope, heads.rope, positions)
     return Decoder(
-        [_layer(block, cache, number) for number, block in enumerate(model.layers) if isinstance(block, Block)],
+        layers,
         embedding=model.embed_tokens.weight,
         head=model.lm_head.matrix,
         norm=model.norm.weight,
-        eps=model.config.rms_norm_eps,
-        latent_eps=(attention.latent_norm_eps if attention.kind == "mla" else None) or model.config.rms_norm_eps,
+        eps=eps,
+        latent_eps=latent_eps,
         heads=heads,
-        softmax_scale=softmax_scale(attention.rope, heads.head_dim),
+        softmax_scale=scale,
         cos=cos[0],
         sin=sin[0],
+    )
+
+
+def _told(model: Model, layers: Sequence[Layer], scale: float, eps: float, latent_eps: float) -> bool:
+    """Returns whether `Decoder` is told all that the modules do. It reads the settings, and a part may have been
+    replaced by one of its own class that has another bias, epsilon or size."""
+    known = [(p.q_bias, p.k_bias, p.v_bias, p.o_bias) for p in (layer.attention for layer in layers)]
+    biased = [module for module in model.modules() if isinstance(module, Linear) and module.bias is not None]
+    if len(biased) != sum(bias is not None for biases in known for bias in biases):
+        return False
+    if model.embed_tokens.max_norm is not None or model.lm_head.matrix.shape != model.embed_tokens.weight.shape:
+        return False
+    for block, layer in zip(model.layers, layers, strict=True):
+        attention = block.self_attn
+        assert isinstance(attention, Attention | MLA)
+        if attention.config != model.config.attention or attention.scale != scale:
+            return False
+        if not attention.heads.fit([w for w in layer.attention[:5] if w is not None]):
+            return False
+    return all(
+        module.eps == (latent_eps if name.endswith(("kv_a_layernorm", "q_a_layernorm")) else eps)
+        for name, module in model.named_modules()
+        if isinstance(module, RMSNorm)
     )
 
 

@@ -28,7 +28,9 @@ class SwiGLU(nn.Module):
 
     def in_one(self, x: Float[Tensor, "*tokens dim"]) -> Sequence[Tensor | Quantized]:
         """Returns gate, up and down if one call of the compiled kernels may multiply them for these tokens."""
-        return whole(x, self.gate_proj, self.up_proj, self.down_proj)
+        weights = whole(x, self.gate_proj, self.up_proj, self.down_proj)
+        sizes = {tuple(w.shape) for w in weights[:2]} | {tuple(w.shape)[::-1] for w in weights[2:]}
+        return weights if len(sizes) == 1 else ()
 
     def forward(self, x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         x = cast_once(x)

@@ -52,7 +52,9 @@ class MLA(nn.Module):
         norms = [self.kv_a_layernorm, *([self.q_a_layernorm] if compressed else [])]
         maps = [self.q_b_proj if compressed else self.q_proj, self.kv_a_proj_with_mqa, self.kv_b_proj, self.o_proj]
         maps += [self.q_a_proj] if compressed else []
-        if not untouched(RMSNorm, *norms) or not (weights := whole(x, *maps, seen=seen, cache=cache)):
+        if not untouched(RMSNorm, *norms) or len({norm.eps for norm in norms}) > 1:
+            return None
+        if not (weights := whole(x, *maps, seen=seen, cache=cache)) or not self.heads.fit(weights):
             return None
         more = [None] * (not compressed)
         how = context.rotation, seen.document_ids, seen.causal, self.scale, self.kv_a_layernorm.eps, cache
@@ -77,7 +79,8 @@ class MLA(nn.Module):
             kept = context.cache.extend(self.layer, new, context.positions).to(q.dtype)
             latent, k_rope = kept.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
             k_rope = k_rope.unsqueeze(2)
-        may_absorb = context.cache is not None and untouched(Linear, self.kv_b_proj)
+        # absorbed is its weight alone
+        may_absorb = context.cache is not None and untouched(Linear, self.kv_b_proj) and self.kv_b_proj.bias is None
         if not may_absorb or self._expands(len(x), latent.shape[1], x.shape[1]):
             kv = self.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))
             k_nope, v = kv.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)

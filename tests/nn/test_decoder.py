@@ -228,6 +228,68 @@ def test_what_is_hooked_or_replaced_is_called(tiny_config: Callable[..., ModelCo
     assert torch.equal(whole[0, 8:-1].argmax(-1), text[9:])
 
 
+def biased(of: torch.nn.Module, name: str) -> None:
+    """Replaces a matrix by one with a bias that no setting knows of."""
+    before = getattr(of, name)
+    setattr(of, name, other := Linear(before.in_features, before.out_features, bias=True))
+    torch.nn.init.normal_(other.weight, std=0.3)
+    torch.nn.init.normal_(other.bias)
+
+
+def fewer_heads(attention: Any) -> None:
+    """Takes a head of keys with its queries out of what is laid out by heads, as pruning does."""
+    for name in ("q_proj", "o_proj"):
+        weight = getattr(attention, name).weight
+        weight.data = weight.data[: len(weight) // 2] if name == "q_proj" else weight.data[:, : weight.shape[1] // 2]
+
+
+REPLACED: dict[str, tuple[dict[str, Any], Callable[[Any, Any], Any]]] = {
+    "a bias of latent queries": ({"kind": "mla"}, lambda _, block: biased(block.self_attn, "q_proj")),
+    "a bias of compressed queries": (
+        {"kind": "mla", "q_lora_rank": 7},
+        lambda _, block: biased(block.self_attn, "q_b_proj"),
+    ),
+    "a bias of latent keys": ({"kind": "mla"}, lambda _, block: biased(block.self_attn, "kv_b_proj")),
+    "a bias of a gate": ({}, lambda _, block: biased(block.mlp.shared_experts, "gate_proj")),
+    "a bias of a last matrix": ({}, lambda _, block: biased(block.mlp.shared_experts, "down_proj")),
+    "a bias of the head": ({}, lambda model, _: biased(model, "lm_head")),
+    "a norm's epsilon": ({}, lambda _, block: setattr(block.input_layernorm, "eps", 0.5)),
+    "the last norm's epsilon": ({}, lambda model, _: setattr(model.norm, "eps", 0.5)),
+    "a latent norm's epsilon": (
+        {"kind": "mla", "q_lora_rank": 7},
+        lambda _, block: setattr(block.self_attn.q_a_layernorm, "eps", 0.5),
+    ),
+    "attention's scale": ({}, lambda _, block: setattr(block.self_attn, "scale", 1.0)),
+    "fewer heads": ({"num_key_value_heads": 1}, lambda _, block: fewer_heads(block.self_attn)),
+    "a longer head": (
+        {},
+        lambda model, _: setattr(model, "lm_head", Linear(model.config.hidden_size, model.config.vocab_size + 5)),
+    ),
+    "a bound of the embedding": ({}, lambda model, _: setattr(model.embed_tokens, "max_norm", 0.3)),
+}
+
+
+@pytest.mark.parametrize("what", REPLACED)
+def test_what_no_setting_knows_of_takes_part(tiny_config: Callable[..., ModelConfig], what: str) -> None:
+    """A part of the same class that has something of its own: a prompt and steps behind it are what modules give."""
+    attention, change = REPLACED[what]
+    model = Model(tiny_config(attention=attention)).eval()
+    change(model, model.layers[1])
+    ids, cache, found = torch.randint(0, model.config.vocab_size, (1, 9)), KVCache(model.config, 1, 16), []
+    with torch.no_grad():
+        for part in (ids[:, :5], ids[:, 5:6], ids[:, 6:7], ids[:, 7:]):
+            step = decoder(model, cache) if part.shape[1] == 1 else None
+            if step is None:
+                found.append(model(part, cache=cache).logits)
+            else:
+                found.append(step.step(part[:, 0], cache.lengths).unsqueeze(1))
+                cache.advance(torch.ones_like(cache.lengths), 1)
+        for module in model.modules():  # whoever has a hook is called
+            module.register_forward_hook(lambda *_: None)
+        whole = model(ids).logits
+    assert (torch.cat(found, dim=1) - whole).abs().max() < 1e-5 * whole.abs().max()
+
+
 @pytest.mark.parametrize(
     "attention",
     [

@@ -18,6 +18,7 @@ from moekit.ops.kernels.addresses import at, matrix, room
 from moekit.ops.kernels.build import library
 from moekit.ops.kernels.memory import empty
 from moekit.ops.quantize import Quantized
+from moekit.ops.scaled import Matrix
 
 
 class Heads(NamedTuple):
@@ -38,6 +39,17 @@ class Heads(NamedTuple):
     def entry(self) -> int:
         """How many numbers a cache keeps of a token."""
         return self.rank + self.turned if self.rank else self.kv_heads * (self.head_dim + self.value_dim)
+
+    def fit(self, weights: Sequence[Matrix]) -> bool:
+        """Returns whether an attention layer's matrices, those that it has in `Attending`'s order, are of these sizes:
+        the library asks no further."""
+        out, latent = self.heads * self.value_dim, self.rank + self.turned
+        q = (self.heads * self.head_dim, self.q_rank or self.dim)
+        kv = [(self.kv_heads * width, self.dim) for width in (self.head_dim, self.value_dim)]
+        if self.rank:
+            kv = [(latent, self.dim), (self.heads * (self.head_dim - self.turned + self.value_dim), self.rank)]
+        q_a = [(self.q_rank, self.dim)] if self.q_rank else []
+        return [tuple(w.shape) for w in weights] == [q, *kv, (self.dim, out), *q_a]
 
 
 class Attending(NamedTuple):
