@@ -13,7 +13,7 @@ from moekit.data import Batch
 from moekit.errors import ConfigError, DataError
 from moekit.nn.model import Model
 from moekit.nn.router import Probe
-from moekit.ops.loss import IGNORED, linear_cross_entropy
+from moekit.ops.loss import IGNORED
 
 Batches = Iterable[tuple[str, Batch]]
 """A text as (domain, windows); padding has label -100 and document -1. Read once, from the first to the last."""
@@ -96,8 +96,7 @@ def window_losses(
     sums = []
     for probe in probes:
         hidden = model(ids, padding_mask=documents >= 0, document_ids=within, return_logits=False, probe=probe).hidden
-        weight = model.lm_head.numbers(hidden.dtype)
-        totals = [linear_cross_entropy(*row).total for row in zip(hidden, [weight] * len(ids), targets, strict=True)]
+        totals = [model.token_loss(*row).total for row in zip(hidden, targets, strict=True)]
         sums.append(torch.stack(totals).double().cpu().numpy())
     return np.stack(sums, 1)
 

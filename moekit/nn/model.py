@@ -23,7 +23,7 @@ from moekit.nn.variants.layer import VariantLayer
 from moekit.ops.attention import all_seen, seen
 from moekit.ops.balance import LoadSums, updated_bias
 from moekit.ops.embedding import embedding
-from moekit.ops.loss import IGNORED, TokenLoss, linear_cross_entropy
+from moekit.ops.loss import IGNORED, TokenLoss, cross_entropy, linear_cross_entropy
 from moekit.ops.quantize import Codes
 from moekit.ops.routing import Routing, balanced_hash_table
 
@@ -188,7 +188,7 @@ class Model(nn.Module):
         hidden = x = add(self.norm, x, delta, exact=True).exact
         token_loss = loss_mean = logits = scores = None
         if targets is not None:
-            token_loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.numbers(x.dtype), targets.flatten())
+            token_loss = self.token_loss(x.flatten(0, 1), targets.flatten())
             loss_mean = token_loss.total / token_loss.tokens.clamp(min=1)
         if self.config.num_labels is not None:
             scores = self.score(x, padding_mask)
@@ -199,6 +199,13 @@ class Model(nn.Module):
                 x = x[torch.arange(len(x), device=x.device), logits_to_keep].unsqueeze(1)
             logits = self.lm_head(x)
         return ModelOutput(logits, loss_mean, aux, routings if return_routing else None, token_loss, hidden, scores)
+
+    def token_loss(self, x: Float[Tensor, "tokens dim"], targets: Int[Tensor, " tokens"]) -> TokenLoss:
+        """Returns the loss without ever holding its logits, unless the head has a bias, or somebody has hooked, wrapped
+        or replaced it."""
+        if untouched(Linear, self.lm_head) and self.lm_head.bias is None:
+            return linear_cross_entropy(x, self.lm_head.numbers(x.dtype), targets)
+        return cross_entropy(self.lm_head(x), targets)
 
     def _context(
         self, input_ids: Tensor, cache: KVCache | None, document_ids: Tensor | None, padding_mask: Tensor | None

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -112,6 +113,13 @@ def linear_cross_entropy(
     with autocast_off(hidden):
         # inside the function gradients are always off, so whether they are wanted is asked here
         total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, low, torch.is_grad_enabled())
+    return TokenLoss(total, (targets != IGNORED).sum())
+
+
+def cross_entropy(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]) -> TokenLoss:
+    """Returns the same of logits that are there."""
+    exact = logits if logits.dtype == torch.float64 else logits.float()
+    total = F.cross_entropy(exact, targets, ignore_index=IGNORED, reduction="sum")
     return TokenLoss(total, (targets != IGNORED).sum())
 
 

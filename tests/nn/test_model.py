@@ -13,6 +13,7 @@ from moekit.config import ModelConfig, MoEConfig
 from moekit.errors import ConfigError
 from moekit.nn.cache import KVCache
 from moekit.nn.ffn import SwiGLU
+from moekit.nn.linear import Linear
 from moekit.nn.model import Model
 from moekit.nn.moe import MoE
 from moekit.nn.router import Probe
@@ -60,6 +61,32 @@ def test_loss_equals_the_cross_entropy_of_its_own_logits(
     assert (out.logits is None) == training
     assert out.token_loss.tokens == 3 * 8 - 3
     torch.testing.assert_close(out.token_loss.total, expected * 21, **TIGHT)
+
+
+@pytest.mark.parametrize("how", ["bias", "hook", "class"])
+def test_the_loss_is_that_of_the_logits_whatever_the_head_does(
+    device: torch.device, tiny_config: Make, how: str
+) -> None:
+    """In training too, where the logits of a plain head are never formed."""
+
+    class Capped(Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 0.3 * torch.tanh(super().forward(input))
+
+    model = Model(tiny_config())
+    if how == "bias":
+        model.lm_head.bias = nn.Parameter(torch.randn(model.config.vocab_size))
+    elif how == "hook":
+        model.lm_head.register_forward_hook(lambda _, inputs, logits: logits * 3)
+    else:
+        model.lm_head = Capped(model.config.hidden_size, model.config.vocab_size)
+    model, ids = model.to(device), torch.randint(0, model.config.vocab_size, (2, 9), device=device)
+    found, logits = model.train()(ids, labels=ids), model.eval()(ids).logits
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(found.loss, expected)
+    weight = model.lm_head.weight
+    ours, theirs = (torch.autograd.grad(loss, weight)[0] for loss in (found.loss, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_targets_are_labels_shifted_by_one_and_both_together_are_refused(
