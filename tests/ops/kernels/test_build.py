@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moekit.ops import reference
-from moekit.ops.kernels import build, linear
+from moekit.ops import dispatch, reference
+from moekit.ops.kernels import addresses, build, linear, native_experts
 from moekit.ops.quantize import dequantize, quantize
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -38,13 +38,19 @@ def test_other_machines_code_is_right_too(flags: tuple[str, ...], tmp_path: Path
     build.run_check(tmp_path / "other.so").check_returncode()
 
 
-@needs_compiler
-def test_codes_in_tiles_and_in_vectors_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert COMPILER is not None
-    if not build.native().rounds:
-        pytest.skip("this machine does not multiply codes in 8-bit integers")
-    build.compile_source(COMPILER, tmp_path / "tiles.so", "-DEMULATE_AMX")
-    tiles = build.load(tmp_path / "tiles.so")
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory: pytest.TempPathFactory) -> build.Native:
+    """The library with AMX in plain code, where there are the vectors beside it."""
+    if COMPILER is None or not (build.native().bfloat16 and build.native().rounds):
+        pytest.skip("AMX is compiled beside AVX-512 only")
+    path = tmp_path_factory.mktemp("tiles") / "tiles.so"
+    build.compile_source(COMPILER, path, "-DEMULATE_AMX")
+    found = build.load(path)
+    assert found.amx
+    return found
+
+
+def test_codes_in_tiles_and_in_vectors_give_the_same_bits(tiles: build.Native, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(30, 130).bfloat16(), torch.randn(70, 130)
     for kind in ("int8", "int4"):
         coded = quantize(weight, kind)  # type: ignore[arg-type]
@@ -54,6 +60,38 @@ def test_codes_in_tiles_and_in_vectors_give_the_same_bits(tmp_path: Path, monkey
         with monkeypatch.context() as patch:
             patch.setattr(linear, "library", lambda: tiles.library)
             assert torch.equal(linear.linears(x, (coded,))[0], vectors)
+
+
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float32], ids=["bfloat16", "mixed"])
+@pytest.mark.parametrize(("dim", "ff"), [(70, 37), (64, 96), (1, 130)])
+def test_experts_in_tiles_are_those_in_vectors(
+    tiles: build.Native, dim: int, ff: int, kept: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer as a model calls it, forward and back: rows that are gathered, experts of none, of one, of less than a
+    tile, and of more rows than a weight's gradient sums at once."""
+    counts = (2100, 1, 0, 33, 30)
+    pairs = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[torch.randperm(sum(counts))]
+    plan = dispatch.plan(pairs.view(-1, 2), len(counts))
+    shapes = (sum(counts) // 2, dim), (len(counts), 2 * ff, dim), (len(counts), dim, ff)
+    x, gate_up, down = (torch.randn(shape) / shape[-1] ** 0.5 for shape in shapes)
+    leaves = [x.bfloat16(), gate_up.to(kept), down.to(kept), torch.rand(len(x), 2), torch.randn(len(x), dim).bfloat16()]
+    leaves, dy = [leaf.requires_grad_() for leaf in leaves], torch.randn(len(x), dim).bfloat16()
+
+    def made() -> list[torch.Tensor]:
+        x, gate_up, down, weights, plus = leaves
+        y = native_experts.mixed_experts(x, weights, plan, gate_up, down, plus)
+        with torch.no_grad():
+            alone = native_experts.mixed_experts(x, weights, plan, gate_up, down, plus)
+        return [y, alone, *torch.autograd.grad(y, leaves, dy)]
+
+    vectors = made()
+    with monkeypatch.context() as patch:
+        patch.setattr(native_experts, "library", lambda: tiles.library)
+        patch.setattr(addresses, "library", lambda: tiles.library)
+        found = made()
+    for one, other in zip(found, vectors, strict=True):
+        assert one.dtype == other.dtype
+        assert (one.float() - other.float()).norm() <= 1e-3 * other.float().norm()  # measured 2e-4
 
 
 @needs_compiler

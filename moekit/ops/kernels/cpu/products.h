@@ -141,50 +141,64 @@ struct Tables {  // the inner product for each way out, way in and number of row
 const Tables tables;
 
 #ifdef HAS_AMX
-#ifdef EMULATE_AMX  // the same steps in plain code, to test the layouts where there is no such unit
-struct Tile {
-    uint32_t rows[16][16];
+#ifdef EMULATE_AMX  // what the unit does, in plain code: where it would refuse, this ends the process by the same signal
+struct Tiles {
+    uint8_t config[64];
+    uint32_t at[8][16][16];
+    int rows(int t) const { return config[48 + t]; }
+    int bytes(int t) const { return config[16 + 2 * t]; }
+    void need(bool met) const {
+        if (!met) __builtin_trap();
+    }
+    uint32_t (*cleared(int t))[16] {
+        need(config[0] == 1 && rows(t) && rows(t) <= 16 && bytes(t) && bytes(t) <= 64);
+        memset(at[t], 0, sizeof at[t]);
+        return at[t];
+    }
+    void load(int t, const void* from, int64_t stride) {
+        uint32_t(*to)[16] = cleared(t);
+        for (int i = 0; i < rows(t); i++) memcpy(to[i], (const char*)from + i * stride, bytes(t));
+    }
+    void store(int t, void* to, int64_t stride) const {
+        need(config[0] == 1 && rows(t));
+        for (int i = 0; i < rows(t); i++) memcpy((char*)to + i * stride, at[t][i], bytes(t));
+    }
+    template <class T, class F> void multiply(int c, int a, int b, F add) {
+        need(config[0] == 1 && rows(c) && rows(a) == rows(c) && bytes(b) == bytes(c) && bytes(a) == 4 * rows(b));
+        for (int i = 0; i < rows(c); i++)
+            for (int j = 0; j < bytes(c) / 4; j++)
+                for (int k = 0; k < rows(b); k++) {
+                    T sum;
+                    memcpy(&sum, &at[c][i][j], 4);
+                    sum = add(sum, &at[a][i][k], &at[b][k][j]);
+                    memcpy(&at[c][i][j], &sum, 4);
+                }
+    }
 };
-thread_local Tile tile_registers[8];
-void tile_load(int t, const void* from, int64_t stride, int rows = 16, int bytes = 64) {
-    for (int i = 0; i < rows; i++) memcpy(tile_registers[t].rows[i], (const char*)from + i * stride, bytes);
+thread_local Tiles tile_unit;
+inline float add_pair(float sum, const uint32_t* a, const uint32_t* b) {
+    bf16 x[2], y[2];
+    memcpy(x, a, 4), memcpy(y, b, 4);
+    return sum + to_float(x[0]) * to_float(y[0]) + to_float(x[1]) * to_float(y[1]);
 }
-void tile_zero(int t) { memset(&tile_registers[t], 0, sizeof(Tile)); }
-void tile_store(int t, void* to, int64_t bytes) {
-    for (int i = 0; i < 16; i++) memcpy((char*)to + i * bytes, tile_registers[t].rows[i], 64);
+inline int32_t add_four(int32_t sum, const uint32_t* a, const uint32_t* b) {  // signed by unsigned
+    for (int i = 0; i < 4; i++) sum += ((const int8_t*)a)[i] * ((const uint8_t*)b)[i];
+    return sum;
 }
-void tile_multiply(int c, int a, int b) {
-    for (int i = 0; i < 16; i++)
-        for (int j = 0; j < 16; j++) {
-            float sum;
-            memcpy(&sum, &tile_registers[c].rows[i][j], 4);
-            for (int k = 0; k < 16; k++) {
-                bf16 x[2], y[2];
-                memcpy(x, &tile_registers[a].rows[i][k], 4);
-                memcpy(y, &tile_registers[b].rows[k][j], 4);
-                sum += to_float(x[0]) * to_float(y[0]) + to_float(x[1]) * to_float(y[1]);
-            }
-            memcpy(&tile_registers[c].rows[i][j], &sum, 4);
-        }
-}
-void tile_multiply_bytes(int c, int a, int b) {  // signed by unsigned, 32 of them
-    for (int i = 0; i < 16; i++)
-        for (int j = 0; j < 16; j++)
-            for (int k = 0; k < 32; k++)
-                tile_registers[c].rows[i][j] += ((const int8_t*)tile_registers[a].rows[i])[k] *
-                                                ((const uint8_t*)&tile_registers[b].rows[k / 4][j])[k % 4];
-}
-#define tile_load_(t, p, s) tile_load(t, p, s)
-#define tile_load_left_(t, p, s) tile_load(t, p, s, 16, 32)
-#define tile_load_right_(t, p, s) tile_load(t, p, s, 8, 64)
-#define tile_zero_(t) tile_zero(t)
-#define tile_store_(t, p, s) tile_store(t, p, s)
-#define tile_multiply_(c, a, b) tile_multiply(c, a, b)
-#define tile_multiply_bytes_(c, a, b) tile_multiply_bytes(c, a, b)
+#define tile_configure_(config_) memcpy(tile_unit.config, config_, 64)
+#define tile_release_() memset(tile_unit.config, 0, 64)
+#define tile_load_(t, p, s) tile_unit.load(t, p, s)
+#define tile_zero_(t) tile_unit.cleared(t)
+#define tile_store_(t, p, s) tile_unit.store(t, p, s)
+#define tile_multiply_(c, a, b) tile_unit.multiply<float>(c, a, b, add_pair)
+#define tile_multiply_bytes_(c, a, b) tile_unit.multiply<int32_t>(c, a, b, add_four)
 #else
-#define tile_load_(t, p, s) _tile_loadd(t, p, s)
-#define tile_load_left_(t, p, s) _tile_loadd(t, p, s)
-#define tile_load_right_(t, p, s) _tile_loadd(t, p, s)
+// GCC's intrinsics do not say what they read: of a configuration its first 8 bytes, of a tile nothing (GCC 12). Nothing that
+// was written before may wait behind them, or be left out.
+inline void tile_written() { __asm__ volatile("" ::: "memory"); }
+#define tile_configure_(config_) (tile_written(), _tile_loadconfig(config_))
+#define tile_release_() _tile_release()
+#define tile_load_(t, p, s) tile_written(); _tile_loadd(t, p, s)
 #define tile_zero_(t) _tile_zero(t)
 #define tile_store_(t, p, s) _tile_stored(t, p, s)
 #define tile_multiply_(c, a, b) _tile_dpbf16ps(c, a, b)
@@ -197,20 +211,16 @@ namespace {
 
 struct AmxTiles {  // a thread's tiles, all of 16 rows of 64 bytes; for codes, a group of 32 fills half of those multiplied
     AmxTiles(bool codes = false) {
-#ifndef EMULATE_AMX
         if (!use_amx) return;
         alignas(64) uint8_t config[64] = {1};
         for (int t = 0; t < 8; t++) {
             config[16 + 2 * t] = codes && (t == 4 || t == 5) ? 32 : 64;
             config[48 + t] = codes && t > 5 ? 8 : 16;
         }
-        _tile_loadconfig(config);
-#endif
+        tile_configure_(config);
     }
     ~AmxTiles() {
-#ifndef EMULATE_AMX
-        if (use_amx) _tile_release();
-#endif
+        if (use_amx) tile_release_();
     }
 };
 

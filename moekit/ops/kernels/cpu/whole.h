@@ -133,12 +133,12 @@ void multiply_tiles(const Left<Whole<BITS>>& a, int64_t first, int64_t rows, con
         ahead.fetch(g);
         const int8_t* x = a.codes + first * stride + g * GROUP;
         const uint8_t* b = panel.codes + g * GROUP * PANEL;
-        tile_load_right_(6, b, 4 * PANEL);
-        tile_load_right_(7, b + 64, 4 * PANEL);
+        tile_load_(6, b, 4 * PANEL);
+        tile_load_(7, b + 64, 4 * PANEL);
         for (int64_t m = 0; m < rows; m += 16) {
             tile_zero_(0);
             tile_zero_(1);
-            tile_load_left_(4, x + m * stride, stride);
+            tile_load_(4, x + m * stride, stride);
             tile_multiply_bytes_(0, 4, 6);
             tile_multiply_bytes_(1, 4, 7);
             tile_store_(0, whole[m], 4 * PANEL);
