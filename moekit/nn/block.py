@@ -109,7 +109,8 @@ class Block(nn.Module):
             ffn, routed = found
         elif type(mlp) is not SwiGLU or not (ffn := mlp.in_one(low)):
             return None
-        return Whole((norms[0].weight, norms[1].weight), norms[0].eps, layer, ffn, routed)
+        made = Whole((norms[0].weight, norms[1].weight), norms[0].eps, layer, ffn, routed)
+        return made if made.readable() else None
 
 
 def at_once(

@@ -43,7 +43,9 @@ def decoder(model: Model, cache: KVCache) -> Decoder | None:
     if not all(type(module) in KNOWN and untouched(type(module), module) for module in model.modules()):
         return None
     weights = [operand(getattr(module, name)) for _, module, name in matrices(model)]
-    if unavailable([model.embed_tokens.weight, *model.parameters(), cache.layer(0)], weights):
+    routers = [module.expert_bias for module in model.modules() if isinstance(module, Router)]
+    numbers = [*model.parameters(), cache.layer(0), *(bias for bias in routers if bias is not None)]
+    if unavailable(numbers, weights):
         return None
     attention = model.config.attention
     heads, positions = _heads(attention), torch.arange(cache.max_length).unsqueeze(0)

@@ -106,7 +106,7 @@ def test_experts_refuse_tensors_without_numbers(tiny_config: Callable[..., Model
         with pytest.raises(DataDependentOutputException):
             model(torch.zeros(2, 5, dtype=torch.long))
         for layer in model.moe_layers:
-            with pytest.raises(UnsupportedError, match=r"backend is 'native'.*: it takes plain tensors"):
+            with pytest.raises(UnsupportedError, match=r"backend is 'native'.*: it reads plain tensors"):
                 layer.experts.set_backend("native")
 
 

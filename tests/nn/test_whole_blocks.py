@@ -1,5 +1,6 @@
 """A block in one call of our kernels: what its modules give one by one, wherever that may be."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moekit.config import MHAConfig, ModelConfig, MoEConfig
 from moekit.formats.checkpoint import load, save
 from moekit.nn import block as blocks
 from moekit.nn.cache import KVCache
+from moekit.nn.decoder import decoder
+from moekit.nn.ffn import SwiGLU
 from moekit.nn.model import Model, ModelOutput
+from moekit.nn.norm import RMSNorm
 from moekit.nn.quantized import quantize_
 from moekit.nn.router import Probe
 from moekit.ops.kernels import block, build
@@ -272,6 +277,60 @@ def test_what_is_hooked_is_called(part: str, calls: list[int], made: Callable[..
     model(drawn(model))
     assert len(called) == 1
     assert len(calls) == 2, "the other blocks are one call"
+
+
+ELSEWHERE: dict[str, Callable[[Model], nn.Module]] = {
+    **{part: of for part, of in TOUCHED.items() if part != "attention"},
+    "the head": lambda model: model.lm_head,
+    "the last norm": lambda model: model.norm,
+}
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("part", ELSEWHERE)
+def test_what_is_on_another_device_is_not_read(part: str, learns: bool, made: Callable[..., Model]) -> None:
+    """Reading it would end the process. meta stands for any other device, though torch does not always refuse it."""
+    model = made("V3's router")
+    ELSEWHERE[part](model).to("meta")
+    assert decoder(model, KVCache(model.config, 2, 4)) is None
+    with torch.set_grad_enabled(learns), contextlib.suppress(RuntimeError, NotImplementedError):
+        model(drawn(model))
+
+
+class Doubled(Tensor):
+    """Numbers that are not those that lie in its memory, as in a tensor of another library's codes."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            return 2 * func(args[0], args[1].as_subclass(Tensor))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_weight_of_a_class_of_its_own_multiplies_itself(learns: bool, made: Callable[..., Model]) -> None:
+    model = made("plain")
+    linear, ids, found = model.layers[1].self_attn.o_proj, drawn(model), []
+    plain = linear.weight.detach()
+    for weight in (plain.as_subclass(Doubled), 2 * plain):
+        linear.weight = nn.Parameter(weight)
+        cache = KVCache(model.config, 2, 4)
+        with torch.set_grad_enabled(learns):
+            found.append(model(ids).logits)
+        with torch.no_grad():
+            step = decoder(model, cache)
+            first = step.step(ids[:, 0], cache.lengths) if step else model(ids[:, :1], cache=cache).logits[:, 0]
+        assert (first - found[-1][:, 0]).abs().max() < 1e-5 * first.abs().max()
+    assert (found[0] - found[1]).abs().max() < 1e-5 * found[1].abs().max()
+
+
+def test_a_block_without_numbers_has_its_shapes() -> None:
+    with FakeTensorMode():
+        module, norm, x = SwiGLU(12, 7), RMSNorm(12, 1e-6), torch.zeros(3, 12)
+        module(norm(x)).sum().backward()
+        with torch.no_grad():
+            assert module(norm(x)).shape == (3, 12)
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in module.parameters())
 
 
 def test_probes_padding_and_float16_go_module_by_module(calls: list[int], made: Callable[..., Model]) -> None:

@@ -25,8 +25,9 @@ def missing() -> str | None:
 
 
 def readable(*tensors: Tensor) -> bool:
-    """Returns whether the numbers lie where the tensors say: a subclass (FakeTensor, DTensor) has them elsewhere."""
-    return all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+    """Returns whether the library may read these tensors' numbers where they lie: on a CPU, and not in a tensor of
+    another class, whose memory may hold something else, or nothing (a fake tensor)."""
+    return all(t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter) for t in tensors)
 
 
 def at(tensor: Tensor | None) -> int | None:

@@ -20,11 +20,8 @@ def has_kernels(device: torch.device) -> bool:
 
 def unavailable(*tensors: Tensor) -> str | None:
     """Returns why the kernels cannot run on these tensors, or None."""
-    kinds = {(t.device.type, t.dtype) for t in tensors}
-    if kinds not in ({("cpu", torch.float32)}, {("cpu", torch.bfloat16)}):
-        return "it takes tensors on a CPU, all float32 or all bfloat16"
-    if not readable(*tensors):
-        return "it takes plain tensors, of no subclass"
+    if not readable(*tensors) or {t.dtype for t in tensors} not in ({torch.float32}, {torch.bfloat16}):
+        return "it reads plain tensors on a CPU, all float32 or all bfloat16"
     reason: str | None = missing()
     return reason
 

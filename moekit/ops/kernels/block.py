@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moekit.ops.kernels.addresses import at, contiguous, matrix, room, table
+from moekit.ops.kernels.addresses import at, contiguous, matrix, readable, room, table
 from moekit.ops.kernels.build import library
 from moekit.ops.kernels.choice import Routes, room_for_routes
 from moekit.ops.kernels.decode import Routed
@@ -80,6 +80,11 @@ class Whole(NamedTuple):
             routed = routed._replace(router=p.router, gate_up=p.experts_gate_up, down=p.experts_down)
         ffn = () if p.gate is None else (p.gate, p.up, p.down)
         return Whole((p.attention_norm, p.ffn_norm), self.eps, attention, ffn, routed)
+
+    def readable(self) -> bool:
+        """Returns whether all of it that is in numbers may be read where it lies."""
+        bias = None if self.routed is None else self.routed.bias
+        return readable(*(t for t in (*self.parameters, bias) if isinstance(t, Tensor)))
 
     def learns(self) -> bool:
         """Returns whether a way back could be wanted of all of it: of weights in numbers it could."""

@@ -190,10 +190,10 @@ class _Model(ctypes.Structure):
 def unavailable(numbers: Iterable[Tensor], weights: Iterable[Weights | Matrix]) -> str | None:
     """Returns why `Decoder` cannot run on such parameters and cache, or such matrices, or None."""
     for tensor in numbers:
-        if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16):
-            return f"it takes float32 and bfloat16 on a CPU, not {tensor.dtype} on {tensor.device.type}"
         if not readable(tensor):
-            return "it takes plain tensors, of no subclass"
+            return "it reads plain tensors on a CPU"
+        if tensor.dtype not in (torch.float32, torch.bfloat16):
+            return f"it takes float32 and bfloat16, not {tensor.dtype}"
     for weight in weights:
         one = weight.one if isinstance(weight, Mapped) else weight
         if isinstance(one, Scaled):

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moekit.ops.kernels.addresses import KINDS, at, contiguous, matrix, readable
+from moekit.ops.kernels.addresses import KINDS, at, contiguous, matrix, readable, stored
 from moekit.ops.kernels.build import library, native
 from moekit.ops.kernels.memory import empty
 from moekit.ops.quantize import Quantized
@@ -26,7 +26,7 @@ def has_linears(x: Tensor, weights: Sequence[Tensor | Quantized | Scaled], mixed
     oneDNN, casts float32 weights first and writes their gradients in bfloat16 (decision 54), while AMX is left to it;
     and on float32 where torch asks MKL, which uses half of such a processor (decision 49).
     """
-    if x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling() or not readable(x):
+    if x.numel() == 0 or torch.compiler.is_compiling() or not readable(x, *map(stored, weights)):
         return False
     machine, (kind, *others) = native(), {(type(w), w[0].dtype if isinstance(w, tuple) else w.dtype) for w in weights}
     if machine.library is None or others or x.dtype not in (torch.float32, torch.bfloat16):

@@ -18,10 +18,9 @@ def has_kernel(x: Tensor, weight: Tensor) -> bool:
     kinds = (x.dtype, weight.dtype)
     float32, bfloat16 = torch.float32, torch.bfloat16
     return (
-        x.device.type == weight.device.type == "cpu"
+        readable(x, weight)
         and kinds in ((float32, float32), (bfloat16, float32), (bfloat16, bfloat16))
         and x.numel() > 0
-        and readable(x, weight)
         and missing() is None
     )
 

@@ -27,7 +27,7 @@ def unavailable(x: Tensor, gate_up: Weights, down: Weights) -> str | None:
     if x.device.type != "cpu":
         return f"it runs on a CPU but the tensors are on {x.device.type}"
     if not readable(x, stored(gate_up), stored(down)):
-        return "it takes plain tensors, of no subclass"
+        return "it reads plain tensors on a CPU and these are not"
     dtype, other = stored(gate_up).dtype, stored(down).dtype
     if dtype != other:
         return f"gate_up is {dtype} and down {other}; it takes one dtype"

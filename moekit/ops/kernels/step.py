@@ -14,8 +14,8 @@ from moekit.ops.kernels.memory import empty
 
 def has_rest(*tensors: Tensor) -> bool:
     """Returns whether `cross_entropy_` and `swiglu` can run on these tensors."""
-    on_cpu = all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.bfloat16) for t in tensors)
-    return on_cpu and readable(*tensors) and missing() is None
+    kinds = (torch.float32, torch.bfloat16)
+    return all(readable(t) and t.dtype in kinds for t in tensors) and missing() is None
 
 
 def cross_entropy_(
@@ -61,7 +61,8 @@ def _by_number(name: str, *tensors: Tensor) -> None:
 
 def has_norm(x: Tensor, delta: Tensor | None, weight: Tensor) -> bool:
     """Returns whether `add_norm` can run on these tensors."""
-    return has_rest(x, weight) and (delta is None or delta.dtype == x.dtype or delta.dtype == torch.bfloat16)
+    fits = delta is None or (readable(delta) and delta.dtype in (x.dtype, torch.bfloat16))
+    return fits and has_rest(x, weight)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moekit.ops.dispatch import Plan
-from moekit.ops.kernels.addresses import readable
 
 try:
     import triton
@@ -33,8 +32,8 @@ def unavailable(x: Tensor, gate_up: Tensor, down: Tensor) -> str | None:
         return "triton is not installed"
     if not (x.is_cuda or (kernels.INTERPRETED and x.device.type == "cpu")):
         return f"triton needs tensors on CUDA and these are on {x.device.type}"
-    if not readable(x, gate_up, down):
-        return "it takes plain tensors, of no subclass"
+    if any(type(t) not in (Tensor, nn.Parameter) for t in (x, gate_up, down)):
+        return "it reads plain tensors"
     if gate_up.device != x.device:
         return f"x is on {x.device} and the experts are on {gate_up.device}"
     if x.dtype not in _DTYPES or gate_up.dtype != x.dtype:
