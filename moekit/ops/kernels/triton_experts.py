@@ -108,7 +108,7 @@ class _Layout(NamedTuple):
 def _layout(order: Tensor | None, inverse: Tensor | None, counts: Tensor, rows: int, tokens: int) -> _Layout:
     experts = len(counts)
     starts = counts.new_full((experts + 2,), rows, dtype=torch.int32)
-    starts[0] = 0
+    starts[:1].zero_()  # starts[0] = 0 would copy a number from the host, wait for it, and end a graph's capture
     starts[1:-1] = counts.cumsum(0)
     # as high as an expert has rows on average: low tiles waste little on small groups, high ones reread weights less
     height = min(max(triton.next_power_of_2(rows // experts), kernels.LOWEST), kernels.HIGHEST)

@@ -9,10 +9,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moekit.ops import dispatch, reference
 from moekit.ops.experts import swiglu_experts
@@ -209,6 +211,23 @@ def test_nothing_waits_for_the_device(device: torch.device) -> None:
         case.run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+class NoNumbers(TorchDispatchMode):
+    """Raises where a number becomes a tensor of the CPU; with another device, what takes it waits for the copy."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten.lift_fresh.default, f"{func} of {args}"
+        return func(*args, **(kwargs or {}))
+
+
+@kernels
+def test_no_number_is_copied_to_the_device(device: torch.device) -> None:
+    case = Case(torch.float32, device, "6 2 4 7 5", 1)
+    plan, tensors = dispatch.plan(case.ids, 4), case.tensors()
+    with NoNumbers():
+        y = triton_experts.mixed_experts(*tensors[:2], plan, *tensors[2:])
+        torch.autograd.grad(y, tensors, case.probe)
 
 
 @compiles
