@@ -140,9 +140,16 @@ def choose(backend: str, x: Tensor, gate_up: Weights, down: Weights) -> Backend:
 def unavailable(backend: str, x: Tensor, gate_up: Weights, down: Weights) -> str | None:
     """Returns why the back end cannot run on these tensors, or None."""
     kernels = BACKENDS[backend]
-    if not isinstance(gate_up, Tensor) and not kernels.mixes_dtypes:  # it gets a copy in the rows' dtype
-        gate_up, down = (x.new_empty(()).expand(w.shape) for w in (gate_up, down))
+    if not kernels.mixes_dtypes:
+        gate_up, down = (_as_copied(x, w) for w in (gate_up, down))
     return kernels.unavailable(x, gate_up, down)
+
+
+def _as_copied(x: Tensor, weight: Weights) -> Tensor:
+    """Returns what `_copies` makes of a weight, without its numbers; under autocast rows are bfloat16, weights not."""
+    if not isinstance(weight, Tensor):
+        return x.new_empty(()).expand(weight.shape)
+    return weight if weight.dtype == x.dtype else weight.new_empty((), dtype=x.dtype).expand(weight.shape)
 
 
 def native_features() -> dict[str, Any]:

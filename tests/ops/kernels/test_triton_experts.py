@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moekit.ops import dispatch, reference
-from moekit.ops.experts import swiglu_experts
+from moekit.ops.experts import mixed_experts, swiglu_experts
 from moekit.ops.kernels import triton_experts
 
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -156,6 +156,15 @@ def test_non_contiguous_inputs_and_gradients_change_nothing(device: torch.device
     case.gate_up, case.down = (t.detach().mT.contiguous().mT for t in (case.gate_up, case.down))
     assert not any(t.is_contiguous() for t in (*case.tensors(), case.probe))
     assert same(before, case.run())
+
+
+@kernels
+def test_weights_of_another_dtype_are_copied_as_under_autocast(device: torch.device) -> None:
+    case = Case(torch.float32, device, "6 2 4 7 5")
+    plan, x = dispatch.plan(case.ids, 4), case.x.bfloat16()
+    low = [weight.bfloat16() for weight in (case.gate_up, case.down)]
+    expected = triton_experts.mixed_experts(x, case.weights, plan, *low)
+    assert torch.equal(mixed_experts(x, case.weights, plan, case.gate_up, case.down, "triton"), expected)
 
 
 @kernels
