@@ -111,7 +111,7 @@ def _layout(order: Tensor | None, inverse: Tensor | None, counts: Tensor, rows: 
     starts[:1].zero_()  # starts[0] = 0 would copy a number from the host, wait for it, and end a graph's capture
     starts[1:-1] = counts.cumsum(0)
     # as high as an expert has rows on average: low tiles waste little on small groups, high ones reread weights less
-    height = min(max(triton.next_power_of_2(rows // experts), kernels.LOWEST), kernels.HIGHEST)
+    height = min(max(triton.next_power_of_2(rows // max(experts, 1)), kernels.LOWEST), kernels.HIGHEST)
     common = {"PRECISION": _precision(), "EXPERTS": triton.next_power_of_2(experts + 1), "BLOCK_M": height}
     return _Layout(order, inverse, starts, rows, experts, rows // max(tokens, 1), rows // height + experts + 1, common)
 

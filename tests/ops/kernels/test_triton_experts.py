@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moekit.ops import dispatch, reference
 from moekit.ops.experts import mixed_experts, swiglu_experts
 from moekit.ops.kernels import triton_experts
+from moekit.ops.quantize import quantize
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -165,6 +166,15 @@ def test_weights_of_another_dtype_are_copied_as_under_autocast(device: torch.dev
     low = [weight.bfloat16() for weight in (case.gate_up, case.down)]
     expected = triton_experts.mixed_experts(x, case.weights, plan, *low)
     assert torch.equal(mixed_experts(x, case.weights, plan, case.gate_up, case.down, "triton"), expected)
+
+
+@kernels
+@pytest.mark.parametrize("sizes", ["3 2 4 7 5", "0 2 4 7 5"], ids=["all dropped", "no token"])
+def test_experts_in_codes_none_of_which_has_rows_give_zero(device: torch.device, sizes: str) -> None:
+    case = Case(torch.float32, device, sizes, dropped=6)
+    gate_up, down = quantize(case.gate_up, "int8"), quantize(case.down, "int8")
+    y = mixed_experts(case.x, case.weights, dispatch.plan(case.ids, 4), gate_up, down, "triton")
+    assert torch.equal(y, torch.zeros_like(case.x))
 
 
 @kernels
