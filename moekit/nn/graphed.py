@@ -48,15 +48,19 @@ class StaticStep:
 
     def capture(self) -> None:
         """Records the step, to be replayed from then on; what it writes meanwhile lies behind the lengths."""
-        stream = torch.cuda.Stream(self.ids.device)
-        stream.wait_stream(torch.cuda.current_stream(self.ids.device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
+        device = self.ids.device
+        stream, before = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        stream.wait_stream(before)
+        # on the model's device, or the graph of another would be recorded, which is empty; and the stream from before
+        # is set again by us: torch leaves the recording one behind where the recording fails
+        with torch.cuda.device(device), torch.cuda.stream(before):
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    self.run()
+            before.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
                 self.run()
-        torch.cuda.current_stream(self.ids.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.run()
         self.graph = graph
 
 

@@ -42,6 +42,34 @@ def test_the_recorded_step_is_the_models_own(
             torch.testing.assert_close(found, model(ids.unsqueeze(1), cache=caches[1]).logits[:, 0])
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a device that is not the current one")
+def test_the_step_is_recorded_on_the_models_device(tiny_config: Callable[..., ModelConfig]) -> None:
+    config, other = tiny_config(ffn={"kind": "dense"}), torch.device("cuda:1")
+    model = Model(config).eval().to(other)
+    step = graphed(model, KVCache(config, 2, 8, device=other))
+    assert step is not None
+    lengths = torch.zeros(2, dtype=torch.int64, device=other)
+    first, second = (step.step(torch.full((2,), number, device=other), lengths) for number in (3, 5))
+    assert not torch.equal(first, second)
+
+
+class Asking(StaticStep):
+    """A step that waits for an answer of the device, which cannot be recorded."""
+
+    def run(self) -> None:
+        super().run()
+        self.logits.sum().item()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a device records")
+def test_a_failed_recording_leaves_the_stream_as_it_was(tiny_config: Callable[..., ModelConfig]) -> None:
+    config, device = tiny_config(ffn={"kind": "dense"}), torch.device("cuda:0")
+    model, before = Model(config).eval().to(device), torch.cuda.current_stream(device)
+    with pytest.raises(RuntimeError):
+        Asking(model, KVCache(config, 1, 8, device=device)).capture()
+    assert torch.cuda.current_stream(device) == before
+
+
 SCRIPT = """
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
