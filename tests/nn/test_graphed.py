@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from moekit.config import ModelConfig
+from moekit.errors import UnsupportedError
 from moekit.nn.cache import KVCache
-from moekit.nn.graphed import StaticStep, graphed
+from moekit.nn.graphed import StaticStep, asks_nothing, graphed
 from moekit.nn.model import Model
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -105,3 +106,16 @@ def test_it_waits_for_no_answer_with_grouped_products_and_does_with_a_loop(
 def test_on_a_cpu_there_is_no_graph(tiny_config: Callable[..., ModelConfig]) -> None:
     model = Model(tiny_config()).eval()
     assert graphed(model, KVCache(model.config, 1, 8)) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a device can be waited for")
+@pytest.mark.parametrize("backend", ["grouped", "triton"])
+def test_experts_that_ask_nothing_can_be_recorded(tiny_config: Callable[..., ModelConfig], backend: str) -> None:
+    config = tiny_config(hidden_size=32, ffn={"moe_intermediate_size": 16})
+    model = Model(config).eval().to("cuda:0", torch.bfloat16)
+    try:
+        model.set_experts_backend(backend)
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    assert asks_nothing(model)
+    StaticStep(model, KVCache(config, 2, 8, "cuda:0", torch.bfloat16)).capture()
