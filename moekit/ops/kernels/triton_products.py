@@ -5,8 +5,9 @@ rows are one more expert, whose products are zero. A row is read from token `ord
 Sums are float32 and nothing is added atomically: with the same tiles, two runs are equal to the bit.
 """
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
+import torch
 import triton
 import triton.language as tl
 
@@ -33,6 +34,16 @@ def _configs(names: str, *tiles: tuple[int, ...]) -> list[triton.Config]:
         triton.Config(dict(zip(names.split(), sizes, strict=True)), num_warps=warps, num_stages=stages)
         for *sizes, warps, stages in tiles
     ]
+
+
+def _placed(configs: list[triton.Config], arguments: dict[str, Any], **meta: Any) -> list[triton.Config]:
+    """Returns the tiles to try: of a list all, but for float32 without TF32 the first two.
+
+    Such products are single multiply-adds, all written out: of larger tiles each takes ptxas up to 20 seconds, and most
+    spill tens of kilobytes a thread.
+    """
+    rows = next(iter(arguments.values()))
+    return configs[:2] if rows.dtype == torch.float32 and meta["PRECISION"] == "ieee" else configs
 
 
 @triton.jit
@@ -69,7 +80,8 @@ def _dot(a, b, sums, PRECISION: tl.constexpr):
 
 @triton.autotune(
     _configs("BLOCK_N BLOCK_K", (64, 64, 8, 3), (64, 32, 4, 2), (128, 32, 8, 4), (128, 64, 8, 3), (128, 64, 16, 3)),
-    key=["dim", "ff", "BLOCK_M"],
+    key=["dim", "ff", "BLOCK_M", "PRECISION"],
+    prune_configs_by={"early_config_prune": _placed},
 )
 @triton.jit
 @no_type_check
@@ -108,7 +120,8 @@ def gate_up_swiglu(
 
 @triton.autotune(
     _configs("BLOCK_N BLOCK_K", (64, 64, 4, 4), (64, 32, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (256, 64, 8, 3)),
-    key=["length", "width", "stride_n", "BLOCK_M"],
+    key=["length", "width", "stride_n", "BLOCK_M", "PRECISION"],
+    prune_configs_by={"early_config_prune": _placed},
 )
 @triton.jit
 @no_type_check
@@ -137,7 +150,11 @@ def rows_product(
     tl.store(to, sums.to(out.dtype.element_ty), mask=kept[:, None] & inside[None, :])
 
 
-@triton.autotune(_configs("BLOCK_K", (64, 8, 3), (32, 8, 2), (32, 8, 4)), key=["dim", "ff", "BLOCK_M"])
+@triton.autotune(
+    _configs("BLOCK_K", (64, 8, 3), (32, 8, 2), (32, 8, 4)),
+    key=["dim", "ff", "BLOCK_M", "PRECISION"],
+    prune_configs_by={"early_config_prune": _placed},
+)
 @triton.jit
 @no_type_check
 def act_backward(
@@ -196,7 +213,8 @@ def act_backward(
         "BLOCK_M BLOCK_N BLOCK_K",
         *((64, 64, 64, 4, 4), (64, 64, 32, 4, 2), (128, 128, 32, 8, 5), (128, 128, 64, 8, 5), (128, 256, 64, 8, 5)),
     ),
-    key=["height", "width", "GATHER"],
+    key=["height", "width", "GATHER", "PRECISION"],
+    prune_configs_by={"early_config_prune": _placed},
 )
 @triton.jit
 @no_type_check

@@ -274,6 +274,21 @@ def test_every_product_compiles_without_a_device(
         assert binary.asm["cubin"]
 
 
+@compiles
+def test_float32_without_tf32_tries_small_tiles_alone() -> None:
+    from moekit.ops.kernels import triton_products as products
+
+    for kernel in (products.gate_up_swiglu, products.rows_product, products.act_backward, products.weight_gradient):
+        assert "PRECISION" in kernel.keys  # what fits with one may not with the other
+        for dtype, precision, tried in (
+            (torch.float32, "ieee", kernel.configs[:2]),
+            (torch.float32, "tf32", kernel.configs),
+            (torch.bfloat16, "ieee", kernel.configs),
+        ):
+            kernel.nargs = dict.fromkeys(kernel.arg_names, torch.empty(1, dtype=dtype))
+            assert kernel.prune_configs({"PRECISION": precision}) == tried
+
+
 def test_what_cannot_run_says_why() -> None:
     x = torch.zeros(1, 2)
     if not INSTALLED:
