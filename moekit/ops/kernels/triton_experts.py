@@ -16,20 +16,23 @@ from torch.autograd.function import once_differentiable
 
 from moekit.ops.dispatch import Plan
 
+_MISSING = None
 try:
     import triton
 
     from moekit.ops.kernels import triton_products as kernels
 except ImportError:
-    triton = None
+    _MISSING = "triton is not installed"
+except AttributeError:  # has no knobs; torch of ours comes with 3.6 or newer, but any may have been installed after it
+    _MISSING = f"triton {triton.__version__} is too old: 3.6 is needed"
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def unavailable(x: Tensor, gate_up: Tensor, down: Tensor) -> str | None:
     """Returns one clause that says why these kernels cannot run on such tensors, or None when they can."""
-    if triton is None:
-        return "triton is not installed"
+    if _MISSING:
+        return _MISSING
     if not (x.is_cuda or (kernels.INTERPRETED and x.device.type == "cpu")):
         return f"triton needs tensors on CUDA and these are on {x.device.type}"
     if any(type(t) not in (Tensor, nn.Parameter) for t in (x, gate_up, down)):

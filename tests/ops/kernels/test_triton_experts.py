@@ -305,3 +305,11 @@ def test_the_module_can_be_imported_where_triton_is_missing() -> None:
     code = "import sys, torch; sys.modules['triton'] = None; from moekit.ops.kernels import triton_experts as t; "
     code += "x = torch.zeros(1, 1); assert t.unavailable(x, x, x) == 'triton is not installed'"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(not INSTALLED, reason=MISSING)
+def test_the_module_can_be_imported_with_a_triton_that_is_too_old() -> None:
+    code = "import torch, triton; del triton.knobs; triton.__version__ = '3.2.0'; "
+    code += "from moekit.ops.kernels import triton_experts as t; x = torch.zeros(1, 1); "
+    code += "assert t.unavailable(x, x, x) == 'triton 3.2.0 is too old: 3.6 is needed', t.unavailable(x, x, x)"
+    subprocess.run([sys.executable, "-c", code], check=True)
