@@ -46,7 +46,8 @@ def choose(device: str, precision: str) -> Hardware:
 def has_bfloat16(device: torch.device) -> bool:
     """Returns whether the device multiplies bfloat16 matrices in hardware (AVX-512 BF16, AMX, CUDA 8.0 and newer)."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        with torch.cuda.device(device):  # it tells of the current one
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch has no public name for it
     return bool(probe and probe())
 
