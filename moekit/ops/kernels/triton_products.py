@@ -24,8 +24,9 @@ FF_TILE = 32 if INTERPRETED else 128
 def _configs(names: str, *tiles: tuple[int, ...]) -> list[triton.Config]:
     """Returns the tiles to choose from, each the sizes of `names`, then warps, then stages.
 
-    Chosen by what compiles for compute capability 9.0 with few registers spilled; none was timed. Of each list the
-    second is small enough for float32 on every device of compute capability 8.0.
+    Chosen by what compiles for capabilities 8.0 and 9.0 with few registers spilled; none was timed. Of each list the
+    second is small enough for TF32 on every device of capability 8.0, and those 16 deep, at its end, are for float32
+    without TF32: see `_placed`.
     """
     if INTERPRETED:
         small = {"BLOCK_M": 8, "BLOCK_N": 32, "BLOCK_K": 16}  # all different, so that taking one for another shows
@@ -37,13 +38,14 @@ def _configs(names: str, *tiles: tuple[int, ...]) -> list[triton.Config]:
 
 
 def _placed(configs: list[triton.Config], arguments: dict[str, Any], **meta: Any) -> list[triton.Config]:
-    """Returns the tiles to try: of a list all, but for float32 without TF32 the first two.
+    """Returns the tiles to try: 16 deep for float32 without TF32, the others for all else.
 
-    Such products are single multiply-adds, all written out: of larger tiles each takes ptxas up to 20 seconds, and most
-    spill tens of kilobytes a thread.
+    Such products are single multiply-adds, all written out: 32 or 64 deep, most tiles spill 5 to 47 kilobytes a thread
+    for capability 8.0, and the large ones take ptxas up to 20 seconds each; 16 deep they spill nothing.
     """
     rows = next(iter(arguments.values()))
-    return configs[:2] if rows.dtype == torch.float32 and meta["PRECISION"] == "ieee" else configs
+    full = rows.dtype == torch.float32 and meta["PRECISION"] == "ieee"
+    return [config for config in configs if (config.kwargs["BLOCK_K"] == 16) == full]
 
 
 @triton.jit
@@ -79,7 +81,11 @@ def _dot(a, b, sums, PRECISION: tl.constexpr):
 
 
 @triton.autotune(
-    _configs("BLOCK_N BLOCK_K", (64, 64, 8, 3), (64, 32, 4, 2), (128, 32, 8, 4), (128, 64, 8, 3), (128, 64, 16, 3)),
+    _configs(
+        "BLOCK_N BLOCK_K",
+        *((64, 64, 8, 3), (64, 32, 4, 2), (128, 32, 8, 4), (128, 64, 8, 3), (128, 64, 16, 3)),
+        *((64, 16, 8, 3), (32, 16, 4, 3)),
+    ),
     key=["dim", "ff", "BLOCK_M", "PRECISION"],
     prune_configs_by={"early_config_prune": _placed},
 )
@@ -119,7 +125,11 @@ def gate_up_swiglu(
 
 
 @triton.autotune(
-    _configs("BLOCK_N BLOCK_K", (64, 64, 4, 4), (64, 32, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (256, 64, 8, 3)),
+    _configs(
+        "BLOCK_N BLOCK_K",
+        *((64, 64, 4, 4), (64, 32, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (256, 64, 8, 3)),
+        *((64, 16, 4, 3), (128, 16, 8, 3)),
+    ),
     key=["length", "width", "stride_n", "BLOCK_M", "PRECISION"],
     prune_configs_by={"early_config_prune": _placed},
 )
@@ -151,7 +161,7 @@ def rows_product(
 
 
 @triton.autotune(
-    _configs("BLOCK_K", (64, 8, 3), (32, 8, 2), (32, 8, 4)),
+    _configs("BLOCK_K", (64, 8, 3), (32, 8, 2), (32, 8, 4), (16, 8, 3)),
     key=["dim", "ff", "BLOCK_M", "PRECISION"],
     prune_configs_by={"early_config_prune": _placed},
 )
@@ -212,6 +222,7 @@ def act_backward(
     _configs(
         "BLOCK_M BLOCK_N BLOCK_K",
         *((64, 64, 64, 4, 4), (64, 64, 32, 4, 2), (128, 128, 32, 8, 5), (128, 128, 64, 8, 5), (128, 256, 64, 8, 5)),
+        *((64, 64, 16, 4, 3), (128, 128, 16, 8, 3)),
     ),
     key=["height", "width", "GATHER", "PRECISION"],
     prune_configs_by={"early_config_prune": _placed},
