@@ -92,16 +92,19 @@ def native() -> Native:
     """Returns the library, compiling it first if need be (some seconds, once); a failure is told once and kept."""
     if os.environ.get("MOEKIT_NATIVE") == "0":
         return _none("MOEKIT_NATIVE is 0")
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
+    named = os.environ.get("CXX")
+    if named and not shutil.which(named):
+        logger.warning("CXX is %r, which is no program here; another compiler is looked for", named)
+    compiler = next(filter(None, map(shutil.which, (named or "c++", "g++", "clang++"))), None)
     if compiler is None or sys.platform == "win32":
         return _none(
             "no C++ compiler was found (g++ or clang++)" if sys.platform != "win32" else "Windows has none yet"
         )
     try:
-        path = folder().absolute() / f"native-{_key(compiler)}.so"
-        if not path.is_file():
+        key = _key(compiler)
+        if (path := _kept(key)) is None:
             logger.info("building the native kernels, once for this machine")
-            _build(compiler, path)
+            path = _build(compiler, key)
         return load(path)
     except (OSError, subprocess.SubprocessError, BuildError) as error:
         return _none(str(error))
@@ -125,6 +128,16 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moekit"
 
 
+def _kept(key: str) -> Path | None:
+    """Returns the library that was built before, if it still is what its name says: a damaged one could end us."""
+    found = (path for path in folder().absolute().glob(f"native-{key}-*.so") if path.stem.endswith(_digest(path)))
+    return next(found, None)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
 def load(path: Path) -> Native:
     """Returns a compiled library, its functions typed."""
     library = ctypes.CDLL(str(path))
@@ -143,7 +156,7 @@ def compile_source(compiler: str, target: Path, *more: str) -> None:
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [compiler, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=False)
 
     def compiled(flags: Sequence[str]) -> subprocess.CompletedProcess[str]:
         with ThreadPoolExecutor() as pool:
@@ -155,35 +168,39 @@ def compile_source(compiler: str, target: Path, *more: str) -> None:
         done = compiled((*FLAGS, *variant, *more))
         if done.returncode == 0:
             return
-        if "Killed" in done.stderr:  # for want of memory: the next variant would be slower code, kept for good
+        # for want of memory or room: the next variant would be slower code, kept for good
+        if "Killed" in done.stderr or "No space left" in done.stderr:
             break
     lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
     raise BuildError(f"{compiler} failed: {lines[0]}")
 
 
-def _build(compiler: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as work:
-        target = Path(work) / path.name
+def _build(compiler: str, key: str) -> Path:
+    cache = folder().absolute()
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as work:
+        target = Path(work) / "native.so"
         compile_source(compiler, target)
         # another process: an instruction that the machine refuses must not end ours
         done = run_check(target)
         if done.returncode:
             last = (done.stderr.splitlines() or [f"it ended with {done.returncode}"])[-1]
             raise BuildError(f"the compiled kernels failed their check: {last}")
-        target.replace(path)
+        return target.replace(cache / f"native-{key}-{_digest(target)}.so")
 
 
 def run_check(target: Path) -> subprocess.CompletedProcess[str]:
     """Checks a compiled library in another process, which ends with 0 if all is well."""
     script = "import sys; sys.path.insert(0, sys.argv[1]); from moekit.ops.kernels.check import main; main(sys.argv[2])"
     command = [sys.executable, "-c", script, str(Path(__file__).parents[3]), str(target)]  # this moekit, no other
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=False)
 
 
 def _key(compiler: str) -> str:
     command = [compiler, "--version"]
-    version = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
+    version = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=True
+    ).stdout
     sources = [path.read_text() for path in sorted(SOURCES.iterdir())]
     return hashlib.sha256("\0".join((*sources, version, *FLAGS, cpu())).encode()).hexdigest()[:16]
 

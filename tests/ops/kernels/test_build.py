@@ -95,6 +95,42 @@ def test_experts_in_tiles_are_those_in_vectors(
 
 
 @needs_compiler
+@pytest.mark.parametrize("damage", ["cut", "another library"])
+def test_a_damaged_library_is_built_again(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded as it lies, one that is cut short ends the process."""
+    assert build.native().reason is None
+    kept = next(path for path in build.folder().glob("native-*.so") if path.stem.endswith(build._digest(path)))
+    sound = kept.read_bytes()
+    (tmp_path / kept.name).write_bytes(sound[: len(sound) // 2] if damage == "cut" else sound[::-1])
+    monkeypatch.setenv("MOEKIT_CACHE", str(tmp_path))
+    built: list[str] = []
+
+    def again(compiler: str, key: str) -> Path:
+        built.append(key)
+        whole = tmp_path / kept.name
+        whole.write_bytes(sound)
+        return whole
+
+    monkeypatch.setattr(build, "_key", lambda compiler: kept.name.split("-")[1])
+    monkeypatch.setattr(build, "_build", again)
+    assert build.native.__wrapped__().reason is None
+    assert build.native.__wrapped__().reason is None
+    assert len(built) == 1
+
+
+@needs_compiler
+def test_a_compiler_that_writes_other_than_utf_8_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nprintf '\\374\\n'\nprintf 'error: \\374\\n' >&2\n[ \"$1\" = --version ]\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("MOEKIT_CACHE", str(tmp_path / "cache"))
+    found = build.native.__wrapped__()
+    assert found.library is None
+    assert found.reason == f"{compiler} failed: error: \N{REPLACEMENT CHARACTER}"
+
+
+@needs_compiler
 def test_wrong_products_are_found_before_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(build.SOURCES, tmp_path / "cpu")
     products = (tmp_path / "cpu" / "products.h").read_text()
