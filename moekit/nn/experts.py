@@ -36,20 +36,21 @@ class Experts(nn.Module):
         assert not isinstance(down, Scaled)
         return gate_up, down
 
-    def set_backend(self, backend: str) -> None:
-        """Sets the back end; UnsupportedError when it cannot run in float32 or bfloat16 where the weights are."""
+    def set_backend(self, backend: str, dtype: torch.dtype | None = None) -> None:
+        """Sets the back end; UnsupportedError when it cannot run where the weights are in `dtype`, or, by default, in
+        float32 or bfloat16."""
         gate_up, down = self.stacked
         one = down.one if isinstance(down, Mapped) else down
-        dtype = one.scales.dtype if isinstance(one, Quantized) else one.dtype
+        own = one.scales.dtype if isinstance(one, Quantized) else one.dtype
         where = one.codes.device if isinstance(one, Quantized | Scaled) else one.device
-        rows = torch.empty(1, down.shape[1], dtype=dtype, device=where)
+        rows = torch.empty(1, down.shape[1], dtype=own, device=where)
         try:
-            choose(backend, rows, gate_up, down)
+            choose(backend, rows.to(dtype or own), gate_up, down)
         except UnsupportedError:
             if not isinstance(gate_up, Tensor):
                 raise
-            low = rows.new_empty((), dtype=torch.bfloat16)  # as autocast would cast them, without the copies
-            choose(backend, low.expand(rows.shape), low.expand(gate_up.shape), low.expand(down.shape))
+            cast_to = rows.new_empty((), dtype=dtype or torch.bfloat16)  # as autocast would, without the copies
+            choose(backend, *(cast_to.expand(t.shape) for t in (rows, gate_up, down)))
         self.backend = cast(Backend, backend)
 
     def forward(

@@ -272,10 +272,11 @@ class Model(nn.Module):
         """The feed-forward layers of another paper."""
         return [module for module in self.modules() if isinstance(module, VariantLayer)]
 
-    def set_experts_backend(self, backend: str) -> None:
-        """Sets how the experts' products are computed; UnsupportedError when that cannot run where the weights are."""
+    def set_experts_backend(self, backend: str, dtype: torch.dtype | None = None) -> None:
+        """Sets how the experts' products are computed; UnsupportedError when that cannot run where the weights are, in
+        `dtype` or, by default, in float32 or bfloat16."""
         for layer in self.moe_layers:
-            layer.experts.set_backend(backend)
+            layer.experts.set_backend(backend, dtype)
         self.experts_backend = backend
 
     @torch.no_grad()

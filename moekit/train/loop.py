@@ -91,7 +91,8 @@ class _Run:
             logger.warning(leak)
         self.model.recompute = config.recompute
         self.model.to(device).train()
-        self.model.set_experts_backend(config.backend)
+        dtype = torch.bfloat16 if self.hardware.autocast else torch.float32
+        self.model.set_experts_backend(config.backend, dtype)
         self.optimizers = optimizer.build(self.model, config.optimizer)
         self.step, self.tokens, self.seconds, self.flops = 0, 0, 0.0, 0
         self.sums: dict[str, float] = {}

@@ -360,6 +360,7 @@ def test_an_empty_directory_is_free(run_config: Configs, tmp_path: Path) -> None
         ({"data_sequence_length": 200_000, "model": {"max_position_embeddings": 200_000}}, DataError, "fewer than one"),
         ({"device": "gpu"}, ConfigError, "device is 'gpu'"),
         ({"device": "cuda:99"}, UnsupportedError, "device is 'cuda:99'"),
+        ({"backend": "grouped", "precision": "float32"}, UnsupportedError, "backend is 'grouped'"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_no_directory(
