@@ -122,7 +122,10 @@ class RunConfig(Strict):
         "auto", description="what computes the experts' products; `moekit doctor` shows what this machine has"
     )
     recompute: bool = Field(False, description="recompute each block in the backward pass: less memory, more time")
-    compile: bool = Field(False, description="torch.compile the blocks; needs a compiler")
+    compile: bool = Field(
+        False,
+        description="torch.compile the blocks; needs a compiler; slower on a CPU with our kernels",
+    )
     log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
     eval_every: int | None = Field(None, gt=0, description="steps between validations; null: only at the end")
     eval_tokens: int = Field(

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from moekit.config import RopeConfig
 from moekit.ops import attention
-from moekit.ops.kernels.addresses import readable
 
 
 class Rotation(NamedTuple):
@@ -59,7 +58,7 @@ def softmax_scale(rope: RopeConfig, head_dim: int) -> float:
 
 def rotation(rope: RopeConfig, dim: int, positions: Int[Tensor, "batch length"]) -> Rotation:
     """Returns cos and sin in float32; with YaRN times magnitude(mscale) / magnitude(mscale_all_dim)."""
-    keeps = readable(positions) and not torch.compiler.is_compiling()  # else it is a tensor of this pass alone
+    keeps = type(positions) is Tensor and not torch.compiler.is_compiling()  # else it is a tensor of this pass alone
     frequencies = (_kept_frequencies if keeps else _frequencies)(rope, dim, positions.device)
     angles = positions.unsqueeze(-1).float() * frequencies
     factor = 1.0

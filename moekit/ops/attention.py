@@ -87,6 +87,8 @@ def attend(
         positions = positions if offsets is None else positions + offsets.unsqueeze(1)
         mask = attention_mask(positions, k.shape[1], document_ids)
     grouped = q.shape[2] != k.shape[2]
+    if grouped and mask is not None and q.is_cuda:  # torch's kernels take a mask or groups: both give the whole matrix
+        k, v, grouped = *(part.repeat_interleave(q.shape[2] // k.shape[2], 2) for part in (k, v)), False
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     ahead = causal and mask is None
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=ahead, scale=scale, enable_gqa=grouped)

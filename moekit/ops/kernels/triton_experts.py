@@ -37,10 +37,10 @@ def unavailable(x: Tensor, gate_up: Tensor, down: Tensor) -> str | None:
         return f"triton needs tensors on CUDA and these are on {x.device.type}"
     if any(type(t) not in (Tensor, nn.Parameter) for t in (x, gate_up, down)):
         return "it reads plain tensors"
-    if gate_up.device != x.device:
-        return f"x is on {x.device} and the experts are on {gate_up.device}"
-    if x.dtype not in _DTYPES or gate_up.dtype != x.dtype:
-        return f"x and the experts must both be bfloat16, float16 or float32 and are {x.dtype} and {gate_up.dtype}"
+    if not gate_up.device == down.device == x.device:
+        return f"x is on {x.device} and the experts are on {gate_up.device} and {down.device}"
+    if x.dtype not in _DTYPES or not gate_up.dtype == down.dtype == x.dtype:
+        return f"x and experts must all be bfloat16, float16 or float32, not {x.dtype}, {gate_up.dtype}, {down.dtype}"
     if x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "the device is older than compute capability 8.0"
     return None
