@@ -157,7 +157,7 @@ class _SwiGLUExperts(torch.autograd.Function):
         tile = min(max(triton.next_power_of_2(ff), kernels.LOWEST), kernels.FF_TILE)
         act, d_hidden = hidden.new_empty(layout.rows, ff), torch.empty_like(hidden)
         # dropped rows are not visited: zero is what they contribute
-        parts = x.new_zeros(layout.rows, triton.cdiv(ff, tile), dtype=torch.float32)
+        parts = x.new_zeros(layout.rows, triton.cdiv(ff, tile), dtype=torch.float32) if mixed else None
         kernels.act_backward[layout.grid(ff)](
             d_y, layout.order, weights, down, hidden, d_hidden, act, parts, layout.starts, layout.experts, layout.k,
             dim, ff, MIXED=mixed, BLOCK_N=tile, **layout.common,
@@ -169,7 +169,7 @@ class _SwiGLUExperts(torch.autograd.Function):
         if needs_x:
             d_x = _product(layout, d_hidden, gate_up, dim, (1, dim))
             d_x = _combine(layout, d_x, None, len(x)) if mixed else d_x
-        if needs_weights:
+        if needs_weights and parts is not None:
             d_weights = parts.sum(1).index_select(0, layout.inverse).view_as(weights).to(weights.dtype)
         if needs_gate_up:
             d_gate_up = _weight_gradient(layout, d_hidden, x, gate_up, gathered=2 if mixed else 0)

@@ -88,6 +88,7 @@ def _dot(a, b, sums, PRECISION: tl.constexpr):
     ),
     key=["dim", "ff", "BLOCK_M", "PRECISION"],
     prune_configs_by={"early_config_prune": _placed},
+    cache_results=True,
 )
 @triton.jit
 @no_type_check
@@ -132,6 +133,7 @@ def gate_up_swiglu(
     ),
     key=["length", "width", "stride_n", "BLOCK_M", "PRECISION"],
     prune_configs_by={"early_config_prune": _placed},
+    cache_results=True,
 )
 @triton.jit
 @no_type_check
@@ -164,6 +166,7 @@ def rows_product(
     _configs("BLOCK_K", (64, 8, 3), (32, 8, 2), (32, 8, 4), (16, 8, 3)),
     key=["dim", "ff", "BLOCK_M", "PRECISION"],
     prune_configs_by={"early_config_prune": _placed},
+    cache_results=True,
 )
 @triton.jit
 @no_type_check
@@ -226,6 +229,7 @@ def act_backward(
     ),
     key=["height", "width", "GATHER", "PRECISION"],
     prune_configs_by={"early_config_prune": _placed},
+    cache_results=True,
 )
 @triton.jit
 @no_type_check

@@ -298,7 +298,7 @@ def test_what_cannot_run_says_why() -> None:
         assert triton_experts.unavailable(x, x, x) == "triton is not installed"
     elif INTERPRETED:
         assert "float64" in str(triton_experts.unavailable(x.double(), x.double(), x))
-        assert "float16 and torch.float32" in str(triton_experts.unavailable(x.half(), x, x))
+        assert "float16, torch.float32" in str(triton_experts.unavailable(x.half(), x, x))
         assert "meta" in str(triton_experts.unavailable(x.to("meta"), x, x))
     else:
         assert triton_experts.unavailable(x, x, x) == "triton needs tensors on CUDA and these are on cpu"
