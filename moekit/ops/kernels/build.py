@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,9 @@ torch's many, so such a compiler (Apple's) is none."""
 
 PATIENCE = 600
 """Seconds given to a step of the build. It takes a fraction of a minute, on a machine that is very busy several."""
+
+KEPT = 16
+"""Libraries that stay in the cache: a home may be shared by machines, and each source has its own for each."""
 
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 SIGNATURES: dict[str, list[type]] = {
@@ -92,26 +97,29 @@ def native() -> Native:
     """Returns the library, compiling it first if need be (some seconds, once); a failure is told once and kept."""
     if os.environ.get("MOEKIT_NATIVE") == "0":
         return _none("MOEKIT_NATIVE is 0")
-    named = os.environ.get("CXX")
-    if named and not shutil.which(named):
-        logger.warning("CXX is %r, which is no program here; another compiler is looked for", named)
-    compiler = next(filter(None, map(shutil.which, (named or "c++", "g++", "clang++"))), None)
-    if compiler is None or sys.platform == "win32":
-        return _none(
-            "no C++ compiler was found (g++ or clang++)" if sys.platform != "win32" else "Windows has none yet"
-        )
+    if sys.platform == "win32":
+        return _none("Windows has none yet")
+    if not (compiler := _compiler()):
+        return _none("no C++ compiler was found (g++ or clang++)")
     try:
         key = _key(compiler)
-        if (path := _kept(key)) is None:
-            logger.info("building the native kernels, once for this machine")
-            path = _build(compiler, key)
-        return load(path)
+        return load(_kept(key) or _build(compiler, key))
     except (OSError, subprocess.SubprocessError, BuildError) as error:
         return _none(str(error))
 
 
 class BuildError(Exception):
     """The library could not be made, or its products are wrong."""
+
+
+def _compiler() -> tuple[str, ...]:
+    """Returns $CXX, a program and perhaps arguments ("ccache g++"), else the first compiler found, or nothing."""
+    if named := os.environ.get("CXX"):
+        for words in ((named,), shlex.split(named)):
+            if words and (found := shutil.which(words[0])):
+                return (found, *words[1:])
+        logger.warning("CXX is %r, which is no program here; another compiler is looked for", named)
+    return tuple(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))[:1]
 
 
 def library() -> ctypes.CDLL:
@@ -149,14 +157,13 @@ def load(path: Path) -> Native:
     return Native(library, bfloat16, amx, rounds, features >> 8, wide_amd, None)
 
 
-def compile_source(compiler: str, target: Path, *more: str) -> None:
+def compile_source(compiler: Sequence[str], target: Path, *more: str) -> None:
     """Compiles the sources side by side and links them into `target`; BuildError has the compiler's first complaint."""
     sources = sorted(SOURCES.glob("*.cpp"))
     objects = [target.with_name(f"{target.stem}-{source.stem}.o") for source in sources]
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [compiler, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=False)
+        return _run(*compiler, *arguments)
 
     def compiled(flags: Sequence[str]) -> subprocess.CompletedProcess[str]:
         with ThreadPoolExecutor() as pool:
@@ -171,38 +178,67 @@ def compile_source(compiler: str, target: Path, *more: str) -> None:
         # for want of memory or room: the next variant would be slower code, kept for good
         if "Killed" in done.stderr or "No space left" in done.stderr:
             break
-    lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
-    raise BuildError(f"{compiler} failed: {lines[0]}")
+    raise BuildError(_complaint(compiler, done))
 
 
-def _build(compiler: str, key: str) -> Path:
+def _run(*command: object) -> subprocess.CompletedProcess[str]:
+    words = [str(word) for word in command]
+    return subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=False)
+
+
+def _complaint(compiler: Sequence[str], done: subprocess.CompletedProcess[str]) -> str:
+    """Returns the first line of what a failed compiler says that has an error in it, else the first."""
+    said = done.stderr.splitlines()
+    first = next((line for line in said if "error" in line), said[0] if said else f"it ended with {done.returncode}")
+    return f"{shlex.join(compiler)} failed: {first}"
+
+
+def _build(compiler: Sequence[str], key: str) -> Path:
+    """Returns the compiled library in the cache. Of several processes one builds, and the others wait for it."""
     cache = folder().absolute()
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as work:
-        target = Path(work) / "native.so"
-        compile_source(compiler, target)
-        # another process: an instruction that the machine refuses must not end ours
-        done = run_check(target)
-        if done.returncode:
-            last = (done.stderr.splitlines() or [f"it ended with {done.returncode}"])[-1]
-            raise BuildError(f"the compiled kernels failed their check: {last}")
-        return target.replace(cache / f"native-{key}-{_digest(target)}.so")
+    lock = FileLock(cache / "lock", timeout=PATIENCE)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise BuildError(f"another process holds {lock.lock_file} for {PATIENCE} seconds") from None
+    except (OSError, NotImplementedError) as error:
+        raise BuildError(f"the cache cannot be used ({error}); MOEKIT_CACHE may name another directory") from None
+    try:
+        if path := _kept(key):
+            return path
+        logger.info("building the native kernels, once for this machine")
+        for left in cache.glob("build-*"):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as work:
+            target = Path(work) / "native.so"
+            compile_source(compiler, target)
+            # another process: an instruction that the machine refuses must not end ours
+            done = run_check(target)
+            if done.returncode:
+                last = (done.stderr.splitlines() or [f"it ended with {done.returncode}"])[-1]
+                raise BuildError(f"the compiled kernels failed their check: {last}")
+            made = target.replace(cache / f"native-{key}-{_digest(target)}.so")
+        for old in sorted(cache.glob("native-*.so"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
+            old.unlink(missing_ok=True)
+        return made
+    finally:
+        lock.release()
 
 
 def run_check(target: Path) -> subprocess.CompletedProcess[str]:
     """Checks a compiled library in another process, which ends with 0 if all is well."""
     script = "import sys; sys.path.insert(0, sys.argv[1]); from moekit.ops.kernels.check import main; main(sys.argv[2])"
-    command = [sys.executable, "-c", script, str(Path(__file__).parents[3]), str(target)]  # this moekit, no other
-    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=False)
+    return _run(sys.executable, "-c", script, Path(__file__).parents[3], target)  # this moekit, no other
 
 
-def _key(compiler: str) -> str:
-    command = [compiler, "--version"]
-    version = subprocess.run(
-        command, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=True
-    ).stdout
+def _key(compiler: Sequence[str]) -> str:
+    version = _run(*compiler, "--version")
+    if version.returncode:
+        raise BuildError(_complaint([*compiler, "--version"], version))
     sources = [path.read_text() for path in sorted(SOURCES.iterdir())]
-    return hashlib.sha256("\0".join((*sources, version, *FLAGS, cpu())).encode()).hexdigest()[:16]
+    said = (*sources, version.stdout, *compiler[1:], *FLAGS, cpu())
+    return hashlib.sha256("\0".join(said).encode()).hexdigest()[:16]
 
 
 def cpu() -> str:

@@ -34,7 +34,7 @@ def test_other_machines_code_is_right_too(flags: tuple[str, ...], tmp_path: Path
     assert COMPILER is not None
     if sys.platform != "linux" or "x86" not in os.uname().machine:
         pytest.skip("these are x86's")
-    build.compile_source(COMPILER, tmp_path / "other.so", *flags)
+    build.compile_source([COMPILER], tmp_path / "other.so", *flags)
     build.run_check(tmp_path / "other.so").check_returncode()
 
 
@@ -44,7 +44,7 @@ def tiles(tmp_path_factory: pytest.TempPathFactory) -> build.Native:
     if COMPILER is None or not (build.native().bfloat16 and build.native().rounds):
         pytest.skip("AMX is compiled beside AVX-512 only")
     path = tmp_path_factory.mktemp("tiles") / "tiles.so"
-    build.compile_source(COMPILER, path, "-DEMULATE_AMX")
+    build.compile_source([COMPILER], path, "-DEMULATE_AMX")
     found = build.load(path)
     assert found.amx
     return found
@@ -105,7 +105,7 @@ def test_a_damaged_library_is_built_again(damage: str, tmp_path: Path, monkeypat
     monkeypatch.setenv("MOEKIT_CACHE", str(tmp_path))
     built: list[str] = []
 
-    def again(compiler: str, key: str) -> Path:
+    def again(compiler: object, key: str) -> Path:
         built.append(key)
         whole = tmp_path / kept.name
         whole.write_bytes(sound)
@@ -128,6 +128,74 @@ def test_a_compiler_that_writes_other_than_utf_8_is_understood(tmp_path: Path, m
     found = build.native.__wrapped__()
     assert found.library is None
     assert found.reason == f"{compiler} failed: error: \N{REPLACEMENT CHARACTER}"
+
+
+def _fresh(cache: Path, **more: str) -> "subprocess.Popen[str]":
+    """Starts a process that asks for the library and prints why there is none."""
+    script = "import logging; logging.basicConfig(level='INFO'); from moekit.ops.kernels.build import native; "
+    command = [sys.executable, "-c", script + "print(native().reason)"]
+    surroundings = os.environ | {"MOEKIT_CACHE": str(cache)} | more
+    return subprocess.Popen(command, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _slow_compiler(folder: Path) -> Path:
+    """Returns a compiler that counts its links and takes a sound library for what it links, after a while."""
+    sound = next(path for path in build.folder().glob("native-*.so") if path.stem.endswith(build._digest(path)))
+    compiler = folder / "compiler with a space"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in\n'
+        f'*-shared*) echo link >> {folder}/links; sleep 2; for last in "$@"; do '
+        f'[ "$before" = -o ] && cp {sound} "$last"; before=$last; done;;\nesac\n'
+    )
+    compiler.chmod(0o755)
+    return compiler
+
+
+@needs_compiler
+def test_of_two_processes_one_builds_and_what_a_killed_one_left_is_removed(tmp_path: Path) -> None:
+    assert build.native().reason is None
+    cache, compiler = tmp_path / "cache", _slow_compiler(tmp_path)
+    (cache / "build-of-a-killed-one").mkdir(parents=True)
+    processes = [_fresh(cache, CXX=str(compiler)) for _ in range(2)]
+    said = [process.communicate(timeout=300) for process in processes]
+    assert [out.strip() for out, _ in said] == ["None", "None"], said
+    assert (tmp_path / "links").read_text() == "link\n"
+    assert [path.suffix for path in sorted(cache.iterdir()) if path.name != "lock"] == [".so"]
+
+
+@needs_compiler
+def test_a_compiler_may_have_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "env LC_ALL=C g++")
+    assert build._compiler() == (shutil.which("env"), "LC_ALL=C", "g++")
+    monkeypatch.setenv("CXX", str(_slow_compiler(tmp_path)))
+    assert build._compiler() == (str(tmp_path / "compiler with a space"),)
+    monkeypatch.setenv("MOEKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", "env no-such-compiler")
+    assert "no-such-compiler --version failed: " in str(build.native.__wrapped__().reason)
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_used_is_named_before_anything_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MOEKIT_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(build, "compile_source", lambda *of: pytest.fail("it compiled"))
+    assert "MOEKIT_CACHE may name another directory" in str(build.native.__wrapped__().reason)
+
+
+@needs_compiler
+def test_the_cache_keeps_the_newest_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build.native().reason is None
+    monkeypatch.setenv("CXX", str(_slow_compiler(tmp_path)))
+    monkeypatch.setenv("MOEKIT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    old = [tmp_path / "cache" / f"native-{i:016x}-{i:016x}.so" for i in range(build.KEPT)]
+    for i, path in enumerate(old):
+        path.touch()
+        os.utime(path, (i, i))
+    assert build.native.__wrapped__().reason is None
+    assert [path.exists() for path in old] == [False, *[True] * (build.KEPT - 1)]
 
 
 @needs_compiler
