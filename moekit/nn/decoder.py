@@ -44,7 +44,8 @@ def decoder(model: Model, cache: KVCache) -> Decoder | None:
         return None
     weights = [operand(getattr(module, name)) for _, module, name in matrices(model)]
     routers = [module.expert_bias for module in model.modules() if isinstance(module, Router)]
-    numbers = [*model.parameters(), cache.layer(0), *(bias for bias in routers if bias is not None)]
+    kept = [cache.layer(number) for number in range(len(model.layers))]
+    numbers = [*model.parameters(), *kept, *(bias for bias in routers if bias is not None)]
     if unavailable(numbers, weights):
         return None
     attention = model.config.attention

@@ -63,12 +63,14 @@ def may_be_ours(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+_MODULE = nn.Module.__module__
+"""Where the forward is from that a class without one has; a function from elsewhere was put in a class's place."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def untouched(kind: type[nn.Module], *modules: nn.Module) -> bool:
-    """Returns whether calling these modules is calling this class's forward and no more."""
-    if torch.nn.modules.module._has_any_global_hook():
+    """Returns whether calling these modules is calling this class's forward, as it was written, and no more."""
+    if torch.nn.modules.module._has_any_global_hook() or kind.forward.__module__ not in (kind.__module__, _MODULE):
         return False
     for module in modules:
         own = module.__dict__

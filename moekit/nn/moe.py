@@ -71,12 +71,16 @@ class MoE(nn.Module):
     ) -> tuple[Sequence[Tensor | Quantized], Routed] | None:
         """Returns the shared and the routed experts for one call of the compiled kernels, if they may compute these
         tokens: as `Router` chooses without groups, padding and probes, and nobody looks in between."""
-        config, router, shared, experts = self.config, self.router, self.shared_experts, self.experts
+        router, shared, experts = self.router, self.shared_experts, self.experts
         if context.probe is not None or context.mask is not None or self.shared_expert_gate is not None:
             return None
-        if config.n_group != 1 or (self.training and config.capacity_factor is not None):
+        if self.training and self.config.capacity_factor is not None:
             return None
-        if not isinstance(router, Router) or router.weight.dtype not in (torch.float32, torch.bfloat16):
+        if (
+            not isinstance(router, Router)
+            or router.config.n_group != 1
+            or router.weight.dtype not in (torch.float32, torch.bfloat16)
+        ):
             return None
         if not untouched(Router, router) or not untouched(Experts, experts):
             return None
@@ -88,8 +92,9 @@ class MoE(nn.Module):
     @property
     def routed(self) -> Routed:
         """The routed experts and what chooses them, as the compiled kernels take both; of a `Router` only."""
-        config, router = self.config, self.router
+        router = self.router
         assert isinstance(router, Router)
+        config = router.config
         return Routed(
             *self.experts.stacked,
             router.weight,

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from moekit.ops.kernels.addresses import readable
 from moekit.ops.kernels.memory import LEAST, empty
@@ -14,17 +13,12 @@ from moekit.ops.kernels.memory import LEAST, empty
 
 def embedding(ids: Int[Tensor, "*batch"], weight: Float[Tensor, "vocab dim"]) -> Float[Tensor, "*batch dim"]:
     """Returns a row of the weight for each id."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.embedding(ids, weight)
     if weight.device.type != "cpu" or not readable(weight) or weight.nbytes < LEAST:
         return F.embedding(ids, weight)
     rows: Tensor = _Embedding.apply(ids, weight)
     return rows
-
-
-def _transformed() -> bool:
-    """Returns whether a transform of `torch.func`, or forward-mode differentiation, is at work."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 class _Embedding(torch.autograd.Function):

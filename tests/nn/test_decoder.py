@@ -144,7 +144,9 @@ def test_codes_give_what_their_numbers_give(
     assert (fast - plain).abs().mean() < 0.07 * plain.abs().mean()  # measured 0.021 to 0.046
     if dtype == torch.float32:
         slow = steps(model, native=False, prepare=lambda: rounding(model, monkeypatch)) if native().rounds else plain
-        assert (fast - slow).abs().mean() < 1e-5 * slow.abs().mean()  # measured 1e-6
+        # the median: by another order of sums a near tie of a rounding may fall the other way, which later steps see
+        assert (fast - slow).abs().median() < 1e-5 * slow.abs().mean()  # measured 1e-6
+        assert (fast - slow).abs().mean() < 3e-3 * slow.abs().mean()  # measured 1e-6, with a tie 4e-4
     odd = Model(tiny_config(attention={"kind": attention.get("kind", "mha")})).eval()
     quantize_(odd, kind)
     assert decoder(odd, KVCache(odd.config, 1, 8)) is None
@@ -260,6 +262,12 @@ REPLACED: dict[str, tuple[dict[str, Any], Callable[[Any, Any], Any]]] = {
         lambda _, block: setattr(block.self_attn.q_a_layernorm, "eps", 0.5),
     ),
     "attention's scale": ({}, lambda _, block: setattr(block.self_attn, "scale", 1.0)),
+    "a router's settings": (
+        {},
+        lambda _, block: setattr(
+            block.mlp.router, "config", block.mlp.config.model_copy(update={"routed_scaling_factor": 3.0})
+        ),
+    ),
     "fewer heads": ({"num_key_value_heads": 1}, lambda _, block: fewer_heads(block.self_attn)),
     "a longer head": (
         {},

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from moekit.config import ModelConfig
 from moekit.errors import UnsupportedError
@@ -118,3 +121,40 @@ def test_tensors_without_numbers_leave_nothing_behind(tiny_config: Callable[...,
     assert Model(config)(torch.zeros(2, 5, dtype=torch.long)).logits.isfinite().all()
     with FakeTensorMode():
         Model(config)(torch.zeros(2, 5, dtype=torch.long))
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_counter_of_flops_sees_all_products(learns: bool, tiny_config: Callable[..., ModelConfig]) -> None:
+    """As many as of the same model in float64, which none of our kernels computes."""
+    model, ids = Model(tiny_config()), torch.randint(0, 16, (2, 7))
+
+    def counted() -> int:
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(learns):
+            loss = model(ids, labels=ids).loss
+            assert loss is not None
+            if learns:
+                loss.backward()
+        return counter.get_total_flops()
+
+    found = counted()
+    model.double()
+    assert found == counted() > 0
+
+
+def test_a_tangent_goes_through_without_gradients(tiny_config: Callable[..., ModelConfig]) -> None:
+    config = tiny_config(**DENSE)
+    tangents = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        model = Model(config)
+        direction = torch.randn_like(model.norm.weight).to(dtype)
+        model.to(dtype)
+        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):  # torch's other one has none
+            weight = model.layers[0].get_parameter("input_layernorm.weight")
+            dual = forward_ad.make_dual(weight, direction)
+            logits = torch.func.functional_call(
+                model, {"layers.0.input_layernorm.weight": dual}, (torch.tensor([[3, 1, 2]]),)
+            ).logits
+            tangents.append(forward_ad.unpack_dual(logits).tangent)
+    assert tangents[0] is not None
+    torch.testing.assert_close(tangents[0].double(), tangents[1], rtol=1e-3, atol=1e-5)

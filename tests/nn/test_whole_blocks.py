@@ -506,6 +506,26 @@ def test_what_is_hooked_is_called_in_training(part: str, calls: list[int], learn
     near(ours, theirs, 1e-5)
 
 
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("part", TOUCHED)
+def test_what_stands_in_a_classs_place_is_called(
+    part: str, learns: bool, learning: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, called = learning("plain"), []
+    kind = type(TOUCHED[part](model))
+    before = kind.forward
+
+    def patched(*given: Any, **named: Any) -> Any:
+        called.append(1)
+        return before(*given, **named)
+
+    monkeypatch.setattr(kind, "forward", patched)
+    with torch.set_grad_enabled(learns):
+        model(drawn(model))
+    assert len(called) >= sum(type(module) is kind for module in model.modules())
+    assert decoder(model, KVCache(model.config, 2, 4)) is None
+
+
 def test_evaluation_under_autocast_is_one_call_too(calls: list[int], learning: Callable[..., Model]) -> None:
     model = learning("latent", "mixed")
     ids = drawn(model)

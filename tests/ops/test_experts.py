@@ -9,6 +9,7 @@ from torch import Tensor
 from moekit.errors import ConfigError, UnsupportedError
 from moekit.ops import dispatch, reference
 from moekit.ops.experts import BACKENDS, Backend, choose, mixed_experts, swiglu_experts, unavailable
+from moekit.ops.kernels.loop import without_gradient
 from moekit.ops.quantize import Codes, dequantize, quantize
 
 COUNTS = {
@@ -310,6 +311,17 @@ def test_codes_and_no_token_at_all_are_fine(device: torch.device, backend: Backe
     if reason := unavailable(backend, x, *coded):
         pytest.skip(f"{backend}: {reason}")
     assert mixed_experts(x, torch.empty(0, 2, device=device), plan, *coded, backend).shape == (0, 16)
+
+
+def test_gradients_of_unused_experts_become_zero_whatever_is_there(device: torch.device) -> None:
+    """On devices of capability 10 torch's grouped product writes nothing there."""
+    weight = torch.randn(3, 2, 4, device=device, requires_grad=True)
+    unused = torch.tensor([False, True, False], device=device)
+    garbage = torch.where(unused[:, None, None], torch.nan, torch.ones_like(weight))
+    for _ in range(2):  # nothing stays with the weight
+        (found,) = torch.autograd.grad(without_gradient(weight, unused), weight, garbage)
+        assert torch.equal(found, garbage.nan_to_num(0))
+    assert not weight._backward_hooks
 
 
 def test_a_gradient_through_codes_is_an_error(device: torch.device) -> None:

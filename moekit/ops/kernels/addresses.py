@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from moekit.ops.kernels.build import library, matrices, native
 from moekit.ops.kernels.memory import empty
@@ -26,8 +28,18 @@ def missing() -> str | None:
 
 def readable(*tensors: Tensor) -> bool:
     """Returns whether the library may read these tensors' numbers where they lie: on a CPU, and not in a tensor of
-    another class, whose memory may hold something else, or nothing (a fake tensor)."""
-    return all(t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter) for t in tensors)
+    another class, whose memory may hold something else, or nothing (a fake tensor). And not where `watched`."""
+    return not watched() and all(t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter) for t in tensors)
+
+
+def watched() -> bool:
+    """Returns whether something must learn of each operation, which it would not of ours: a mode (that counts FLOPs,
+    or traces), a transform of `torch.func`, or a tangent that goes along."""
+    return (
+        is_in_torch_dispatch_mode()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def at(tensor: Tensor | None) -> int | None:

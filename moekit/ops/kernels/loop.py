@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -45,11 +45,27 @@ def grouped_experts(
     ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
     # rows behind the last offset are left unwritten by the grouped product, forward and backward
     computed = (torch.arange(len(rows), device=rows.device) < ends[-1]).unsqueeze(-1)
-    hidden = F.grouped_mm(torch.where(computed, rows, 0), gate_up.transpose(1, 2), offs=ends)
+    gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    if rows.is_cuda and torch.cuda.get_device_capability(rows.device)[0] == 10:
+        gate_up, down = (without_gradient(weight, tokens_per_expert == 0) for weight in (gate_up, down))
+    hidden = F.grouped_mm(torch.where(computed, rows, 0), gate_up, offs=ends)
     gate, up = hidden.chunk(2, dim=-1)
-    y = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
+    y = F.grouped_mm(F.silu(gate) * up, down, offs=ends)
     kept: Tensor = torch.where(computed, y, 0)
     return kept
+
+
+def without_gradient(
+    weight: Float[Tensor, "experts width other"], unused: Bool[Tensor, " experts"]
+) -> Float[Tensor, "experts width other"]:
+    """Returns the weight, whose gradient becomes zero for the unused experts whatever it holds there.
+
+    On capability 10 torch's grouped product leaves the gradients of experts without rows unwritten (its issue 172439).
+    """
+    weight = weight.view_as(weight)  # a hook on a leaf would stay there
+    if weight.requires_grad:
+        weight.register_hook(lambda gradient: torch.where(unused[:, None, None], 0, gradient))
+    return weight
 
 
 def grouped_unavailable(x: Tensor, gate_up: Tensor, down: Tensor) -> str | None:
