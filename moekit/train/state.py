@@ -43,7 +43,9 @@ def write(
     Later steps, left by a run that had to go back behind a damaged checkpoint, neither count nor go.
     `state` is JSON and holds "step", the number of steps done; `tensors` is what else must survive.
     """
-    random = {"cpu": torch.get_rng_state()} | {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    # of the model's devices alone: to ask the others would open a context on each
+    cuda = {p.device.index: torch.cuda.get_rng_state(p.device) for p in model.parameters() if p.is_cuda}
+    random = {"cpu": torch.get_rng_state()} | {f"cuda{i}": rng for i, rng in cuda.items()}
     parts = {"optimizer": optim.state_tensors(model, optimizers), "other": tensors, "random": random}
     named = {f"{part}/{name}": value for part, held in parts.items() for name, value in held.items()}
 
