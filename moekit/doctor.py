@@ -3,6 +3,7 @@
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -15,7 +16,8 @@ from moekit.train import hardware
 
 DIM, FF, EXPERTS, CHOSEN = 512, 192, 64, 6
 TOKENS = {"training": 2048, "decoding": 1}
-ROUNDS = 5
+ROUNDS, SECONDS = 50, 1.0
+"""A back end is measured so many times, or until that time has gone by; once at least."""
 
 
 class _Layer(NamedTuple):
@@ -26,11 +28,13 @@ class _Layer(NamedTuple):
     down: Tensor
 
 
-def examine(device: str = "auto", measure: bool = True) -> dict[str, Any]:
+def examine(
+    device: str = "auto", measure: bool = True, progress: Callable[[str], None] = lambda doing: None
+) -> dict[str, Any]:
     """Returns the machine, the back ends with what keeps each from running, and milliseconds of one layer on each.
 
     The layer has 64 experts, top-6, dim 512, width 192: forward and backward of 2048 tokens ("training"), and forward
-    of one token ("decoding").
+    of one token ("decoding"). `progress` is told in words what is measured next.
     """
     chosen = hardware.choose_device(device)
     precisions = [torch.float32, *([torch.bfloat16] if hardware.has_bfloat16(chosen) else [])]
@@ -56,11 +60,13 @@ def examine(device: str = "auto", measure: bool = True) -> dict[str, Any]:
         if measure:
             flops = hardware.matmul_flops(hardware.Hardware(chosen, dtype == torch.bfloat16))
             document["matmul_gflops"][name] = round(flops / 1e9, 1)
-            _measure(chosen, dtype, document["experts"][name]["backends"])
+            _measure(chosen, dtype, document["experts"][name]["backends"], progress)
     return document
 
 
-def _measure(device: torch.device, dtype: torch.dtype, backends: dict[str, dict[str, Any]]) -> None:
+def _measure(
+    device: torch.device, dtype: torch.dtype, backends: dict[str, dict[str, Any]], progress: Callable[[str], None]
+) -> None:
     """Fills in the medians; the back ends take turns, so that a busy moment meets all of them."""
     for work, tokens in TOKENS.items():
         layer = _layer(device, dtype, tokens)
@@ -73,6 +79,9 @@ def _measure(device: torch.device, dtype: torch.dtype, backends: dict[str, dict[
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         for number in range(ROUNDS + 1):
             for name, call in calls.items():
+                if sum(seconds[name]) > SECONDS:
+                    continue
+                progress(f"{work} in {str(dtype).removeprefix('torch.')} with {name}")
                 hardware.synchronize(device)
                 start = time.perf_counter()
                 call()

@@ -77,7 +77,7 @@ def test_the_table_has_a_row_for_like_tensors_and_the_checks(
     assert ["mlp.experts.*.gate_proj", "16", "float32", "->", "int4"] in [line[:5] for line in lines]
     assert ["embed_tokens", "1", "float32", "0", "0"] in lines
     assert sum(line[-1:] == ["yes"] for line in lines) == 3
-    assert main(["convert", str(tmp_path / "new"), str(tmp_path / "back"), "--dtype", "float32"]) == 0
+    assert main(["convert", str(tmp_path / "new"), str(tmp_path / "back"), "--dtype", "fp32"]) == 0
     assert "made of the numbers that int4 codes stand for" in capsys.readouterr().out
 
 

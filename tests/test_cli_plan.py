@@ -134,7 +134,10 @@ def test_every_verb_has_an_example_in_its_help(verb: str, capsys: pytest.Capture
         ("plan tiny-dense --steps 3", "--steps is no setting of a model"),
         ("plan tiny-dense --batch 0", "'0' is not a whole number above 0"),
         ("plan tiny-dense --batch 1_0", "'1_0' is not a whole number above 0"),
-        ("plan tiny-dense --precision float8", "invalid choice: 'float8'"),
+        (
+            "plan tiny-dense --precision float8",
+            "argument --precision: 'float8' (did you mean float32?); allowed: bfloat16, float32",
+        ),
         ("plan tiny-dense --sequence-length 257", "sequence_length is 257 but model.max_position_embeddings is 256"),
         ("plan tiny-dense more", "unrecognized arguments: more"),
         ("presets --model.hidden_size 3", "unknown option --model.hidden_size"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moekit.cli.output import bars, emit, read_text
-from moekit.cli.parser import Add
+from moekit.cli.parser import Add, dtype
 from moekit.errors import ConfigError
 
 
@@ -21,7 +21,7 @@ def options(add: Add) -> None:
     layouts = "moekit, gguf, a model_type such as deepseek_v2, or hf: the first that fits (moekit)"
     add("--to", default="moekit", metavar="LAYOUT", help=layouts)
     precisions = ("float32", "float16", "bfloat16", "int8", "int4", "q8_0", "q4_0")
-    add("--dtype", choices=precisions, help="of the weights (as they are)")
+    add("--dtype", type=dtype, choices=precisions, help="of the weights (as they are)")
     add(
         "--mtp", choices=("drop", "keep"), default="drop", help="DeepSeek-V3's layers for multi-token prediction (drop)"
     )

@@ -16,8 +16,11 @@ def options(add: Add) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
     from moekit.doctor import examine
     from moekit.tables import doctor_tables
 
-    document = examine(args.device, measure=not args.quick)
+    with Console(stderr=True).status("looking") as shown:
+        document = examine(args.device, not args.quick, lambda doing: shown.update(f"measuring {doing}"))
     return emit(args, document, lambda: doctor_tables(document))

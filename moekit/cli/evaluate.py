@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moekit.cli.output import bars, emit
-from moekit.cli.parser import DEVICE, Add, positive
+from moekit.cli.parser import DEVICE, Add, dtype, positive
 from moekit.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def options(add: Add) -> None:
     add("--text-field", default="text", help="field of a record that holds its text (text)")
     add("--domain-field", default="domain", help="field that names its domain (domain)")
     add("--device", **DEVICE)
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (as saved)")
+    add("--dtype", type=dtype, choices=("float32", "bfloat16", "float16"), help="of the weights (as saved)")
     add("--backend", default="auto", metavar="NAME", help="of the experts' products; see `moekit doctor` (auto)")
     add("--out", type=Path, metavar="FILE", help="write the record there too, as JSON")
 

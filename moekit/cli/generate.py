@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from moekit.cli.output import emit, read_text
-from moekit.cli.parser import DEVICE, Add, positive
+from moekit.cli.parser import DEVICE, Add, dtype, positive
 from moekit.errors import ConfigError
 
 
@@ -26,7 +26,7 @@ def options(add: Add) -> None:
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     add("--seed", type=int, default=0, help="of the sampling (0)")
     add("--device", **DEVICE)
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (as saved)")
+    add("--dtype", type=dtype, choices=("float32", "bfloat16", "float16"), help="of the weights (as saved)")
     add("--backend", default="auto", metavar="NAME", help="of the experts' products; see `moekit doctor` (auto)")
     mapped = "read weights from their files as they are needed (where they exceed half of the memory)"
     add("--mapped", action=argparse.BooleanOptionalAction, help=mapped)

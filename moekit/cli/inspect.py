@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from moekit.cli.output import bars, emit, read_text
-from moekit.cli.parser import DEVICE, Add, Parser, positive
+from moekit.cli.parser import DEVICE, Add, Parser, dtype, positive
 from moekit.errors import ConfigError
 
 
@@ -36,7 +36,7 @@ def options(add: Add) -> None:
     add("--sequence-length", type=positive, metavar="N", help="tokens of a window (512, or all that the model reads)")
     add("--batch-size", type=positive, default=8, metavar="N", help="windows at a time; changes no result (8)")
     add("--device", **DEVICE)
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (as saved)")
+    add("--dtype", type=dtype, choices=("float32", "bfloat16", "float16"), help="of the weights (as saved)")
 
 
 def run(args: argparse.Namespace) -> int:

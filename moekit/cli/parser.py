@@ -21,6 +21,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """argparse's own, which names no likely one, and is worded by the version of Python."""
+        if action.choices is not None and value not in action.choices:
+            allowed = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(
+                action, f"{value!r}{nearest(str(value), allowed)}; allowed: {', '.join(allowed)}"
+            )
+
 
 def take_overrides(verb: Parser, words: list[str]) -> tuple[list[str], dict[str, str]]:
     """Returns the words that are the parser's own, and the overrides, `--a.b v` or `--a.b=v`, wherever they stand."""
@@ -73,6 +81,11 @@ def settings_help(root: str) -> str:
             lines.append(f"\n{part or 'run'}:")
         lines += [f"  --{key} {kind.replace(' | ', '|')} ({default})", f"        {description}"]
     return "\n".join(lines)
+
+
+def dtype(text: str) -> str:
+    """Returns the name of a dtype that stands in `choices`; the short ones are understood too."""
+    return {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}.get(text, text)
 
 
 def whole(text: str) -> int:

@@ -143,7 +143,9 @@ class RunConfig(Strict):
             raise ValueError(f"data.sequence_length is {length} but model.max_position_embeddings is {longest}")
         self._check_objective()
         if (warmup := self.schedule.warmup_steps) > self.steps:
-            raise ValueError(f"schedule.warmup_steps is {warmup} but steps is {self.steps}, which must not be less")
+            raise ValueError(
+                f"schedule.warmup_steps is {warmup} but must be at most steps, which is {self.steps}; set both"
+            )
         if (ffn := self.model.ffn).kind != "moe":
             no = "which has no experts" if ffn.kind == "dense" else "whose experts are merged"
             if isinstance(self.optimizer, MuonConfig):

@@ -1,6 +1,9 @@
 """transformers' classes for our models: `import moekit.hf` registers `moekit` and `deepseek` with its Auto classes."""
 
-from transformers import AutoConfig, AutoModelForCausalLM
+try:
+    from transformers import AutoConfig, AutoModelForCausalLM
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"moekit.hf needs transformers ({error}); pip install 'moekit[hf]'") from None
 
 from moekit.hf.cache import Cache as Cache
 from moekit.hf.callbacks import LogAuxLoss as LogAuxLoss

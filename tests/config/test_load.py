@@ -180,7 +180,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ("model.ffn.kind", "dense", "model.ffn.intermediate_size is missing: intermediate width (int)"),
         ("data.sequence_length", "512", "data.sequence_length is 512 but model.max_position_embeddings is 256"),
         ("data.micro_batch_size", "5", "data.micro_batch_size is 5 but must divide batch_size, 16"),
-        ("schedule.warmup_steps", "301", "schedule.warmup_steps is 301 but steps is 300"),
+        ("schedule.warmup_steps", "301", "schedule.warmup_steps is 301 but must be at most steps, which is 300"),
         ("steps", "[1", "--steps is '[1', which is not a YAML value"),
         ("seed", str(10**20), "seed is 100000000000000000000 but must be less than 9223372036854775808"),
     ],
