@@ -121,7 +121,7 @@ class Guard:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.before = self._speeds()
-        self.start = time.perf_counter(), _busy_seconds(), _own_seconds()
+        self.others = hardware.Others()
 
     def _speeds(self) -> list[float]:
         matmul = [hardware.matmul_flops(hardware.Hardware(self.device, low)) / 1e9 for low in (False, True)]
@@ -129,11 +129,8 @@ class Guard:
 
     def text(self) -> str:
         """Returns the line of the result file; call it right after the last measurement."""
-        elapsed = time.perf_counter() - self.start[0]
-        busy, own = _busy_seconds(), _own_seconds() - self.start[2]
-        load = "unknown here"
-        if busy is not None and self.start[1] is not None:
-            load = f"{max(busy - self.start[1] - own, 0) / elapsed:.0%} of one core"
+        cores = self.others.cores()
+        load = "unknown here" if cores is None else f"{cores:.0%} of one core"
         fp32, bf16, memory = (
             f"{before:,.0f} before and {after:,.0f} after"
             for before, after in zip(self.before, self._speeds(), strict=True)
@@ -152,21 +149,6 @@ def read_speed(device: torch.device) -> float:
         hardware.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return numbers.nbytes / statistics.median(seconds[1:])
-
-
-def _busy_seconds() -> float | None:
-    """Returns the seconds that all processes have used, those of other guests of the host included; Linux only."""
-    try:
-        line = Path("/proc/stat").read_text().split("\n", 1)[0]
-    except OSError:
-        return None
-    user, nice, system, _idle, _wait, irq, softirq, steal = map(int, line.split()[1:9])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-
-def _own_seconds() -> float:
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
 
 
 def machine(device: torch.device, keeps: bool = True) -> str:

@@ -35,6 +35,7 @@ def examine(
 
     The layer has 64 experts, top-6, dim 512, width 192: forward and backward of 2048 tokens ("training"), and forward
     of one token ("decoding"). `progress` is told in words what is measured next.
+    "other_load" is how many cores other processes kept busy meanwhile, if that is known.
     """
     chosen = hardware.choose_device(device)
     precisions = [torch.float32, *([torch.bfloat16] if hardware.has_bfloat16(chosen) else [])]
@@ -46,7 +47,9 @@ def examine(
         "native": experts.native_features(),
         "matmul_gflops": {},
         "experts": {},
+        "other_load": None,
     }
+    others = hardware.Others()
     for dtype in precisions:
         name = str(dtype).removeprefix("torch.")
         layer = _layer(chosen, dtype, TOKENS["training"])
@@ -61,6 +64,8 @@ def examine(
             flops = hardware.matmul_flops(hardware.Hardware(chosen, dtype == torch.bfloat16))
             document["matmul_gflops"][name] = round(flops / 1e9, 1)
             _measure(chosen, dtype, document["experts"][name]["backends"], progress)
+    if measure and (cores := others.cores()) is not None:
+        document["other_load"] = round(cores, 2)
     return document
 
 

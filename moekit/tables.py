@@ -85,6 +85,10 @@ def presets_tables(rows: list[dict[str, Any]]) -> list[Table | str]:
     return [listed, "active: parameters used for one token, both embeddings included"]
 
 
+BUSY = 0.25
+"""Cores that others use, above which `doctor` says so."""
+
+
 def doctor_tables(document: dict[str, Any]) -> list[Table | str]:
     """Returns the machine in a line each, and the back ends by precision."""
     versions, native = document["versions"], document["native"]
@@ -106,7 +110,13 @@ def doctor_tables(document: dict[str, Any]) -> list[Table | str]:
             note = state["unavailable"] or ("what auto takes" if backend == found["chosen"] else "")
             listed.add_row(backend, *shown, escape(note), style="bold" if backend == found["chosen"] else "")
         parts.append(listed)
-    return [*parts, "training: 2,048 tokens forward and backward; decoding: one token; 64 experts, top-6, 512 x 192"]
+    parts.append("training: 2,048 tokens forward and backward; decoding: one token; 64 experts, top-6, 512 x 192")
+    if (load := document["other_load"]) and load > BUSY:
+        parts.append(
+            f"meanwhile other processes kept {load:.1f} cores busy: a quiet machine is faster, and on one that stays "
+            "busy OMP_WAIT_POLICY=passive may be"
+        )
+    return parts
 
 
 def prepare_tables(manifest: dict[str, Any], out: str) -> list[Table | str]:

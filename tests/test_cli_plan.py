@@ -234,3 +234,17 @@ def test_a_reader_that_leaves_early_causes_no_traceback() -> None:
         done = _run(*words, stdout=write)
         os.close(write)
         assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_closed_output_takes_everything() -> None:
+    command = [sys.executable, "-c", "from moekit.cli import main; raise SystemExit(main(['presets']))"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_pipe_cuts_no_figures() -> None:
+    words = ["doctor", "--device", "cpu", "--quick"]
+    command = [sys.executable, "-c", f"from moekit.cli import main; raise SystemExit(main({words}))"]
+    surroundings = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    done = subprocess.run(command, capture_output=True, text=True, env=surroundings)
+    assert "triton needs tensors on CUDA and these are on cpu" in done.stdout

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,9 @@ def emit(args: argparse.Namespace, document: Any, make_tables: Callable[[], Sequ
         return 0
     from rich.console import Console
 
-    console = Console(highlight=False)
+    # a pipe has no width, for which rich would take 80 and cut figures
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
+    console = Console(highlight=False, width=wide)
     with console.capture() as text:  # rich would end the process by itself on a broken pipe
         for part in make_tables():
             console.print(part, soft_wrap=isinstance(part, str))  # a command must stay in one piece

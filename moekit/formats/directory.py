@@ -79,7 +79,9 @@ def check_directory(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory")
     if not (path / MANIFEST).is_file():
-        raise CheckpointError(f"{path} has no {MANIFEST}, so it is not a checkpoint that was written to its end")
+        held = sorted((path / "checkpoints").glob("step-*"))
+        hint = f"; it is a run, whose newest is {held[-1]}" if held else ""
+        raise CheckpointError(f"{path} has no {MANIFEST}, so it is not a checkpoint that was written to its end{hint}")
     advice = "this is prepared data, not a model" if (path / "train").is_dir() else ""
     listed = files.read_json(path / MANIFEST, Manifest, CheckpointError, advice).model_dump()["files"]
     for name, expected in listed.items():

@@ -16,7 +16,7 @@ class SamplingSettings(Strict):
     top_p: float | None = Field(None, gt=0, le=1, description="the fewest tokens whose probability reaches p")
     min_p: float | None = Field(None, ge=0, le=1, description="tokens of at least p times the likeliest's probability")
     repetition_penalty: float = Field(1.0, gt=0, description="above 1: tokens seen before get less likely (CTRL)")
-    seed: int | None = Field(None, ge=0, description="of the draws; null: another text every time")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="of the draws; null: another text every time")
 
     @model_validator(mode="after")
     def _check(self) -> "SamplingSettings":

@@ -82,6 +82,30 @@ def matmul_flops(hardware: Hardware, size: int = 1024) -> float:
     return 2 * size**3 / statistics.median(seconds[2:])
 
 
+class Others:
+    """How much of the machine other processes use, from now on."""
+
+    def __init__(self) -> None:
+        self.start = self._seconds()
+
+    def cores(self) -> float | None:
+        """Returns the cores that others were busy on, on average; None where it is unknown (Linux alone says it)."""
+        (before, busy, own), (now, busy_now, own_now) = self.start, self._seconds()
+        if busy is None or busy_now is None:
+            return None
+        return max(busy_now - busy - (own_now - own), 0.0) / (now - before)
+
+    @staticmethod
+    def _seconds() -> tuple[float, float | None, float]:
+        """Returns the time, what all processes have used, those of other guests of the host included, and we."""
+        times, busy = os.times(), None
+        with contextlib.suppress(OSError):
+            line = Path("/proc/stat").read_text().split("\n", 1)[0]
+            user, nice, system, _idle, _wait, irq, softirq, steal = map(int, line.split()[1:9])
+            busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy, times.user + times.system + times.children_user + times.children_system
+
+
 def peak_memory(device: torch.device) -> int:
     """Returns the most bytes that the process (CPU) or its tensors (CUDA) have held so far; 0 where unknown."""
     if device.type == "cuda":

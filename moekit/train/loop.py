@@ -187,6 +187,8 @@ class _Run:
     def _log(self) -> None:
         config, steps, tokens = self.config, self.sums.pop("steps"), self.window.tokens_per_expert.cpu()
         seconds, done, flops = (now - then for now, then in zip(self._reached(), self.logged, strict=True))
+        if flops / seconds > self.matmul_flops:  # the machine was busy when it was measured
+            self.matmul_flops = max(flops / seconds, machine.matmul_flops(self.hardware))
         means = {name: value / steps for name, value in self.sums.items()}
         self.health = health.measure(self.window)
         self._record(

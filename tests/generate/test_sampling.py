@@ -150,6 +150,7 @@ def test_each_row_has_its_own_random_stream(device: torch.device) -> None:
         ("min_p", -0.1),
         ("repetition_penalty", 0.0),
         ("seed", -1),
+        ("seed", 2**63),
         ("top_q", 0.5),
     ],
 )

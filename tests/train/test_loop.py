@@ -12,12 +12,12 @@ import torch
 
 from moekit.config import RunConfig, load_run_config
 from moekit.data import Batch, Sampler, open_dataset, prepare
-from moekit.errors import ConfigError, DataError, TrainingError, UnsupportedError
+from moekit.errors import CheckpointError, ConfigError, DataError, TrainingError, UnsupportedError
 from moekit.formats.checkpoint import load
 from moekit.nn.model import Model
 from moekit.nn.router import HashRouter
 from moekit.ops.routing import balanced_hash_table
-from moekit.train import train
+from moekit.train import hardware, train
 from moekit.train.metrics import read
 from moekit.train.state import finished, newest
 
@@ -112,6 +112,22 @@ def test_metrics_hold_every_promised_key(finished_run: tuple[Path, dict[str, Any
         for domain in record["domains"].values():
             assert set(domain) == {"loss", "bits_per_byte", "tokens", "tokens_per_expert"}
         assert record["loss"] == pytest.approx(sum(d["loss"] for d in record["domains"].values()) / 2)
+
+
+def test_a_speed_measured_while_the_machine_was_busy_is_measured_again(
+    run_config: Configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = iter((1.0, 1e18))
+    monkeypatch.setattr(hardware, "matmul_flops", lambda hardware: next(speeds))
+    train(run_config(steps=4, log_every=2), tmp_path / "run")
+    assert all(0 <= record["matmul_share"] <= 1 for record in of_kind(tmp_path / "run", "train"))
+    assert next(speeds, None) is None
+
+
+def test_a_run_that_is_taken_for_a_model_names_its_newest(finished_run: tuple[Path, dict[str, Any], Recorder]) -> None:
+    run, _, _ = finished_run
+    with pytest.raises(CheckpointError, match=r"it is a run, whose newest is .*step-00000060"):
+        load(run)
 
 
 def test_a_run_holds_what_the_design_promises(finished_run: tuple[Path, dict[str, Any], Recorder]) -> None:
