@@ -1,7 +1,9 @@
 """The decoding loop: prompts in, tokens out, one step at a time."""
 
 import secrets
+import threading
 from collections.abc import Iterator, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int
@@ -19,6 +21,29 @@ FEW = 16
 """Sequences up to which a step reads weights rather than computes, so that the native one is taken."""
 
 
+_running: WeakKeyDictionary[Model, list[bool]] = WeakKeyDictionary()
+"""The models that generate, with what the mode of each was before, once for each text that is under way."""
+_mode = threading.Lock()
+
+
+def _begin(model: Model) -> None:
+    """Sets evaluation mode; other threads may be generating with the model."""
+    with _mode:
+        _running.setdefault(model, []).append(model.training)
+        model.eval()
+
+
+def _end(model: Model) -> None:
+    """Sets the mode from before the first of those that are under way when the last of them ends."""
+    with _mode:
+        before = _running[model]
+        if len(before) > 1:
+            before.pop()
+        else:
+            del _running[model]
+            model.train(before[0])
+
+
 @torch.no_grad()
 def tokens(
     model: Model,
@@ -30,8 +55,9 @@ def tokens(
     """Yields the next token of every sequence, `max_new_tokens` times. Prompts may differ in length.
 
     `vocabulary` is the tokenizer's number of entries where the model has more: ids behind it stand for no text and are
-    never chosen. The caller stops when all its sequences have ended. Raises ConfigError for an empty prompt, a token
-    outside of the vocabulary, or more tokens than the model has positions.
+    never chosen. The caller stops when all its sequences have ended; until then weights must not be replaced by others.
+    Raises ConfigError for an empty prompt, a token outside of the vocabulary, or more tokens than the model has
+    positions.
     """
     model.config.check_decoder("generation")
     if not prompts or not all(prompts):
@@ -48,8 +74,7 @@ def tokens(
             f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more than "
             f"max_position_embeddings, {limit}; {advice}"
         )
-    was_training = model.training
-    model.eval()
+    _begin(model)
     device, dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
     ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -74,7 +99,7 @@ def tokens(
                     last = fast.step(chosen, cache.lengths)
                     cache.advance(torch.ones_like(cache.lengths), 1)
     finally:
-        model.train(was_training)
+        _end(model)
 
 
 def generate(

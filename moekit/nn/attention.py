@@ -63,7 +63,7 @@ class Attention(nn.Module):
             return None
         maps = self.q_proj, self.k_proj, self.v_proj, self.o_proj
         cache, seen = context.buffer(self.layer), context.seen
-        if not (weights := whole(x, *maps, seen=seen, cache=cache)) or not self.heads.fit(weights):
+        if not (weights := whole(x, *maps, seen=seen, cache=cache)) or not self.heads.fit(weights, x.shape[-1]):
             return None
         how = context.rotation, seen.document_ids, seen.causal, self.scale, 0.0, cache
         return Attending((*weights, None), (None, None), self.heads, *how)

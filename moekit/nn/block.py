@@ -95,6 +95,8 @@ class Block(nn.Module):
             return None
         if not untouched(RMSNorm, *norms) or norms[0].eps != norms[1].eps:
             return None
+        if any(norm.weight.shape != x.shape[-1:] for norm in norms):
+            return None
         if not isinstance(attention, Attention | MLA) or type(attention) not in (Attention, MLA):
             return None
         if not all(untouched(type(module), module) for module in (attention, mlp)):

@@ -10,7 +10,7 @@ from moekit.nn.attention import Attention
 from moekit.nn.block import Block
 from moekit.nn.cache import KVCache
 from moekit.nn.experts import Experts
-from moekit.nn.ffn import SwiGLU
+from moekit.nn.ffn import SwiGLU, fit
 from moekit.nn.linear import Linear, untouched
 from moekit.nn.mla import MLA
 from moekit.nn.model import Model
@@ -21,6 +21,9 @@ from moekit.nn.rope import rotation, softmax_scale
 from moekit.nn.router import Router
 from moekit.nn.weights import MappedWeight, QuantizedWeight, operand
 from moekit.ops.decode import Decoder, Heads, Layer, Projections, unavailable
+
+QK_NORMS = ("none", "head", "full")
+FULL = QK_NORMS.index("full")
 
 KNOWN: set[type[nn.Module]] = {
     *(Model, Block, Attention, MLA, RMSNorm, Linear, SwiGLU, MoE, Router, Experts),
@@ -79,17 +82,26 @@ def _told(model: Model, layers: Sequence[Layer], scale: float, eps: float, laten
         return False
     if model.embed_tokens.max_norm is not None or model.lm_head.matrix.shape != model.embed_tokens.weight.shape:
         return False
+    dim, heads = model.config.hidden_size, _heads(model.config.attention)
     for block, layer in zip(model.layers, layers, strict=True):
         attention = block.self_attn
         assert isinstance(attention, Attention | MLA)
         if attention.config != model.config.attention or attention.scale != scale:
             return False
-        if not attention.heads.fit([w for w in layer.attention[:5] if w is not None]):
+        if not attention.heads.fit([w for w in layer.attention[:5] if w is not None], dim):
             return False
+        if not (layer.ffn is None or fit(layer.ffn, dim)) or not (layer.routed is None or layer.routed.fit(dim)):
+            return False
+        if layer.shared_gate is not None and layer.shared_gate.shape != (dim,):
+            return False
+    each = heads.head_dim
+    queries, keys = (heads.heads * each, heads.kv_heads * each) if heads.qk_norm == FULL else (each, each)
+    known_widths = {"kv_a_layernorm": heads.rank, "q_a_layernorm": heads.q_rank, "q_norm": queries, "k_norm": keys}
+    norms = [(name.rpartition(".")[2], m) for name, m in model.named_modules() if isinstance(m, RMSNorm)]
     return all(
-        module.eps == (latent_eps if name.endswith(("kv_a_layernorm", "q_a_layernorm")) else eps)
-        for name, module in model.named_modules()
-        if isinstance(module, RMSNorm)
+        norm.eps == (latent_eps if name in ("kv_a_layernorm", "q_a_layernorm") else eps)
+        and norm.weight.shape == (known_widths.get(name, dim),)
+        for name, norm in norms
     )
 
 
@@ -97,7 +109,7 @@ def _heads(config: MHAConfig | MLAConfig) -> Heads:
     heads = config.num_attention_heads
     if isinstance(config, MHAConfig):
         width = config.head_dim
-        norm = ("none", "head", "full").index(config.qk_norm)
+        norm = QK_NORMS.index(config.qk_norm)
         return Heads(heads, config.num_key_value_heads, width, width, rope=width, rank=0, q_rank=0, qk_norm=norm)
     rope, width = config.qk_rope_head_dim, config.qk_nope_head_dim + config.qk_rope_head_dim
     return Heads(heads, 1, width, config.v_head_dim, rope, config.kv_lora_rank, config.q_lora_rank or 0, qk_norm=0)

@@ -10,7 +10,14 @@ from moekit.nn.linear import Linear, together, whole
 from moekit.ops.autocast import cast_once
 from moekit.ops.layer import feed_forward
 from moekit.ops.quantize import Quantized
+from moekit.ops.scaled import Matrix
 from moekit.ops.swiglu import swiglu
+
+
+def fit(weights: Sequence[Tensor | Matrix], dim: int) -> bool:
+    """Returns whether gate, up and down fit each other and rows of this width: the compiled kernels ask no more."""
+    up = (weights[0].shape[0], dim)
+    return [tuple(w.shape) for w in weights] == [up, up, up[::-1]]
 
 
 class SwiGLU(nn.Module):
@@ -29,8 +36,7 @@ class SwiGLU(nn.Module):
     def in_one(self, x: Float[Tensor, "*tokens dim"]) -> Sequence[Tensor | Quantized]:
         """Returns gate, up and down if one call of the compiled kernels may multiply them for these tokens."""
         weights = whole(x, self.gate_proj, self.up_proj, self.down_proj)
-        sizes = {tuple(w.shape) for w in weights[:2]} | {tuple(w.shape)[::-1] for w in weights[2:]}
-        return weights if len(sizes) == 1 else ()
+        return weights if weights and fit(weights, x.shape[-1]) else ()
 
     def forward(self, x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         x = cast_once(x)

@@ -54,7 +54,9 @@ class MLA(nn.Module):
         maps += [self.q_a_proj] if compressed else []
         if not untouched(RMSNorm, *norms) or len({norm.eps for norm in norms}) > 1:
             return None
-        if not (weights := whole(x, *maps, seen=seen, cache=cache)) or not self.heads.fit(weights):
+        if [len(norm.weight) for norm in norms] != [self.heads.rank, self.heads.q_rank][: len(norms)]:
+            return None
+        if not (weights := whole(x, *maps, seen=seen, cache=cache)) or not self.heads.fit(weights, x.shape[-1]):
             return None
         more = [None] * (not compressed)
         how = context.rotation, seen.document_ids, seen.causal, self.scale, self.kv_a_layernorm.eps, cache

@@ -20,7 +20,7 @@ from moekit.nn.norm import RMSNorm
 from moekit.nn.rope import rotation
 from moekit.nn.router import HashRouter, Probe, Router, RouterContext
 from moekit.nn.variants.layer import VariantLayer
-from moekit.ops.attention import all_seen, seen
+from moekit.ops.attention import all_seen, as_documents, seen
 from moekit.ops.balance import LoadSums, updated_bias
 from moekit.ops.embedding import embedding
 from moekit.ops.loss import IGNORED, TokenLoss, cross_entropy, linear_cross_entropy
@@ -146,6 +146,9 @@ class Model(nn.Module):
             raise ConfigError(
                 "targets are given but the model has num_labels: it scores sequences and predicts no words"
             )
+        if targets is not None and targets.shape != input_ids.shape:
+            found = f"{tuple(targets.shape)} but input_ids {tuple(input_ids.shape)}"
+            raise ConfigError(f"{'targets' if labels is None else 'labels'} are {found}; give one for each token")
         if targets is not None and padding_mask is not None:
             targets = targets.masked_fill(~padding_mask, IGNORED)
         if cache is not None and document_ids is not None:
@@ -221,6 +224,8 @@ class Model(nn.Module):
             positions = cache.positions(batch, length)
         attention = self.config.attention
         width = attention.head_dim if isinstance(attention, MHAConfig) else attention.qk_rope_head_dim
+        if document_ids is not None:
+            document_ids = as_documents(document_ids, batch, length)
         causal = self.config.causal
         visible = seen(positions, reached, document_ids) if causal else all_seen(document_ids, padding_mask)
         return Context(rotation(attention.rope, width, positions), positions, visible, cache)

@@ -87,7 +87,8 @@ class MoE(nn.Module):
         weights: Sequence[Tensor | Quantized] = ()
         if shared is not None and not (untouched(SwiGLU, shared) and (weights := shared.in_one(x))):
             return None
-        return (weights, self.routed) if choose(experts.backend, x, *experts.stacked) == "native" else None
+        routed, native = self.routed, choose(experts.backend, x, *experts.stacked) == "native"
+        return (weights, routed) if native and routed.fit(x.shape[-1]) else None
 
     @property
     def routed(self) -> Routed:

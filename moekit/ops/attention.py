@@ -1,5 +1,6 @@
 """Softmax attention: one function, and who may look at whom."""
 
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moekit.errors import ConfigError
 from moekit.ops.kernels import attention as native
+from moekit.ops.kernels.addresses import readable
+
+FAR = 1 << 29
+"""Ids up to which `all_seen` stays within 32 bits."""
 
 
 class Seen(NamedTuple):
@@ -22,6 +28,22 @@ class Seen(NamedTuple):
     document_ids: Int[Tensor, "batch length"] | None = None
     mask: Bool[Tensor, "batch 1 length keys"] | None = None
     causal: bool = True
+
+
+def as_documents(ids: Int[Tensor, "..."], batch: int, length: int) -> Int[Tensor, "{batch} {length}"]:
+    """Returns a number for each token's document, on a CPU in 32 bits and in memory of its own: what the way back reads
+    must not change meanwhile. ConfigError for ids that are none, or not of each token."""
+    with suppress(RuntimeError):  # of a shape that does not fit
+        ids = ids.expand(batch, length)
+    if ids.shape != (batch, length) or ids.is_floating_point():
+        found = f"document_ids are {tuple(ids.shape)} in {ids.dtype}"
+        raise ConfigError(f"{found} but must be ({batch}, {length}), one for each token, in integers")
+    if torch.compiler.is_compiling() or not native.has_kernels(ids.device) or not readable(ids):
+        return ids
+    low, high = ids.aminmax() if ids.numel() else (ids.new_zeros(()),) * 2
+    if low < -FAR or high > FAR:  # hashes, say
+        ids = ids.unique(return_inverse=True)[1]
+    return ids.to(torch.int32, copy=True)
 
 
 def seen(
@@ -77,7 +99,7 @@ def attend(
     """
     offsets, document_ids, mask, causal = seen
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if mask is None and native.unavailable(q, k, v) is None and not (learns and offsets is not None):
+    if mask is None and native.unavailable(q, k, v, document_ids) is None and not (learns and offsets is not None):
         y: Tensor = native.attention(q, k, v, scale, document_ids, offsets, causal)
         return y
     if mask is None and document_ids is not None and not causal:
@@ -102,7 +124,7 @@ def rotate(
     interleaved: bool,
 ) -> Float[Tensor, "batch length heads rope"]:
     """Returns x with each pair turned by its angle: pairs (2i, 2i + 1) when interleaved, (i, i + rope/2) otherwise."""
-    if cos.dtype == torch.float32 and native.unavailable(x) is None:
+    if native.may_rotate(x, cos, sin):
         y: Tensor = native.rotate(x, cos, sin, interleaved)
         return y
     cos, sin = cos.unsqueeze(2).to(x.dtype), sin.unsqueeze(2).to(x.dtype)

@@ -31,6 +31,6 @@ def linears(
     ready = [w.to(x.device).numbers().to(x.dtype) if isinstance(w, Scaled) else w for w in weights]
     cast = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
     low = cast_once(x)
-    if kernels.has_linears(low, ready, cast):
+    if all(w.shape[-1] == x.shape[-1] for w in ready) and kernels.has_linears(low, ready, cast):
         return kernels.linears(low, ready)
     return tuple(F.linear(x, dequantize(w, x.dtype) if isinstance(w, Quantized) else w) for w in ready)

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moekit.errors import ConfigError
 from moekit.ops.autocast import autocast_off, cast_once
 from moekit.ops.kernels import linear, step
 from moekit.ops.kernels.addresses import readable
@@ -42,7 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float64 if low == torch.float64 else torch.float32)
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
         d_weight = None
-        fused = step.has_rest(hidden, weight)
+        fused = step.has_rest(hidden, weight) and hidden.shape[1] == weight.shape[1]
         ours = fused and linear.has_linears(hidden, (weight,), mixed=True)  # which casts weights while it reads them
         weight = weight if ours else weight.to(low)
         size = max(1, CHUNK_BYTES // (len(weight) * (low if fused else total.dtype).itemsize))
@@ -106,14 +107,29 @@ def linear_cross_entropy(
 ) -> TokenLoss:
     """Returns the summed cross-entropy of softmax(weight @ hidden) in nats over the targets that are not -100.
 
-    On a CPU, where few tokens are predicted (masked ones, answers), no logits of the others are formed.
+    On a CPU, where few tokens are predicted (masked ones, answers), no logits of the others are formed; ConfigError for
+    a target that is no token.
     """
-    hidden, targets = _predicted(hidden, targets)
+    hidden, targets = _predicted(hidden, _checked(targets, len(hidden), len(weight)))
     low = cast_once(hidden.new_empty(0)).dtype
     with autocast_off(hidden):
         # inside the function gradients are always off, so whether they are wanted is asked here
         total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, low, torch.is_grad_enabled())
     return TokenLoss(total, (targets != IGNORED).sum())
+
+
+def _checked(targets: Tensor, tokens: int, vocab: int) -> Tensor:
+    """Returns the targets in 64 bits; ConfigError for what is no target. On another device than a CPU, asking for the
+    numbers would wait for them."""
+    if targets.shape != (tokens,) or targets.is_floating_point() or targets.dtype == torch.bool:
+        found = f"targets are {tuple(targets.shape)} in {targets.dtype}"
+        raise ConfigError(f"{found} but must be ({tokens},), one for each token, in integers")
+    targets = targets.long()
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling() and readable(targets):
+        wrong = ((targets < 0) & (targets != IGNORED)) | (targets >= vocab)
+        if wrong.any():
+            raise ConfigError(f"a target is {int(targets[wrong][0])} but must be {IGNORED} or 0 to {vocab - 1}")
+    return targets
 
 
 def cross_entropy(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]) -> TokenLoss:

@@ -18,12 +18,28 @@ def has_kernels(device: torch.device) -> bool:
     return device.type == "cpu" and missing() is None
 
 
-def unavailable(*tensors: Tensor) -> str | None:
-    """Returns why the kernels cannot run on these tensors, or None."""
-    if not readable(*tensors) or {t.dtype for t in tensors} not in ({torch.float32}, {torch.bfloat16}):
+def unavailable(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None = None) -> str | None:
+    """Returns why `attention` cannot run on these tensors, or None."""
+    if not _numbers(q, k, v):
         return "it reads plain tensors on a CPU, all float32 or all bfloat16"
+    (batch, length, heads, width), kv_heads = q.shape, k.shape[2]
+    if k.shape[:3] != v.shape[:3] or k.shape[0] != batch or k.shape[3] != width or heads % kv_heads:
+        return "keys and values do not fit the queries"
+    if document_ids is not None and (document_ids.shape != (batch, length) or not readable(document_ids)):
+        return "document_ids do not fit the queries"
     reason: str | None = missing()
     return reason
+
+
+def may_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Returns whether `rotate` can run on these tensors."""
+    angles = (*x.shape[:2], x.shape[3] // 2)
+    fits = cos.shape == sin.shape == angles and cos.dtype == sin.dtype == torch.float32 and not x.shape[3] % 2
+    return fits and _numbers(x) and readable(cos, sin) and missing() is None
+
+
+def _numbers(*tensors: Tensor) -> bool:
+    return readable(*tensors) and {t.dtype for t in tensors} in ({torch.float32}, {torch.bfloat16})
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

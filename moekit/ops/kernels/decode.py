@@ -35,6 +35,14 @@ class Routed(NamedTuple):
     normalise: bool
     scale: float
 
+    def fit(self, dim: int) -> bool:
+        """Returns whether router, bias and stacks are of as many experts, and take and give rows of this width: the
+        library asks no further."""
+        experts, _, ff = self.down.shape
+        shapes = tuple(self.gate_up.shape), tuple(self.down.shape), tuple(self.router.shape)
+        wanted = (experts, 2 * ff, dim), (experts, dim, ff), (experts, dim)
+        return shapes == wanted and (self.bias is None or self.bias.shape == (experts,)) and self.k <= experts
+
 
 class Heads(NamedTuple):
     """How many heads attention has, and how wide they are."""

@@ -40,16 +40,16 @@ class Heads(NamedTuple):
         """How many numbers a cache keeps of a token."""
         return self.rank + self.turned if self.rank else self.kv_heads * (self.head_dim + self.value_dim)
 
-    def fit(self, weights: Sequence[Matrix]) -> bool:
-        """Returns whether an attention layer's matrices, those that it has in `Attending`'s order, are of these sizes:
-        the library asks no further."""
+    def fit(self, weights: Sequence[Matrix], dim: int) -> bool:
+        """Returns whether an attention layer's matrices, those that it has in `Attending`'s order, are of these sizes
+        and for rows of this width: the library asks no further."""
         out, latent = self.heads * self.value_dim, self.rank + self.turned
         q = (self.heads * self.head_dim, self.q_rank or self.dim)
         kv = [(self.kv_heads * width, self.dim) for width in (self.head_dim, self.value_dim)]
         if self.rank:
             kv = [(latent, self.dim), (self.heads * (self.head_dim - self.turned + self.value_dim), self.rank)]
         q_a = [(self.q_rank, self.dim)] if self.q_rank else []
-        return [tuple(w.shape) for w in weights] == [q, *kv, (self.dim, out), *q_a]
+        return self.dim == dim and [tuple(w.shape) for w in weights] == [q, *kv, (self.dim, out), *q_a]
 
 
 class Attending(NamedTuple):
@@ -100,7 +100,7 @@ def layer_of(
         raise ConfigError(f"the cache of a layer is {tuple(cache.shape)} but must be {wanted}, as model and batch are")
     documents = None if document_ids is None else document_ids.to(torch.int32).contiguous()
     tensors = [None if norm is None else norm.float().contiguous() for norm in norms]
-    tensors += [*(part.contiguous() for part in rotation), documents]
+    tensors += [*(part.float().contiguous() for part in rotation), documents]  # FSDP casts what a block is given
     kept = (0, 0, False) if cache is None else (at(cache), cache.shape[1], cache.dtype == torch.bfloat16)
     where = [at(t) or 0 for t in tensors]
     numbers = (*x.shape[:2], *heads, causal, *_matrices(weights), *where, scale, eps, torch.get_num_threads(), *kept)

@@ -61,8 +61,9 @@ def _by_number(name: str, *tensors: Tensor) -> None:
 
 def has_norm(x: Tensor, delta: Tensor | None, weight: Tensor) -> bool:
     """Returns whether `add_norm` can run on these tensors."""
-    fits = delta is None or (readable(delta) and delta.dtype in (x.dtype, torch.bfloat16))
-    return fits and has_rest(x, weight)
+    if delta is not None and not (readable(delta) and delta.dtype in (x.dtype, torch.bfloat16)):
+        return False
+    return weight.shape == x.shape[-1:] and (delta is None or delta.shape == x.shape) and has_rest(x, weight)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

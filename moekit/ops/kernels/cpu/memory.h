@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 
 inline size_t room(int64_t count, size_t size) { return (count * size + 63) / 64 * 64; }
@@ -18,6 +19,10 @@ struct Scratch {
         free(data);
         size = (bytes + 4095) / 4096 * 4096;
         data = (char*)aligned_alloc(4096, size);
+        if (data) return;
+        // in the middle of a loop of threads there is no way back; a write to where nothing lies would say less
+        fprintf(stderr, "moekit: out of memory: the kernels can't allocate %zu bytes\n", size);
+        abort();
     }
     char* bytes(size_t count) {
         used += (count + 63) / 64 * 64;

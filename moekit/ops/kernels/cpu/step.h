@@ -19,7 +19,8 @@ void cross_entropy(int64_t rows, int64_t vocab, T* logits, const int64_t* target
         for (int64_t r = 0; r < rows; r++) {
             T* x = logits + r * vocab;
             losses[r] = 0;
-            if (targets[r] < 0) {
+            if (targets[r] < 0 || targets[r] >= vocab) {
+                if (targets[r] >= vocab) losses[r] = NAN;
                 if (differentiate) memset((void*)x, 0, vocab * sizeof(T));
                 continue;
             }
