@@ -221,7 +221,7 @@ def test_activation_bytes_are_within_a_tenth_of_what_autograd_keeps(name: str, o
 def test_compiled_experts_keep_nothing_of_a_rows_width() -> None:
     """What is kept of the routed experts then is gate and up, and each token once, whatever the granularity."""
     config = preset("tiny-deepseekmoe")
-    if reason := BACKENDS["native"].unavailable(torch.ones(1), torch.ones(1), torch.ones(1)):
+    if reason := BACKENDS["native"].unavailable(torch.ones(1, 1), torch.ones(1, 2, 1), torch.ones(1, 1, 1)):
         pytest.skip(reason)
     ffn = config.ffn
     assert isinstance(ffn, MoEConfig)

@@ -31,7 +31,8 @@ def unavailable(x: Tensor, gate_up: Weights, down: Weights) -> str | None:
     dtype, other = stored(gate_up).dtype, stored(down).dtype
     if dtype != other:
         return f"gate_up is {dtype} and down {other}; it takes one dtype"
-    (count, width, ff), rows = down.shape, x.shape[-1]
+    rows = x.shape[-1]
+    count, width, ff = down.shape if len(down.shape) == 3 else (0, 0, 0)
     if tuple(gate_up.shape) != (count, 2 * ff, width) or width != rows:
         return f"gate_up is {tuple(gate_up.shape)}, down {tuple(down.shape)} and rows are {rows} wide: they do not fit"
     if (x.dtype, dtype) not in _TYPES:
