@@ -24,14 +24,13 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        alike = gate.shape == up.shape and gate.dtype == up.dtype
-        return step.swiglu(gate, up) if alike and step.has_rest(gate, up) else F.silu(gate) * up
+        return step.swiglu(gate, up) if step.has_swiglu(gate, up) else F.silu(gate) * up
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        if gate.shape == up.shape and gate.dtype == up.dtype and step.has_rest(gate, up, dy):
+        if step.has_swiglu(gate, up, dy):
             return step.swiglu_backward(gate, up, dy)
         d_gate: Tensor = torch.ops.aten.silu_backward(dy * up, gate)
         return d_gate, dy * F.silu(gate)

@@ -202,7 +202,7 @@ def _build(compiler: Sequence[str], key: str) -> Path:
         lock.acquire()
     except Timeout:
         raise BuildError(f"another process holds {lock.lock_file} for {PATIENCE} seconds") from None
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
         raise BuildError(f"the cache cannot be used ({error}); MOEKIT_CACHE may name another directory") from None
     try:
         if path := _kept(key):

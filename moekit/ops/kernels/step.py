@@ -13,7 +13,7 @@ from moekit.ops.kernels.memory import empty
 
 
 def has_rest(*tensors: Tensor) -> bool:
-    """Returns whether `cross_entropy_` and `swiglu` can run on these tensors."""
+    """Returns whether `cross_entropy_` can run on these tensors."""
     kinds = (torch.float32, torch.bfloat16)
     return all(readable(t) and t.dtype in kinds for t in tensors) and missing() is None
 
@@ -33,6 +33,11 @@ def cross_entropy_(
         torch.get_num_threads(),
     )
     return losses
+
+
+def has_swiglu(gate: Tensor, up: Tensor, *more: Tensor) -> bool:
+    """Returns whether `swiglu` can run on these tensors, or with dy its way back."""
+    return gate.shape == up.shape and gate.dtype == up.dtype and has_rest(gate, up, *more)
 
 
 def swiglu(gate: Float[Tensor, "*rows ff"], up: Float[Tensor, "*rows ff"]) -> Float[Tensor, "*rows ff"]:
