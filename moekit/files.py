@@ -1,11 +1,13 @@
 """Files that are whole or not there: written in one atomic step, told apart by hash, JSON checked as it is read."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import mmap
 import os
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -41,6 +43,20 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError that names the file if it cannot be written: asked before the work whose result it will hold.
+
+    Nothing is left there, no folder either.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    try:
+        with tempfile.TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write(path: Path, content: str | bytes) -> None:

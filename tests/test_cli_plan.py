@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 from moekit.cli import main
+from moekit.cli.output import read_text
 from moekit.config import describe_keys, load_model_config, load_run_config, preset, preset_names
 
 
@@ -193,15 +195,30 @@ def test_prompts_that_are_not_utf8_are_named(capsys: pytest.CaptureFixture[str],
     assert "prompts.txt is not UTF-8 text: byte 3" in said
 
 
-def test_too_little_memory_is_one_line_with_advice(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run_out(args: object) -> int:  # the real thing needs a GPU
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore on this")
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfcaf\xc3\xa9\n")
+    assert read_text(tmp_path / "prompts.txt") == "caf\u00e9\n"
 
-    monkeypatch.setattr("moekit.cli.presets.run", run_out)
+
+def _of_a_gpu() -> None:  # the real thing needs one
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore on this")
+
+
+@pytest.mark.parametrize(
+    ("run_out", "message"),
+    [
+        (_of_a_gpu, "CUDA out of memory"),
+        (lambda: torch.empty(1 << 60), "can't allocate memory: you tried to allocate 4611686018427387904 bytes"),
+        (lambda: bytearray((1 << 63) - 64), "out of memory"),
+    ],
+)
+def test_too_little_memory_is_one_line_with_advice(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, run_out: Callable[[], object], message: str
+) -> None:
+    monkeypatch.setattr("moekit.cli.presets.run", lambda args: run_out())
     said = _error(capsys, "presets")
-    assert "CUDA out of memory; in training, a smaller data.micro_batch_size or recompute true needs less" in said
+    assert message in said
+    assert said.endswith("; in training, a smaller data.micro_batch_size or recompute true needs less memory\n")
 
 
 def _run(*words: str, **settings: Any) -> subprocess.CompletedProcess[bytes]:

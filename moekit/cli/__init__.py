@@ -76,10 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):
             return 141
         message = f"{error.filename or 'cannot write or read'}: {error.strerror or error}"
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+    except (RuntimeError, MemoryError) as error:
+        # torch's are told by name and words, for which it is not imported
+        refused = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't alloc" in str(error)
+        if not (refused or isinstance(error, MemoryError)):
             raise
-        reason = str(error).partition(". ")[0]
+        reason = str(error).partition("DefaultCPUAllocator: ")[2] or str(error).partition(". ")[0] or "out of memory"
         message = f"{reason}; in training, a smaller data.micro_batch_size or recompute true needs less memory"
     except KeyboardInterrupt:
         sys.stderr.write("\nmoekit: interrupted\n")

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from moekit.evaluate.record import about
-    from moekit.files import write_json
+    from moekit.files import check_writable, write_json
     from moekit.formats.checkpoint import load
     from moekit.formats.tokenizer import load_tokenizer
     from moekit.tables import evaluate_tables
@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     from moekit.train.state import model_folder
 
     start = time.perf_counter()
+    if args.out is not None:
+        check_writable(args.out)
     folder = model_folder(args.model)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     model = load(folder, choose_device(args.device), dtype, check_hashes=folder is args.model)
@@ -99,6 +101,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--sequence-length has no effect with --questions alone; leave it out")
     if args.stride and not (args.text or args.data):
         raise ConfigError("--stride has no effect without --text or --data; leave it out")
+    if not args.text and (args.text_field, args.domain_field) != ("text", "domain"):
+        raise ConfigError("--text-field and --domain-field have no effect without --text; leave them out")
     for name in ("task_data", "limit", "allow_code_execution"):
         if getattr(args, name) and not args.tasks:
             raise ConfigError(f"--{name.replace('_', '-')} has no effect without --tasks; leave it out")

@@ -70,6 +70,6 @@ def bars() -> Iterator[Callable[[str, int, int], None]]:
 
 def read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # a byte-order mark is no text
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text: byte {error.start}") from None

@@ -95,7 +95,8 @@ def prepare(
         "prompt_field": prompt_field,
         "shard_tokens": shard_tokens,
     }
-    new = Journal(arguments=validate(Arguments, arguments), sources=_sources(paths, valid_paths, report))
+    sources = _sources(paths, valid_paths, report, text_field, domain_field)
+    new = Journal(arguments=validate(Arguments, arguments), sources=sources)
     if (out / shards.MANIFEST).exists():
         manifest = shards.read_manifest(out)
         _check_same(out, manifest, new)
@@ -122,9 +123,9 @@ def prepare(
     return (_with_order(out, manifest, embeddings, report) if similar else manifest).model_dump()
 
 
-def _sources(paths: Paths, valid_paths: Paths | None, report: Progress) -> list[Source]:
+def _sources(paths: Paths, valid_paths: Paths | None, report: Progress, *fields: str) -> list[Source]:
     """Returns every file with its size, sha256 and split; "both" where the text's hash decides."""
-    train, valid = text_files(paths), {} if valid_paths is None else text_files(valid_paths)
+    train, valid = text_files(paths, *fields), {} if valid_paths is None else text_files(valid_paths)
     for file in {file.resolve() for file in train} & {file.resolve() for file in valid}:
         raise DataError(f"{file} is given both as training and as validation text; give it once")
     side: Side = "both" if valid_paths is None else "train"

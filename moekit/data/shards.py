@@ -9,6 +9,7 @@ DATA/train/similar.npy                    int64 (documents,), where asked for: t
 DATA/valid/...
 """
 
+import errno
 import hashlib
 import io
 from collections.abc import Iterator
@@ -139,7 +140,9 @@ def write(path: Path, content: bytes) -> FileEntry:
     try:
         files.write(path, content)
     except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}; make room and run the same command again") from error
+        denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        advice = "" if denied else "; make room and run the same command again"
+        raise DataError(f"cannot write {path}: {error.strerror}{advice}") from error
     return FileEntry(size=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 

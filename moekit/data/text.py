@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
-from moekit.errors import DataError, nearest
+from moekit.errors import ConfigError, DataError, nearest
 from moekit.files import explain
 
 logger = logging.getLogger(__name__)
@@ -32,14 +32,17 @@ class Document(NamedTuple):
     """What stands before the text and is given: read, but not learned."""
 
 
-def text_files(paths: Iterable[str | Path]) -> dict[Path, str | None]:
+def text_files(
+    paths: Iterable[str | Path], text_field: str = "text", domain_field: str = "domain"
+) -> dict[Path, str | None]:
     """Returns the files that `paths` name, in their order, each with the folder that it was found in.
 
     Folders are searched recursively, sorted by name, for files with a known suffix, nothing hidden. Their folder is
     the one that `paths` names, without its parents; it is None for a file that `paths` names itself. A file that is
     named twice is read once.
 
-    Raises DataError for a path that does not exist, a named file of another kind, and a folder without text.
+    Raises DataError for a path that does not exist, a named file of another kind, and a folder without text, and
+    ConfigError for fields of records where there are none.
     """
     found: dict[Path, tuple[Path, str | None]] = {}
     for path in map(Path, paths):
@@ -55,6 +58,10 @@ def text_files(paths: Iterable[str | Path]) -> dict[Path, str | None]:
             found.setdefault(file.resolve(), (file, path.resolve().name if path.is_dir() else None))
     if not found:
         raise DataError("no text files were given")
+    if all(_suffix(file).startswith(".txt") for file, _ in found.values()):
+        for option, field, usual in (("--text-field", text_field, "text"), ("--domain-field", domain_field, "domain")):
+            if field != usual:
+                raise ConfigError(f"{option} {field} has no effect: the files are .txt, without records; leave it out")
     return dict(found.values())
 
 

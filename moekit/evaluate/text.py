@@ -144,7 +144,7 @@ def read_files(
     progress: Progress | None = None,
 ) -> Iterator[Document]:
     """Yields the documents of text files and folders, read as `moekit prepare` reads them."""
-    files = text_files(paths)
+    files = text_files(paths, text_field, domain_field)
     done, total = 0, sum(file.stat().st_size for file in files)
     for path, folder in files.items():
         with path.open("rb") as raw:

@@ -12,7 +12,7 @@ from moekit.config import MoEConfig
 from moekit.data import open_dataset
 from moekit.data.shards import read_manifest
 from moekit.errors import CheckpointError, ConfigError, nearest
-from moekit.files import write, write_json
+from moekit.files import check_writable, write, write_json
 from moekit.formats.checkpoint import load as load_model
 from moekit.formats.checkpoint import load_config
 from moekit.formats.tokenizer import Tokenizer, load_tokenizer
@@ -114,6 +114,9 @@ def inspect(
         raise ConfigError(f"{out} holds something else; choose another --out")
     if bool(text.files) == (text.data is not None):
         raise ConfigError("give the text either as files (--text) or as a prepared dataset (--data)")
+    if text.data is not None and (text.text_field, text.domain_field) != ("text", "domain"):
+        raise ConfigError("--text-field and --domain-field have no effect with --data; leave them out")
+    check_writable(out / SUMMARY)
     paths = [Path(model)] if against is None else [Path(model), Path(against)]
     lengths = [_length(path, sequence_length) for path in paths]
     subjects, inspected, pages = list[Subject](), list[report.Inspected](), list[str]()

@@ -72,7 +72,7 @@ def text_windows(
                 yield Window(domain, windows[domain], np.array(rest[start : start + length], dtype=np.int64))
             left[domain] = rest[whole:]
 
-    files = text_files(paths)
+    files = text_files(paths, text_field, domain_field)
     sizes, done = {path: path.stat().st_size for path in files}, 0
     for path, folder in files.items():
         with path.open("rb") as raw:

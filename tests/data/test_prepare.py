@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import os
 import random
 import shutil
 import signal
@@ -348,6 +349,13 @@ def test_a_full_disk_is_an_error_and_the_run_can_be_finished_later(texts: Path, 
     assert start(texts, tmp_path / "out").wait() == 0
     prepare([texts], tmp_path / "straight", valid_fraction=0.1, vocab_size=400, shard_tokens=2000)
     assert content(tmp_path / "out") == content(tmp_path / "straight")
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="nothing is refused here")
+def test_a_folder_that_may_not_be_written_is_named_without_advice_on_room(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir(mode=0o500)
+    run = start(texts, tmp_path / "out")
+    assert run.communicate()[1].endswith(": Permission denied\n")
 
 
 def test_a_long_text_may_end_where_progress_is_told(tmp_path: Path) -> None:

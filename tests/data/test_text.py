@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from moekit.data.text import CUT_DOCUMENT, WHOLE_FILE, Document, file_documents, text_files
-from moekit.errors import DataError
+from moekit.errors import ConfigError, DataError
 
 Reader = Callable[..., Iterator[Document]]
 
@@ -148,6 +148,16 @@ def test_folders_are_searched_in_order_and_a_file_counts_once(tmp_path: Path) ->
         p.relative_to(tmp_path).as_posix() for p in text_files([tmp_path / "b" / "2.txt", tmp_path, tmp_path / "a"])
     ]
     assert names == ["b/2.txt", "5.parquet", "a/3.TXT", "b/1.jsonl"]
+
+
+def test_fields_of_records_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt.gz"):
+        (tmp_path / name).touch()
+    for fields in (["body"], ["text", "kind"]):
+        with pytest.raises(ConfigError, match=f"-field {fields[-1]} has no effect: the files are .txt"):
+            text_files([tmp_path], *fields)
+    (tmp_path / "c.jsonl").touch()
+    assert len(text_files([tmp_path], "body", "kind")) == 3
 
 
 def test_paths_that_cannot_be_text_are_refused_with_what_is_allowed(tmp_path: Path) -> None:

@@ -141,6 +141,8 @@ def test_people_are_shown_a_table_the_findings_and_where_the_report_is(
         (["--text", "FILE", "--out", "MODEL"], "holds something else; choose another --out"),
         ([], "give the text either as files (--text) or as a prepared dataset (--data)"),
         (["--text", "FILE", "--data", "DATA"], "give the text either as files"),
+        (["--text", "FILE", "--out", "INSIDE"], "report/inspect.json: Not a directory"),
+        (["--data", "DATA", "--text-field", "body"], "--text-field and --domain-field have no effect with --data"),
         (["--text", "FILE", "--sequence-length", "129"], "reads at most 128 tokens"),
         (["--text", "FILE", "--trace", "x", "--trace-file", "FILE"], "--trace and --trace-file are both given"),
         (["--text", "FILE", "--trace-file", "FILE"], "tokens; allowed: 1 to 128"),
@@ -156,7 +158,8 @@ def test_a_mistake_is_one_line_before_any_work(
     words: list[str],
     message: str,
 ) -> None:
-    places = {"FILE": files_of(text)[0], "MODEL": model, "DATA": text / "data"}
+    file = files_of(text)[0]
+    places = {"FILE": file, "INSIDE": file / "report", "MODEL": model, "DATA": text / "data"}
     if "DENSE" in words:
         places["DENSE"] = model_of("dense", ffn={"kind": "dense"})
     given = [str(places.get(word, word)) for word in words]

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -95,8 +95,8 @@ class Native(NamedTuple):
 @functools.cache
 def native() -> Native:
     """Returns the library, compiling it first if need be (some seconds, once); a failure is told once and kept."""
-    if os.environ.get("MOEKIT_NATIVE") == "0":
-        return _none("MOEKIT_NATIVE is 0")
+    if (wanted := os.environ.get("MOEKIT_NATIVE", "")).lower() in ("0", "false", "no", "off"):
+        return _none(f"MOEKIT_NATIVE is {wanted}")
     if sys.platform == "win32":
         return _none("Windows has none yet")
     if not (compiler := _compiler()):
@@ -150,11 +150,17 @@ def load(path: Path) -> Native:
     """Returns a compiled library, its functions typed."""
     library = ctypes.CDLL(str(path))
     for name, types in SIGNATURES.items():
-        getattr(library, name).argtypes = types
-        getattr(library, name).restype = None
+        function = getattr(library, name)
+        function.argtypes, function.errcheck = types, _accepted
     features = int(library.moekit_features())
     bfloat16, amx, rounds, wide_amd = (bool(features & 1 << bit) for bit in range(4))
     return Native(library, bfloat16, amx, rounds, features >> 8, wide_amd, None)
+
+
+def _accepted(refused: int, function: Any, arguments: tuple[object, ...]) -> None:
+    """Raises MemoryError where the system refused a function of the library memory."""
+    if refused:
+        raise MemoryError(f"the native kernels were refused memory ({function.__name__})")
 
 
 def compile_source(compiler: Sequence[str], target: Path, *more: str) -> None:

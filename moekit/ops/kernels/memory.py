@@ -7,7 +7,6 @@ it is gone.
 """
 
 import bisect
-import gc
 import math
 import mmap
 import os
@@ -32,7 +31,7 @@ SEGMENT = 1 << 30
 """Bytes that are mapped at once; what was never written of them takes no memory."""
 
 IDLE = 60.0
-"""Seconds without a new result after which Python's next full garbage collection gives all that is free back."""
+"""Seconds without a new result after which all that is free is given back."""
 
 
 class Part(NamedTuple):
@@ -44,9 +43,14 @@ class Part(NamedTuple):
 
 
 class Heap:
-    """Segments of memory whose parts are lent: the first that is large enough, for what was written is used again."""
+    """Segments of memory whose parts are lent: the first that is large enough, for what was written is used again.
 
-    def __init__(self) -> None:
+    After `idle` seconds without a new result a thread, which there is while anything is lent or kept, gives back what
+    is free.
+    """
+
+    def __init__(self, idle: float = IDLE) -> None:
+        self.idle = idle
         self.free: list[Part] = []
         """In order, no two of them side by side."""
         self._segments: list[mmap.mmap] = []
@@ -54,15 +58,19 @@ class Heap:
         self._watched: dict[int, weakref.ref[memoryview]] = {}
         self._lock = threading.Lock()
         self._last = 0.0
-        self._kept = False
-        """Whether something free may have been written since all was given back."""
+        self._keeper: threading.Thread | None = None
 
     def lend(self, count: int) -> memoryview:
         """Returns at least `count` writable bytes, which come back when nothing refers to the view."""
         with self._lock:
             self._collect()
-            self._last, self._kept = time.monotonic(), True
+            self._last = time.monotonic()
             part = self._take(-(-count // STEP) * STEP)
+            if not self._keeper:
+                keeper = threading.Thread(target=self._keep, name="moekit-memory", daemon=True)
+                with suppress(RuntimeError):  # no more threads, or the interpreter ends
+                    keeper.start()
+                    self._keeper = keeper
         view = memoryview(self._segments[part.segment])[part.begin : part.end]
 
         def back(reference: weakref.ref[memoryview]) -> None:  # at any time, in any thread: it must not wait
@@ -73,20 +81,27 @@ class Heap:
         self._watched[id(reference)] = reference
         return view
 
-    def give_back(self, idle: float = 0.0) -> None:
-        """Gives what is free back to the system, if no result was asked for within the last `idle` seconds."""
-        if not (self._kept or self._back) or time.monotonic() - self._last < idle:
-            return
-        if not self._lock.acquire(blocking=False):  # this collection began in `lend`
-            return
-        try:
-            self._collect()
-            self._kept = False
-            with suppress(OSError):
-                for part in self.free if hasattr(mmap, "MADV_DONTNEED") else ():
-                    self._segments[part.segment].madvise(mmap.MADV_DONTNEED, part.begin, part.end - part.begin)
-        finally:
-            self._lock.release()
+    def give_back(self) -> None:
+        """Gives what is free back to the system."""
+        with self._lock:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        self._collect()
+        with suppress(OSError):
+            for part in self.free if hasattr(mmap, "MADV_DONTNEED") else ():
+                self._segments[part.segment].madvise(mmap.MADV_DONTNEED, part.begin, part.end - part.begin)
+
+    def _keep(self) -> None:
+        while True:
+            time.sleep(max(self._last + self.idle - time.monotonic(), 0.0) or self.idle)
+            with self._lock:
+                if time.monotonic() - self._last < self.idle:
+                    continue
+                self._give_back()
+                if not self._watched:
+                    self._keeper = None
+                    return
 
     def _take(self, size: int) -> Part:
         for i, (segment, begin, end) in enumerate(self.free):
@@ -133,7 +148,6 @@ def _forked() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
-gc.callbacks.append(lambda phase, info: heap.give_back(IDLE) if phase == "stop" and info["generation"] == 2 else None)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -216,7 +216,11 @@ def test_wrong_products_are_found_before_use(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize(
     ("setting", "reason"),
-    [({"MOEKIT_NATIVE": "0"}, "MOEKIT_NATIVE is 0"), ({"PATH": "", "CXX": "no-such-compiler"}, "no C++ compiler")],
+    [
+        ({"MOEKIT_NATIVE": "0"}, "MOEKIT_NATIVE is 0"),
+        ({"MOEKIT_NATIVE": "False"}, "MOEKIT_NATIVE is False"),
+        ({"PATH": "", "CXX": "no-such-compiler"}, "no C++ compiler"),
+    ],
 )
 def test_without_it_torch_takes_over_and_one_line_says_why(setting: dict[str, str], reason: str) -> None:
     script = (

@@ -70,7 +70,7 @@ template <class S> void attention_few(const Attention& s, const S* q, const S* k
     const Strides at_y = s.rows(s.heads, s.dv);
 #pragma omp parallel num_threads(s.threads)
     {
-        scratch.reserve(room(s.d, 4) + room(up(s.keys, LANES), 4));
+        scratch.reserve_in_loop(room(s.d, 4) + room(up(s.keys, LANES), 4));
         float* query = scratch.take<float>(s.d);
         float* shares = scratch.take<float>(up(s.keys, LANES));
 #pragma omp for schedule(static)
@@ -137,7 +137,7 @@ template <class S> void attention(const Attention& s, const S* q, const S* k, co
 #pragma omp parallel num_threads(s.threads)
     {
         AmxTiles tiles;
-        scratch.reserve(bytes);
+        scratch.reserve_in_loop(bytes);
         P* rows = scratch.take<P>((QUERY_BLOCK + TILE_ROWS) * dp);
         P* key_panels = scratch.take<P>(KEYS * dp);
         P* value_panels = scratch.take<P>(KEYS * vp);

@@ -29,7 +29,7 @@ void attention_backward(const Attention& s, const S* q, const S* k, const S* v, 
 #pragma omp parallel num_threads(s.threads)
     {
         AmxTiles tiles;
-        scratch.reserve(bytes);
+        scratch.reserve_in_loop(bytes);
         float* d_queries = scratch.take<float>(group * length * dc);
         float* highs = scratch.take<float>(group * length);   // log-sum-exp; infinite behind the end: no share
         float* deltas = scratch.take<float>(group * length);  // y dy, what every score's gradient loses

@@ -61,7 +61,7 @@ inline void largest(int64_t width, int64_t k, const float* x, int64_t* ids, int3
 inline void largest(int64_t rows, int64_t width, int64_t k, const float* x, int64_t* ids, int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        scratch.reserve(room(up(width, LANES), 4));
+        scratch.reserve_in_loop(room(up(width, LANES), 4));
         int32_t* left = scratch.take<int32_t>(up(width, LANES));
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) largest(width, k, x + r * width, ids + r * k, left);
@@ -85,7 +85,7 @@ inline void route(const Routes& s, const float* logits, const float* bias, float
     const int64_t width = s.width, k = s.k;
 #pragma omp parallel num_threads(s.threads)
     {
-        scratch.reserve(3 * room(up(width, LANES), 4));
+        scratch.reserve_in_loop(3 * room(up(width, LANES), 4));
         int32_t* left = scratch.take<int32_t>(up(width, LANES));
         float *choice = scratch.take<float>(up(width, LANES)), *part = scratch.take<float>(up(width, LANES));
 #pragma omp for schedule(static)

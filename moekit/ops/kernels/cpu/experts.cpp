@@ -11,58 +11,66 @@ void forward_of(const Shape& s, const S* x, int64_t ldx, const Expert* matrices,
 }
 
 // matrices: one an expert, all of one kind.
-EXPORT void moekit_forward(int s_bf16, int64_t experts, int64_t dim, int64_t ff, const int64_t* offsets, const int64_t* tokens,
-                           int threads, const void* x, int64_t ldx, const Expert* matrices, void* hidden, void* y) {
+EXPORT int moekit_forward(int s_bf16, int64_t experts, int64_t dim, int64_t ff, const int64_t* offsets, const int64_t* tokens,
+                          int threads, const void* x, int64_t ldx, const Expert* matrices, void* hidden, void* y) try {
     const Shape s{experts, dim, ff, offsets, tokens, threads};
     if (s_bf16)
         forward_of(s, (const bf16*)x, ldx, matrices, hidden, y);
     else
         forward_of(s, (const float*)x, ldx, matrices, hidden, y);
-}
+    return 0;
+} REFUSED
 
-EXPORT void moekit_fetch(int64_t experts, int64_t dim, int64_t ff, const int64_t* offsets, const Expert* matrices) {
+EXPORT int moekit_fetch(int64_t experts, int64_t dim, int64_t ff, const int64_t* offsets, const Expert* matrices) try {
     fetch(experts, dim, ff, offsets, matrices);
-}
+    return 0;
+} REFUSED
 
-EXPORT void moekit_backward_rows(int s_bf16, int w_bf16, int64_t experts, int64_t dim, int64_t ff, const int64_t* offsets,
-                                 const int64_t* tokens, int threads, const void* dy, int64_t ldy, const void* gate_up,
-                                 const void* down, const float* weights, const void* hidden, void* d_hidden, void* act,
-                                 void* dx, float* d_weights) {
+EXPORT int moekit_backward_rows(int s_bf16, int w_bf16, int64_t experts, int64_t dim, int64_t ff, const int64_t* offsets,
+                                const int64_t* tokens, int threads, const void* dy, int64_t ldy, const void* gate_up,
+                                const void* down, const float* weights, const void* hidden, void* d_hidden, void* act,
+                                void* dx, float* d_weights) try {
     const Shape s{experts, dim, ff, offsets, tokens, threads};
     BY_TYPE((backward_rows<S, W>(s, (const S*)dy, ldy, (const W*)gate_up, (const W*)down, weights, (const S*)hidden,
                                  (S*)d_hidden, (S*)act, (S*)dx, d_weights)))
-}
+    return 0;
+} REFUSED
 
-EXPORT void moekit_weight_gradient(int s_bf16, int w_bf16, int64_t experts, const int64_t* offsets, const int64_t* tokens,
-                                   int threads, const void* left, int64_t ldl, int left_is_gathered, int64_t height,
-                                   const void* right, int64_t ldr, int right_is_gathered, int64_t width, void* gradient) {
+EXPORT int moekit_weight_gradient(int s_bf16, int w_bf16, int64_t experts, const int64_t* offsets, const int64_t* tokens,
+                                  int threads, const void* left, int64_t ldl, int left_is_gathered, int64_t height,
+                                  const void* right, int64_t ldr, int right_is_gathered, int64_t width, void* gradient) try {
     const Shape s{experts, 0, 0, offsets, tokens, threads};
     BY_TYPE((weight_gradient<S, W>(s, (const S*)left, ldl, left_is_gathered, height, (const S*)right, ldr,
                                    right_is_gathered, width, (W*)gradient)))
-}
+    return 0;
+} REFUSED
 
-EXPORT void moekit_routed_experts_bytes(int s_bf16, const RoutedExperts* s, int64_t* bytes) {
+EXPORT int moekit_routed_experts_bytes(int s_bf16, const RoutedExperts* s, int64_t* bytes) try {
     *bytes = s_bf16 ? KeptExperts<bf16>(*s, nullptr).bytes : KeptExperts<float>(*s, nullptr).bytes;
-}
+    return 0;
+} REFUSED
 
 // matrices: one an expert, all of one kind.
-EXPORT void moekit_routed_experts(int s_bf16, const RoutedExperts* s, const void* x, const Expert* matrices, char* kept, const void* plus, void* y) {
+EXPORT int moekit_routed_experts(int s_bf16, const RoutedExperts* s, const void* x, const Expert* matrices, char* kept, const void* plus, void* y) try {
     if (s_bf16)
         routed_experts(*s, (const bf16*)x, matrices, kept, (const bf16*)plus, (bf16*)y);
     else
         routed_experts(*s, (const float*)x, matrices, kept, (const float*)plus, (float*)y);
-}
+    return 0;
+} REFUSED
 
-EXPORT void moekit_routed_experts_backward(int s_bf16, int w_bf16, const RoutedExperts* s, const void* x, const void* gate_up, const void* down,
-                                           char* kept, const void* dy, void* dx, float* d_weights, void* d_gate_up, void* d_down) {
+EXPORT int moekit_routed_experts_backward(int s_bf16, int w_bf16, const RoutedExperts* s, const void* x, const void* gate_up, const void* down,
+                                          char* kept, const void* dy, void* dx, float* d_weights, void* d_gate_up, void* d_down) try {
     BY_TYPE((routed_experts_backward<S, W>(*s, (const S*)x, (const W*)gate_up, (const W*)down, kept, (const S*)dy, (S*)dx, d_weights,
                                            (W*)d_gate_up, (W*)d_down)))
-}
+    return 0;
+} REFUSED
 
-EXPORT void moekit_decode(const DecodeModel* model, int64_t batch, const int64_t* ids, const int64_t* lengths, float* logits,
-                          int threads) {
+EXPORT int moekit_decode(const DecodeModel* model, int64_t batch, const int64_t* ids, const int64_t* lengths, float* logits,
+                         int threads) try {
     if (model->cache_bf16)
         decode_step<bf16>(*model, batch, ids, lengths, logits, threads);
     else
         decode_step<float>(*model, batch, ids, lengths, logits, threads);
-}
+    return 0;
+} REFUSED

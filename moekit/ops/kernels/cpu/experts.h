@@ -47,7 +47,7 @@ template <class W> Ahead next_columns(const W* w, int64_t begin, int64_t columns
 template <class P, class S, class W>
 void forward_block(const Shape& s, const Task& task, const S* x, int64_t ldx, const W& gate, const W& up, const W& down, S* hidden, S* y) {
     const int64_t d = s.dim, f = s.ff, count = task.end - task.begin;
-    scratch.reserve(Left<P>::bytes(BLOCK, d) + Left<P>::bytes(BLOCK, f) + 2 * Right<P>::bytes(std::max(d, f)) + 2 * room(TILE_ROWS * PANEL, 4));
+    scratch.reserve_in_loop(Left<P>::bytes(BLOCK, d) + Left<P>::bytes(BLOCK, f) + 2 * Right<P>::bytes(std::max(d, f)) + 2 * room(TILE_ROWS * PANEL, 4));
     AmxTiles tiles(!std::is_same<P, Product<S>>::value);
     Left<P> rows(scratch.bytes(Left<P>::bytes(BLOCK, d)), BLOCK, d), act(scratch.bytes(Left<P>::bytes(BLOCK, f)), BLOCK, f);
     Right<P> panel_g(scratch.bytes(Right<P>::bytes(std::max(d, f))), std::max(d, f)), panel_u(scratch.bytes(Right<P>::bytes(std::max(d, f))), std::max(d, f));
@@ -101,7 +101,7 @@ template <class S, class W>
 void forward_few(const Shape& s, const Task& task, const S* x, int64_t ldx, const W& gate, const W& up, const W& down, S* y) {
     const int64_t d = s.dim, f = s.ff, count = task.end - task.begin, in_d = W::padded(d), in_f = W::padded(f);
     const int64_t most = FEW * std::max(in_d, 2 * in_f);
-    scratch.reserve(2 * room(most, 4));
+    scratch.reserve_in_loop(2 * room(most, 4));
     float *in = scratch.take<float>(most), *out = scratch.take<float>(most);
     gather(in, s.tokens ? x : x + task.begin * ldx, ldx, s.tokens ? s.tokens + task.begin : nullptr, count, d, in_d);
     dots(count, gate, f, in, in_d, out, 2 * f);
@@ -148,7 +148,7 @@ void backward_rows(const Shape& s, const S* dy, int64_t ldy, const W* gate_up, c
 #pragma omp parallel num_threads(s.threads)
     {
         AmxTiles tiles;
-        scratch.reserve(bytes);
+        scratch.reserve_in_loop(bytes);
         float* dots = scratch.take<float>(BLOCK * LANES);  // of each row's activation with its gradient
         P* rows = scratch.take<P>((BLOCK + TILE_ROWS) * dp);
         P* dh = scratch.take<P>((BLOCK + TILE_ROWS) * fp);
@@ -250,7 +250,7 @@ void weight_gradient(const Shape& s, const S* left, int64_t ldl, bool left_is_ga
 #pragma omp parallel num_threads(s.threads)
     {
         AmxTiles tiles;
-        scratch.reserve(bytes);
+        scratch.reserve_in_loop(bytes);
         P* a = scratch.take<P>(most * group * groups);
         unit* unflipped = (unit*)scratch.take<P>(most * group);
         P* panel = scratch.take<P>(most * PANEL);

@@ -6,12 +6,15 @@
 #include "weights.h"
 
 #if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 namespace {
@@ -60,13 +63,19 @@ public:
         filled.notify_one();
     }
 
-    static Fetcher& get() {  // never destroyed: its thread waits until the process ends
-        static Fetcher* const one = [] {
-            Fetcher* made = new Fetcher;
+    // Never destroyed: its thread waits until the process ends. A forked child has no such thread and makes its own.
+    static Fetcher& get() {
+        static std::atomic<Fetcher*> one;
+        static const int told = pthread_atfork(nullptr, nullptr, [] { one = nullptr; });
+        (void)told;
+        if (Fetcher* found = one) return *found;
+        Fetcher *made = new Fetcher, *other = nullptr;
+        if (!one.compare_exchange_strong(other, made)) return delete made, *other;
+        try {
             std::thread([made] { made->run(); }).detach();
-            return made;
-        }();
-        return *one;
+        } catch (const std::system_error&) {  // no more threads: weights are read when they are touched
+        }
+        return *made;
     }
 };
 

@@ -13,7 +13,16 @@
 
 #pragma once
 
+#include <new>
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
+
+// What ends a function of the library: each returns whether memory was refused, in which case nothing that it writes is to
+// be used.
+#define REFUSED                    \
+    catch (const std::bad_alloc&) { \
+        return 1;                  \
+    }
 
 // s_bf16, w_bf16: whether rows and weights are bfloat16 (else float32); rows in float32 need weights in float32.
 #define BY_TYPE(call)                          \

@@ -70,7 +70,7 @@ template <class P, class S, class W> void linear_panels(const Maps& s, const S* 
 #pragma omp parallel num_threads(s.threads)
     {
         AmxTiles tiles(!std::is_same<P, Product<S>>::value);
-        scratch.reserve(Right<P>::bytes(s.k) + room(TILE_ROWS * PANEL, 4));
+        scratch.reserve_in_loop(Right<P>::bytes(s.k) + room(TILE_ROWS * PANEL, 4));
         Right<P> panel(scratch.bytes(Right<P>::bytes(s.k)), s.k);
         float* c = scratch.take<float>(TILE_ROWS * PANEL);
         int64_t packed = -1;
@@ -123,7 +123,7 @@ template <class S, class W> void linear_backward(const Maps& s, S* dx) {
 #pragma omp parallel num_threads(s.threads)
     {
         AmxTiles tiles;
-        scratch.reserve(room(group * WHOLE, sizeof(P)) + room(group * kept * PANEL, 4));
+        scratch.reserve_in_loop(room(group * WHOLE, sizeof(P)) + room(group * kept * PANEL, 4));
         P* packed = scratch.take<P>(group * WHOLE);
         float* sums = scratch.take<float>(group * kept * PANEL);
         for (auto& rows : in)
@@ -181,7 +181,7 @@ template <class S, class W> void linear_gradient(const Maps& s, const S* x, int6
 #pragma omp parallel num_threads(s.threads)
     {
         AmxTiles tiles;
-        scratch.reserve((flip ? 2 : 1) * room(most * group, sizeof(P)) + room(TILE_ROWS * PANEL, 4));
+        scratch.reserve_in_loop((flip ? 2 : 1) * room(most * group, sizeof(P)) + room(TILE_ROWS * PANEL, 4));
         unit* left = (unit*)scratch.take<P>(most * group);
         unit* unflipped = flip ? (unit*)scratch.take<P>(most * group) : left;
         float* c = scratch.take<float>(TILE_ROWS * PANEL);

@@ -5,23 +5,31 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <new>
 
 inline size_t room(int64_t count, size_t size) { return (count * size + 63) / 64 * 64; }
 
-// It grows, and shrinks only where a caller trims it.
+// It grows, and shrinks only where a caller trims it. Where it is refused the caller throws, but not in a loop of threads,
+// which no exception may leave: what these ask for is a few MiB each, once.
 struct Scratch {
     char* data = nullptr;
     size_t size = 0, used = 0;
     ~Scratch() { free(data); }
-    void reserve(size_t bytes) {
+    bool grow(size_t bytes) {
         used = 0;
-        if (bytes <= size) return;
+        if (bytes <= size) return true;
         free(data);
         size = (bytes + 4095) / 4096 * 4096;
         data = (char*)aligned_alloc(4096, size);
-        if (data) return;
-        // in the middle of a loop of threads there is no way back; a write to where nothing lies would say less
-        fprintf(stderr, "moekit: out of memory: the kernels can't allocate %zu bytes\n", size);
+        if (!data) size = 0;
+        return data;
+    }
+    void reserve(size_t bytes) {
+        if (!grow(bytes)) throw std::bad_alloc();
+    }
+    void reserve_in_loop(size_t bytes) {
+        if (grow(bytes)) return;
+        fprintf(stderr, "moekit: out of memory: a thread of the kernels can't allocate %zu bytes\n", bytes);
         abort();
     }
     char* bytes(size_t count) {

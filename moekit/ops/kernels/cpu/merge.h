@@ -70,7 +70,7 @@ template <class S, class W> void merged_forward(const Merging& s, const S* x, co
 #pragma omp parallel num_threads(s.threads)
     {
         AmxTiles tiles;
-        scratch.reserve(Right<P>::bytes(s.dim) + room(PANEL * s.dim, 4) + room(TILE_ROWS * PANEL, 4));
+        scratch.reserve_in_loop(Right<P>::bytes(s.dim) + room(PANEL * s.dim, 4) + room(TILE_ROWS * PANEL, 4));
         Right<P> panel(scratch.bytes(Right<P>::bytes(s.dim)), s.dim);
         float* part = scratch.take<float>(PANEL * s.dim);
         float* c = scratch.take<float>(TILE_ROWS * PANEL);
@@ -109,7 +109,7 @@ template <class S, class W> void merged_backward(const Merging& s, const S* dy, 
     {
         AmxTiles tiles;
         const int64_t most = (s.units + groups - 1) / groups * s.tokens;
-        scratch.reserve(room(most * STRIP, 4) + room(DEEP * STRIP, sizeof(P)) + room(TILE_ROWS * STRIP, 4));
+        scratch.reserve_in_loop(room(most * STRIP, 4) + room(DEEP * STRIP, sizeof(P)) + room(TILE_ROWS * STRIP, 4));
         float* sums = scratch.take<float>(most * STRIP);
         P* panels = scratch.take<P>(DEEP * STRIP);
         float* part = scratch.take<float>(TILE_ROWS * STRIP);
@@ -208,7 +208,7 @@ void merged_gradient(const Merging& s, const S* x, const S* dy, const W* w, W* d
 #pragma omp parallel num_threads(s.threads)
     {
         AmxTiles tiles;
-        scratch.reserve(room(depth * TILE_ROWS, sizeof(P)) + 2 * room(s.experts * most * TILE, 4) + room(TOGETHER * TILE, 4));
+        scratch.reserve_in_loop(room(depth * TILE_ROWS, sizeof(P)) + 2 * room(s.experts * most * TILE, 4) + room(TOGETHER * TILE, 4));
         unit* turned = (unit*)scratch.take<P>(depth * TILE_ROWS);
         float* weights = scratch.take<float>(s.experts * most * TILE);
         float* sums = scratch.take<float>(s.experts * most * TILE);

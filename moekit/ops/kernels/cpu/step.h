@@ -13,7 +13,7 @@ template <class T>
 void cross_entropy(int64_t rows, int64_t vocab, T* logits, const int64_t* targets, float* losses, bool differentiate, int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        scratch.reserve(room(vocab, 4));
+        scratch.reserve_in_loop(room(vocab, 4));
         float* exps = scratch.take<float>(vocab);
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
