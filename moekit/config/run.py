@@ -144,7 +144,7 @@ class RunConfig(Strict):
         self._check_objective()
         if (warmup := self.schedule.warmup_steps) > self.steps:
             raise ValueError(
-                f"schedule.warmup_steps is {warmup} but must be at most steps, which is {self.steps}; set both"
+                f"schedule.warmup_steps is {warmup} but must be at most steps, which is {self.steps}; change one"
             )
         if (ffn := self.model.ffn).kind != "moe":
             no = "which has no experts" if ffn.kind == "dense" else "whose experts are merged"

@@ -52,7 +52,15 @@ class Index(BaseModel):
 
 
 def held(model: Model) -> dict[str, Weights | Matrix]:
-    """Returns what the model holds by its name in the state dict, a matrix in codes or in mapped files as one."""
+    """Returns what the model holds by its name in the state dict, a matrix in codes or in mapped files as one.
+
+    Raises CheckpointError for a head of its own where the settings say that it is the embedding.
+    """
+    embedding = model.embed_tokens.weight
+    head = getattr(model.lm_head, "weight", None) if model.config.ties_head else None
+    if isinstance(head, Tensor) and head is not embedding and not torch.equal(head, embedding):
+        found = "lm_head.weight is another than the embedding, but tie_word_embeddings is true"
+        raise CheckpointError(f"{found}; set model.config.tie_word_embeddings to false, or tie them")
     matrix = {name: operand(getattr(module, attribute)) for name, module, attribute in matrices(model)}
     rest = {
         name: tensor

@@ -43,6 +43,10 @@ def complete(
         if stream is not None and certain:
             stream(number, certain)
 
+    if isinstance(prompts, str) or isinstance(stop, str):
+        raise ConfigError(f"{'prompts' if isinstance(prompts, str) else 'stop'} is one text; give a list of texts")
+    if not prompts:
+        raise ConfigError("prompts is empty; give at least one text")
     if "" in stop:
         raise ConfigError("a stop string is empty; leave it out")
     encoded = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from moekit.config import validate
 from moekit.errors import ConfigError
@@ -21,27 +21,29 @@ FEW = 16
 """Sequences up to which a step reads weights rather than computes, so that the native one is taken."""
 
 
-_running: WeakKeyDictionary[Model, list[bool]] = WeakKeyDictionary()
-"""The models that generate, with what the mode of each was before, once for each text that is under way."""
+_running: WeakKeyDictionary[Model, tuple[list[nn.Module], list[None]]] = WeakKeyDictionary()
+"""The models that generate: the modules that were in training mode before, and an entry for each text under way."""
 _mode = threading.Lock()
 
 
 def _begin(model: Model) -> None:
     """Sets evaluation mode; other threads may be generating with the model."""
     with _mode:
-        _running.setdefault(model, []).append(model.training)
+        if model not in _running:
+            _running[model] = [module for module in model.modules() if module.training], []
+        _running[model][1].append(None)
         model.eval()
 
 
 def _end(model: Model) -> None:
     """Sets the mode from before the first of those that are under way when the last of them ends."""
     with _mode:
-        before = _running[model]
-        if len(before) > 1:
-            before.pop()
-        else:
+        trained, texts = _running[model]
+        texts.pop()
+        if not texts:
             del _running[model]
-            model.train(before[0])
+            for module in trained:
+                module.training = True
 
 
 @torch.no_grad()
@@ -74,7 +76,6 @@ def tokens(
             f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more than "
             f"max_position_embeddings, {limit}; {advice}"
         )
-    _begin(model)
     device, dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
     ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -83,6 +84,7 @@ def tokens(
     seen = torch.zeros(batch, vocab, dtype=torch.bool, device=device).scatter_(1, ids.where(mask, ids[:, :1]), True)
     seed = secrets.randbits(60) if settings.seed is None else settings.seed
     generators = [torch.Generator(device).manual_seed(seed + number) for number in range(batch)]
+    _begin(model)
     try:
         last = model(ids, cache=cache, padding_mask=mask, logits_to_keep=lengths - 1).logits[:, -1]
         fast = (decoder(model, cache) if batch <= FEW else None) or graphed(model, cache)

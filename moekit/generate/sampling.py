@@ -18,6 +18,11 @@ class SamplingSettings(Strict):
     repetition_penalty: float = Field(1.0, gt=0, description="above 1: tokens seen before get less likely (CTRL)")
     seed: int | None = Field(None, ge=0, lt=2**63, description="of the draws; null: another text every time")
 
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is drawn: at 0, and where float32 does not tell the temperature from it."""
+        return self.temperature < torch.finfo(torch.float32).tiny
+
     @model_validator(mode="after")
     def _check(self) -> "SamplingSettings":
         for name in ("top_k", "top_p", "min_p"):
@@ -38,7 +43,7 @@ def filtered(
     if seen is not None and settings.repetition_penalty != 1.0:
         penalty = settings.repetition_penalty
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if settings.temperature == 0:
+    if settings.greedy:
         return logits
     logits = (logits - logits.amax(-1, keepdim=True)) / settings.temperature  # the largest is 0: no overflow
     if settings.top_k is not None:
@@ -63,7 +68,7 @@ def draw(
 ) -> Int[Tensor, " batch"]:
     """Returns one token per sequence; each sequence has its own random stream, so a batch does not change a text."""
     logits = filtered(logits, settings, seen)
-    if settings.temperature == 0:
+    if settings.greedy:
         return logits.argmax(-1)
     p = logits.softmax(-1)
     return torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators, strict=True)])

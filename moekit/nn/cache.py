@@ -39,6 +39,10 @@ class KVCache:
             torch.zeros(batch, max_length, width, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
         ]
 
+    @property
+    def layers(self) -> int:
+        return len(self._layers)
+
     def positions(self, batch: int, length: int) -> Int[Tensor, "batch length"]:
         """Returns where `length` new tokens of each of `batch` sequences go."""
         if batch != len(self.lengths):
@@ -90,6 +94,6 @@ class KVCache:
         if self.sums:
             raise UnsupportedError("tokens cannot be taken back from a cache: the model routes by what it has read")
         self.lengths = (self.lengths - count).clamp(min=0)
-        self.longest -= count
-        if self.longest <= 0:
+        self.longest = max(self.longest - count, 0)
+        if not self.longest:
             self.routing, self.merged = {}, {}

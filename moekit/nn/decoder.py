@@ -83,10 +83,10 @@ def _told(model: Model, layers: Sequence[Layer], scale: float, eps: float, laten
     if model.embed_tokens.max_norm is not None or model.lm_head.matrix.shape != model.embed_tokens.weight.shape:
         return False
     dim, heads = model.config.hidden_size, _heads(model.config.attention)
-    for block, layer in zip(model.layers, layers, strict=True):
+    for number, (block, layer) in enumerate(zip(model.layers, layers, strict=True)):
         attention = block.self_attn
         assert isinstance(attention, Attention | MLA)
-        if attention.config != model.config.attention or attention.scale != scale:
+        if attention.layer != number or attention.config != model.config.attention or attention.scale != scale:
             return False
         if not attention.heads.fit([w for w in layer.attention[:5] if w is not None], dim):
             return False

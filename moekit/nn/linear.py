@@ -65,12 +65,22 @@ def may_be_ours(x: Tensor) -> bool:
 
 _MODULE = nn.Module.__module__
 """Where the forward is from that a class without one has; a function from elsewhere was put in a class's place."""
+_WRITTEN: dict[type[nn.Module], object] = {}
+"""The forward of each class of ours, as it was when `moekit.nn.model` was imported."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def as_written() -> None:
+    """Takes the classes of `moekit.nn` for what `untouched` is to find."""
+    kinds = (kind for kind in nn.Module.__subclasses__() if kind.__module__.startswith("moekit.nn."))
+    _WRITTEN.update((kind, kind.forward) for kind in kinds)
 
 
 def untouched(kind: type[nn.Module], *modules: nn.Module) -> bool:
     """Returns whether calling these modules is calling this class's forward, as it was written, and no more."""
     if torch.nn.modules.module._has_any_global_hook() or kind.forward.__module__ not in (kind.__module__, _MODULE):
+        return False
+    if _WRITTEN.get(kind, kind.forward) is not kind.forward:  # a wrapper may say that it is from where ours is
         return False
     for module in modules:
         own = module.__dict__

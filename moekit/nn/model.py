@@ -10,11 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 from moekit.config import MEOConfig, MHAConfig, ModelConfig, MoEConfig
 from moekit.errors import ConfigError, UnsupportedError
-from moekit.nn.attention import Context
+from moekit.nn.attention import Attention, Context
 from moekit.nn.block import Block, add, at_once
 from moekit.nn.cache import KVCache
+from moekit.nn.experts import Experts
 from moekit.nn.head import SentenceHead
-from moekit.nn.linear import Linear, untouched
+from moekit.nn.linear import Linear, as_written, untouched
+from moekit.nn.mla import MLA
 from moekit.nn.moe import MoE
 from moekit.nn.norm import RMSNorm
 from moekit.nn.rope import rotation
@@ -132,6 +134,11 @@ class Model(nn.Module):
         one; a cache remembers none, so each pass over it is given its own. `task_ids` are the token ids of each
         sequence's task description, -100 behind shorter ones, for layers that route by task.
         """
+        if input_ids.dim() != 2:
+            raise ConfigError(f"input_ids has shape {tuple(input_ids.shape)} but must be (batch, length)")
+        if padding_mask is not None and (padding_mask.dtype != torch.bool or padding_mask.shape != input_ids.shape):
+            found, wanted = f"{padding_mask.dtype} {tuple(padding_mask.shape)}", f"torch.bool {tuple(input_ids.shape)}"
+            raise ConfigError(f"padding_mask is {found} but must be {wanted}, true for tokens")
         if padding_mask is not None and bool((padding_mask[:, 1:] & ~padding_mask[:, :-1]).any()):
             raise ConfigError("padding_mask has padding before real tokens; pad on the right")
         if labels is not None or cache is not None:
@@ -151,8 +158,12 @@ class Model(nn.Module):
             raise ConfigError(f"{'targets' if labels is None else 'labels'} are {found}; give one for each token")
         if targets is not None and padding_mask is not None:
             targets = targets.masked_fill(~padding_mask, IGNORED)
-        if cache is not None and document_ids is not None:
-            raise ConfigError("document_ids cannot be used with a cache; generate one document per sequence")
+        if cache is not None:
+            if document_ids is not None:
+                raise ConfigError("document_ids cannot be used with a cache; generate one document per sequence")
+            self._check_places(cache)
+        if prior_load is not None and len(prior_load) < (layers := len(self.config.moe_layers)):
+            raise ConfigError(f"prior_load has {len(prior_load)} entries but must have {layers}, one per MoE layer")
         context = self._context(input_ids, cache, document_ids, padding_mask)
         real = None if padding_mask is None else padding_mask.flatten()
         probes = self._probes(probe)
@@ -230,6 +241,13 @@ class Model(nn.Module):
         visible = seen(positions, reached, document_ids) if causal else all_seen(document_ids, padding_mask)
         return Context(rotation(attention.rope, width, positions), positions, visible, cache)
 
+    def _check_places(self, cache: KVCache) -> None:
+        """Raises ConfigError unless each block has a place of its own in the cache: blocks may have been copied."""
+        places = [block.self_attn.layer for block in self.layers if isinstance(block.self_attn, Attention | MLA)]
+        if len({*places}) < len(places) or any(place >= cache.layers for place in places):
+            found = f"the blocks' self_attn.layer are {places} and the cache has {cache.layers} layers"
+            raise ConfigError(f"{found}; number the blocks anew, and give config.num_hidden_layers their number")
+
     def _task(self, task_ids: Tensor | None, batch: int) -> tuple[Tensor, Tensor] | None:
         """Returns the embedded descriptions and what of them is no padding; None where there is none."""
         if self.embed_task is None:
@@ -280,8 +298,9 @@ class Model(nn.Module):
     def set_experts_backend(self, backend: str, dtype: torch.dtype | None = None) -> None:
         """Sets how the experts' products are computed; UnsupportedError when that cannot run where the weights are, in
         `dtype` or, by default, in float32 or bfloat16."""
-        for layer in self.moe_layers:
-            layer.experts.set_backend(backend, dtype)
+        for module in self.modules():  # an adapter may stand in a layer's place of them
+            if isinstance(module, Experts):
+                module.set_backend(backend, dtype)
         self.experts_backend = backend
 
     @torch.no_grad()
@@ -316,3 +335,6 @@ class Model(nn.Module):
             for module in self.modules():
                 if isinstance(module, HashRouter):
                     module.fill(table)
+
+
+as_written()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from moekit.errors import UnsupportedError
 from moekit.nn.experts import Experts
 from moekit.nn.linear import Linear
 from moekit.nn.model import Model
@@ -31,10 +32,13 @@ def matrices(model: Model) -> Iterator[tuple[str, nn.Module, str]]:
 @torch.no_grad()
 def quantize_(model: Model, kind: Codes) -> None:
     """Turns the matrices into codes and the model into one for inference: evaluation mode, no gradients."""
+    if model.quantization is not None or model.mapped:
+        found = "are mapped" if model.mapped else f"are in {model.quantization} already"
+        raise UnsupportedError(f"the weights {found}; quantise the model as it was trained, loaded into memory")
     for _, module, name in matrices(model):
-        weight = getattr(module, name)
+        codes = quantize(getattr(module, name), kind)
         delattr(module, name)  # a module is not put over a parameter
-        setattr(module, name, QuantizedWeight(quantize(weight, kind)))
+        setattr(module, name, QuantizedWeight(codes))
     model.quantization = kind
     model.requires_grad_(False).eval()
 

@@ -69,7 +69,7 @@ def rotation(rope: RopeConfig, dim: int, positions: Int[Tensor, "batch length"])
 
 def _frequencies(rope: RopeConfig, dim: int, device: torch.device) -> Float[Tensor, " half_rope"]:
     with torch.inference_mode(False):  # one made in that mode could not be used outside of it
-        return torch.tensor(inverse_frequencies(rope, dim), device=device)
+        return torch.tensor(inverse_frequencies(rope, dim), dtype=torch.float32, device=device)
 
 
 _kept_frequencies = functools.cache(_frequencies)

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moekit.ops.autograd import once_differentiable
 from moekit.ops.kernels.choice import has_choice, sort_pairs
 from moekit.ops.routing import DROPPED
 

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moekit.ops.autocast import autocast_off
+from moekit.ops.autograd import once_differentiable
 
 
 def entmax15(logits: Float[Tensor, "*units experts"]) -> Float[Tensor, "*units experts"]:

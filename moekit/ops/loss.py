@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moekit.errors import ConfigError
 from moekit.ops.autocast import autocast_off, cast_once
+from moekit.ops.autograd import once_differentiable
 from moekit.ops.kernels import linear, step
 from moekit.ops.kernels.addresses import readable
 from moekit.ops.kernels.memory import empty

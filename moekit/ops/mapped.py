@@ -6,6 +6,7 @@ there is memory, and drops the others without writing anything, so a model may b
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,11 @@ class Mapped:
     def addresses(self) -> np.ndarray:
         """Where each matrix lies, and its scales or 0: (experts, parts, 2)."""
         return np.array([[_addresses(matrix) for matrix in part] for part in self.parts], dtype=np.int64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out where the matrices lie: a copy's lie elsewhere, and torch moves what it hands to others."""
+        self.__dict__.pop("addresses", None)
+        return self.__dict__.copy()
 
     def of(self, expert: int, like: Tensor) -> Float[Tensor, "1 out dim"]:
         """Returns a copy of one expert's as numbers, a stack of one, with the dtype and device of `like`."""

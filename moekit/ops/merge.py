@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moekit.config.variants.variant import MERGED_BYTES
 from moekit.ops.autocast import autocast_off, cast_once
+from moekit.ops.autograd import once_differentiable
 from moekit.ops.kernels import merge as kernel
 from moekit.ops.routing import DROPPED, Routing
 

@@ -1,7 +1,11 @@
 """A run's directory: free, or holding the very run that is to go on."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from moekit import files
 from moekit.config import RunConfig, dump, load_run_config
@@ -24,6 +28,24 @@ def check(run: Path, config: RunConfig, resume: bool) -> None:
             raise ConfigError(f"{change} in {file}; a resumed run must keep it, start a new one instead")
     elif run.exists() and (not run.is_dir() or any(not entry.name.startswith(".") for entry in run.iterdir())):
         raise ConfigError(f"{run} exists already; use --resume to continue it, or choose another --out")
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Holds the run's directory, which it makes, for this process; ConfigError where another one holds it."""
+    run.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run / ".lock", timeout=0)
+    try:
+        with contextlib.suppress(NotImplementedError):  # a file system without locks
+            lock.acquire()
+    except Timeout:
+        raise ConfigError(f"another process is at work in {run}; wait for it, or end it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):
+            (run / ".lock").unlink()
 
 
 def difference(before: Any, now: Any, name: str = "") -> str:

@@ -1,5 +1,6 @@
 """The training loop. A step is a function of weights, optimiser state and (seed, step): resuming is exact."""
 
+import contextlib
 import logging
 import math
 import time
@@ -57,7 +58,8 @@ def train(
     with process.deterministic():
         try:
             directory.check(run, config, resume)
-            return _Run(config, run, all_sinks, origin).train()
+            with contextlib.ExitStack() as held:
+                return _Run(config, run, resume, all_sinks, origin, held).train()
         finally:  # whatever happened: a display must not stay on the terminal
             for sink in all_sinks:
                 sink.close()
@@ -70,10 +72,12 @@ class _Run:
         self,
         config: RunConfig,
         run: Path,
+        resume: bool,
         sinks: list[metrics.Sink],
         origin: Callable[[RunConfig], Origin] | None,
+        held: contextlib.ExitStack,
     ) -> None:
-        """Makes or restores everything, and adds the run's own sinks to the caller's."""
+        """Makes or restores everything, and adds the run's own sinks to the caller's and its lock to what is held."""
         self.config, self.run, self.sinks = config, run, sinks
         self.hardware = machine.choose(config.device, config.precision)
         device = self.hardware.device
@@ -108,7 +112,11 @@ class _Run:
             for block in self.model.layers:
                 block.compile()
         self.matmul_flops = machine.matmul_flops(self.hardware)
-        directory.claim(run, config)  # not before everything else is sound: a mistake leaves no directory behind
+        held.enter_context(directory.locked(run))  # not before all else is sound: a mistake leaves no directory behind
+        directory.check(run, config, resume)  # another process may have begun it, or gone on with it
+        if self._newest() != folder:
+            raise ConfigError(f"another process has gone on with {run}; run the same command again")
+        directory.claim(run, config)
         sinks.insert(0, metrics.JsonLines(run, self.step))
         if config.tensorboard:
             sinks.append(metrics.TensorBoard(run, self.step))

@@ -486,3 +486,11 @@ def test_a_save_killed_at_any_moment_leaves_a_directory_that_loads_or_none(
                 assert values <= set(range(1, number + 1))
         process.stdin.close()
     assert found  # a slow machine may lose some, not all
+
+
+def test_a_head_that_is_tied_no_more_is_not_lost(tiny_config: Configs, tmp_path: Path) -> None:
+    model = Model(tiny_config(tie_word_embeddings=True))
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 2)
+    with pytest.raises(CheckpointError, match=r"lm_head.weight is another than the embedding, but tie_word_embeddings"):
+        save(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()

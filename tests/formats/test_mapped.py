@@ -1,5 +1,6 @@
 """A model whose weights stay in their files is the same model, computes the same, and refuses what it cannot do."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -192,3 +193,31 @@ def test_in_8_bits_saving_writes_the_numbers_of_the_loaded_one(fp8: Path, tmp_pa
         save(load(fp8, mapped=mapped), tmp_path / name)
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other"))
     assert one == other
+
+
+def test_a_copy_reads_its_own_memory(folder: Path, tmp_path: Path) -> None:
+    model, ids = load(folder, mapped=True), torch.randint(61, (1, 9))
+    before = logits(model, ids)
+
+    def places(of: Model) -> set[int]:
+        stacks = [module.weight for module in of.modules() if isinstance(module, MappedWeight)]
+        readable = [stack for stack in stacks if isinstance(stack, Mapped) and not isinstance(stack.one, Scaled)]
+        return {int(address) for stack in readable for address in stack.addresses[:, :, 0].flatten()}
+
+    first = places(model)
+    torch.save(model, tmp_path / "model.pt")
+    for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert not places(other) & first
+        assert torch.equal(logits(other, ids), before)
+    assert places(model) == first
+
+
+@pytest.mark.parametrize("kept", [torch.float16, torch.float64])
+def test_mapped_experts_of_a_dtype_that_the_native_step_does_not_read(
+    tiny_config: Callable[..., ModelConfig], tmp_path: Path, kept: torch.dtype
+) -> None:
+    save(Model(tiny_config()).to(kept), tmp_path / "model")
+    mapped = load(tmp_path / "model", dtype=torch.float32, mapped=True)
+    loaded = load(tmp_path / "model", dtype=torch.float32)
+    ids = torch.tensor([[3, 1, 4]])
+    assert torch.equal(generate(mapped, ids, max_new_tokens=6), generate(loaded, ids, max_new_tokens=6))

@@ -161,3 +161,13 @@ def test_ids_that_the_tokenizer_does_not_have_are_never_chosen(build: Build, tok
         assert one.finish == "end" or one.text  # three of four draws would give no text at all
     ids = [token for step in tokens(model, [[1, 2]], DRAWN, 30, tokenizer.vocab_size) for token in step.tolist()]
     assert max(ids) < tokenizer.vocab_size
+
+
+def test_one_text_in_the_place_of_a_list_is_refused(build: Callable[..., Model], tokenizer: Tokenizer) -> None:
+    for wrong, message in (
+        ({"prompts": "It was"}, "prompts is one text; give a list of texts"),
+        ({"prompts": ["It was"], "stop": "the end"}, "stop is one text"),
+        ({"prompts": []}, "prompts is empty"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            complete(build(), tokenizer, **wrong)

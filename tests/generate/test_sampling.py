@@ -164,3 +164,9 @@ def test_a_setting_out_of_range_is_one_clear_line(name: str, value: float) -> No
 def test_a_filter_without_a_temperature_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} is 1(\.0)? but temperature is 0"):
         SamplingSettings.model_validate({name: 1 if name == "top_k" else 1.0} | {"temperature": 0.0})
+
+
+def test_a_temperature_that_float32_does_not_tell_from_0_is_greedy() -> None:
+    logits = torch.randn(3, 50)
+    drawn = draw(logits, SamplingSettings(temperature=1e-50), None, [torch.Generator() for _ in range(3)])
+    assert torch.equal(drawn, logits.argmax(-1))

@@ -141,3 +141,13 @@ def test_a_cache_that_was_made_longer_shortened_and_reordered_goes_on_right(
     cache.select(rows)
     close(model(ids[rows, 4:], cache=cache).logits, model(ids[rows]).logits[:, 4:])
     assert cache.lengths.tolist() == [9, 9, 9]
+
+
+def test_more_than_is_held_can_be_dropped(tiny_config: Callable[..., ModelConfig]) -> None:
+    model, cache, ids = Model(tiny_config()), KVCache(tiny_config(), 1, 20), torch.arange(9).unsqueeze(0)
+    with torch.no_grad():
+        wanted = model(ids).logits
+        model(ids, cache=cache)
+        cache.drop(50)
+        assert cache.longest == 0
+        torch.testing.assert_close(model(ids, cache=cache).logits, wanted)

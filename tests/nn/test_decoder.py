@@ -1,5 +1,6 @@
 """The native decoding step equals the model's own forward, whatever the model of the kinds that it knows."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -9,11 +10,13 @@ import torch.nn.functional as F
 
 import moekit
 from moekit.config import ModelConfig
+from moekit.errors import ConfigError
 from moekit.nn.cache import KVCache
 from moekit.nn.decoder import decoder
 from moekit.nn.linear import Linear
 from moekit.nn.model import Model
 from moekit.nn.quantized import dequantize_, matrices, quantize_
+from moekit.nn.router import Router
 from moekit.ops import reference
 from moekit.ops.decode import unavailable
 from moekit.ops.kernels.build import native
@@ -328,3 +331,39 @@ def test_threads_share_the_work_whether_few_or_more_than_heads(
 def test_float64_is_not_for_it(tiny_config: Callable[..., ModelConfig]) -> None:
     model = Model(tiny_config()).double().eval()
     assert decoder(model, KVCache(model.config, 1, 8, dtype=torch.float64)) is None
+
+
+def test_blocks_in_another_order_keep_their_places_in_the_cache(tiny_config: Callable[..., ModelConfig]) -> None:
+    """The cache is written by each block's number, which need not be where it stands."""
+    model, ids = Model(tiny_config(num_hidden_layers=3)), torch.tensor([[3, 1, 4, 1, 5]])
+    for change in (lambda: model.layers.insert(0, model.layers.pop(2)), lambda: model.layers.pop(1)):
+        change()
+        model.set_experts_backend("reference")
+        wanted = moekit.generate(model, ids, max_new_tokens=12)
+        model.set_experts_backend("auto")
+        assert torch.equal(moekit.generate(model, ids, max_new_tokens=12), wanted)
+        assert decoder(model, KVCache(model.config, 1, 20)) is None
+
+
+def test_two_blocks_of_one_place_in_the_cache_are_refused(tiny_config: Callable[..., ModelConfig]) -> None:
+    model = Model(tiny_config())
+    model.layers.append(copy.deepcopy(model.layers[1]))
+    with pytest.raises(ConfigError, match=r"self_attn.layer are \[0, 1, 1\] and the cache has 2 layers"):
+        moekit.generate(model, torch.tensor([[3, 1]]), max_new_tokens=2)
+    assert model(torch.tensor([[3, 1]])).logits.shape == (1, 2, 61)
+    model.layers[2].self_attn.layer = 2
+    with pytest.raises(ConfigError, match=r"give config\.num_hidden_layers their number"):
+        moekit.generate(model, torch.tensor([[3, 1]]), max_new_tokens=2)
+
+
+def test_an_expert_whose_bias_is_nan_is_chosen_as_torch_does(tiny_config: Callable[..., ModelConfig]) -> None:
+    model, ids = Model(tiny_config(ffn=V3)).eval(), torch.tensor([[3, 1, 4]])
+    for router in (module for module in model.modules() if isinstance(module, Router)):
+        router.expert_bias[3] = torch.nan
+    cache = KVCache(model.config, 1, 8)
+    with torch.no_grad():
+        model(ids, cache=cache)
+        step = decoder(model, cache)
+        assert step is not None
+        wanted = model(torch.cat((ids, torch.tensor([[1]])), 1)).logits[0, -1]
+    torch.testing.assert_close(step.step(torch.tensor([1]), cache.lengths)[0], wanted, rtol=1e-4, atol=1e-4)

@@ -1,5 +1,6 @@
 """What is given to a model and its parts is checked before our kernels read it: they know of no size but their own."""
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -216,3 +217,64 @@ def test_texts_side_by_side_leave_the_mode_as_it_was(tiny_config: Callable[..., 
     for thread in threads:
         thread.join()
     assert model.training
+
+
+WRONG_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
+    "one sequence": ({"input_ids": torch.zeros(8, dtype=torch.int64)}, r"input_ids has shape \(8,\) but must be"),
+    "a mask of numbers": (
+        {"padding_mask": torch.ones(2, 8, dtype=torch.int64)},
+        r"is torch.int64 .* must be",
+    ),
+    "a mask of fractions": ({"padding_mask": torch.ones(2, 8)}, r"padding_mask is torch.float32 \(2, 8\)"),
+    "a short mask": ({"padding_mask": torch.ones(2, 7, dtype=torch.bool)}, r"\(2, 7\) but must be"),
+    "too few loads": ({"prior_load": []}, "prior_load has 0 entries but must have 2"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_INPUTS)
+def test_inputs_of_another_kind_are_refused(tiny_config: Callable[..., ModelConfig], case: str) -> None:
+    given, message = WRONG_INPUTS[case]
+    with pytest.raises(ConfigError, match=message):
+        Model(tiny_config())(**{"input_ids": torch.zeros(2, 8, dtype=torch.int64), **given})
+
+
+def test_what_cannot_be_generated_leaves_each_module_in_its_mode(tiny_config: Callable[..., ModelConfig]) -> None:
+    model = Model(tiny_config()).train()
+    model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    with pytest.raises(TypeError):
+        list(tokens(model, [[3, 1]], SamplingSettings(), 1.5))  # type: ignore[arg-type]
+    assert [module.training for module in model.modules()] == before
+    list(tokens(model, [[3, 1]], SamplingSettings(), 2))
+    assert [module.training for module in model.modules()] == before
+
+
+def test_a_wrapper_of_a_class_that_takes_its_name_is_called(
+    tiny_config: Callable[..., ModelConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = Model(tiny_config()).bfloat16().eval(), torch.tensor([[3, 1, 4]])
+    written, seen = RMSNorm.forward, []
+
+    @functools.wraps(written)
+    def counted(self: RMSNorm, *given: Any, **named: Any) -> Any:
+        seen.append(self)
+        return written(self, *given, **named)
+
+    monkeypatch.setattr(RMSNorm, "forward", counted)
+    with torch.no_grad():
+        model(ids)
+        assert len(seen) == 5
+        assert decoder(model, KVCache(model.config, 1, 8)) is None
+
+
+def test_experts_behind_an_adapter_are_told_their_backend(tiny_config: Callable[..., ModelConfig]) -> None:
+    class Adapter(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base_layer = base
+
+    model = Model(tiny_config())
+    experts = model.moe_layers[0].experts
+    model.moe_layers[0].experts = Adapter(experts)  # type: ignore[assignment]
+    model.set_experts_backend("reference")
+    assert experts.backend == "reference"

@@ -116,3 +116,14 @@ def test_a_back_end_that_cannot_run_on_codes_is_refused(tiny_config: Callable[..
     model.set_experts_backend("torch")
     with pytest.raises(UnsupportedError, match="backend is 'grouped', which cannot run here: "):
         model.set_experts_backend("grouped")  # 18 is not a multiple of 8
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_codes_are_not_quantised_again(tiny_config: Callable[..., ModelConfig], kind: Codes) -> None:
+    model, ids = Model(tiny_config()), torch.tensor([[3, 1]])
+    quantize_(model, kind)
+    with torch.no_grad():
+        before = model(ids).logits
+        with pytest.raises(UnsupportedError, match=f"the weights are in {kind} already"):
+            quantize_(model, "int8")
+        assert torch.equal(model(ids).logits, before)

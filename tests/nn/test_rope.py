@@ -122,3 +122,14 @@ def test_llama3_keeps_fast_frequencies_divides_slow_ones_and_goes_straight_betwe
     kept = (turns[30] - 1) / 3
     assert scaled[30] == pytest.approx(plain[30] * (kept + (1 - kept) / 8), rel=1e-14)
     assert softmax_scale(rope, 16) == 0.25
+
+
+def test_frequencies_are_float32_whatever_the_default() -> None:
+    rope, positions = RopeConfig(theta=12345.0), torch.arange(4096).unsqueeze(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        low = rotation(rope, 10, positions)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    exact = torch.tensor([4095 * 12345.0 ** (-2 * i / 10) for i in range(5)], dtype=torch.float64)
+    torch.testing.assert_close(low.cos[0, -1].double(), exact.cos(), rtol=0, atol=2e-3)

@@ -17,7 +17,7 @@ from moekit.formats.checkpoint import load
 from moekit.nn.model import Model
 from moekit.nn.router import HashRouter
 from moekit.ops.routing import balanced_hash_table
-from moekit.train import hardware, train
+from moekit.train import directory, hardware, train
 from moekit.train.metrics import read
 from moekit.train.state import finished, newest
 
@@ -475,3 +475,13 @@ def test_a_batch_of_prompts_alone_is_survived(run_config: Configs, data: Path, t
     prepare([tmp_path / "a.jsonl"], tmp_path / "data", valid_fraction=0, tokenizer=data, prompt_field="prompt")
     receipt = train(run_config(data_path=str(tmp_path / "data"), data_batch_size=1, steps=4), tmp_path / "run")
     assert receipt["status"] == "done"
+
+
+def test_a_run_that_another_process_holds_is_refused(run_config: Configs, tmp_path: Path) -> None:
+    with directory.locked(tmp_path / "run"):
+        for resume in (False, True):
+            if resume:
+                directory.claim(tmp_path / "run", run_config())
+            with pytest.raises(ConfigError, match=r"another process is at work in .*run; wait for it, or end it"):
+                train(run_config(), tmp_path / "run", resume=resume)
+    assert train(run_config(), tmp_path / "run", resume=True)["status"] == "done"

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moekit.ops.autograd import once_differentiable
 from moekit.ops.kernels.addresses import at, contiguous, matrix, readable, room, table
 from moekit.ops.kernels.build import library
 from moekit.ops.kernels.choice import Routes, room_for_routes

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moekit.ops.kernels.addresses import KINDS, contiguous, matrix, readable, table
+from moekit.ops.kernels.addresses import KINDS, contiguous, matrix, readable, stored, table
 from moekit.ops.kernels.build import library, native
 from moekit.ops.kernels.memory import empty
 from moekit.ops.mapped import Mapped, Weights
@@ -206,6 +206,8 @@ def unavailable(numbers: Iterable[Tensor], weights: Iterable[Weights | Matrix]) 
         one = weight.one if isinstance(weight, Mapped) else weight
         if isinstance(one, Scaled):
             return f"a matrix is in {one.codes.dtype}, which it does not read"
+        if (kept := stored(weight)).dtype not in KINDS or not readable(kept):
+            return f"a matrix is in {kept.dtype}, or no plain tensor on a CPU"
         if isinstance(one, Quantized) and one.width % GROUP:
             return f"a matrix in {one.kind} is {one.width} wide, which is not whole groups of {GROUP}"
     return native().reason

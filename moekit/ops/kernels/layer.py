@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moekit.errors import ConfigError
+from moekit.ops.autograd import once_differentiable
 from moekit.ops.kernels.addresses import at, matrix, room
 from moekit.ops.kernels.build import library
 from moekit.ops.kernels.memory import empty

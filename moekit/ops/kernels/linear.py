@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from moekit.ops.autograd import once_differentiable
 from moekit.ops.kernels.addresses import KINDS, at, contiguous, matrix, readable, stored
 from moekit.ops.kernels.build import library, native
 from moekit.ops.kernels.memory import empty

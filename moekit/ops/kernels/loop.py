@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from moekit.ops.autograd import once_differentiable
 
 
 def swiglu_experts(

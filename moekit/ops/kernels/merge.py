@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moekit.ops.autograd import once_differentiable
 from moekit.ops.kernels.addresses import at, missing, readable
 from moekit.ops.kernels.build import library
 from moekit.ops.kernels.memory import empty

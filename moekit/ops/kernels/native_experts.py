@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moekit.ops.autograd import once_differentiable
 from moekit.ops.dispatch import Plan
 from moekit.ops.kernels.addresses import KINDS, at, contiguous, missing, readable, room, stored, table
 from moekit.ops.kernels.build import library

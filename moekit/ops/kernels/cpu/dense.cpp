@@ -107,27 +107,18 @@ EXPORT int moekit_plan(int64_t pairs, int64_t experts, const int64_t* ids, int64
 
 EXPORT int moekit_cross_entropy(int bf16_logits, int64_t rows, int64_t vocab, void* logits, const int64_t* targets,
                                 float* losses, int differentiate, int threads) try {
-    if (bf16_logits)
-        cross_entropy(rows, vocab, (bf16*)logits, targets, losses, differentiate, threads);
-    else
-        cross_entropy(rows, vocab, (float*)logits, targets, losses, differentiate, threads);
+    BY_ROWS(bf16_logits, (cross_entropy(rows, vocab, (S*)logits, targets, losses, differentiate, threads)))
     return 0;
 } REFUSED
 
 EXPORT int moekit_swiglu(int bf16_rows, int64_t count, const void* gate, const void* up, void* y, int threads) try {
-    if (bf16_rows)
-        swiglu(count, (const bf16*)gate, (const bf16*)up, (bf16*)y, threads);
-    else
-        swiglu(count, (const float*)gate, (const float*)up, (float*)y, threads);
+    BY_ROWS(bf16_rows, (swiglu(count, (const S*)gate, (const S*)up, (S*)y, threads)))
     return 0;
 } REFUSED
 
 EXPORT int moekit_swiglu_backward(int bf16_rows, int64_t count, const void* gate, const void* up, const void* dy, void* d_gate,
                                   void* d_up, int threads) try {
-    if (bf16_rows)
-        swiglu_backward(count, (const bf16*)gate, (const bf16*)up, (const bf16*)dy, (bf16*)d_gate, (bf16*)d_up, threads);
-    else
-        swiglu_backward(count, (const float*)gate, (const float*)up, (const float*)dy, (float*)d_gate, (float*)d_up, threads);
+    BY_ROWS(bf16_rows, (swiglu_backward(count, (const S*)gate, (const S*)up, (const S*)dy, (S*)d_gate, (S*)d_up, threads)))
     return 0;
 } REFUSED
 
@@ -145,12 +136,9 @@ EXPORT int moekit_norm(int x_bf16, int delta_bf16, int64_t rows, int64_t dim, co
 EXPORT int moekit_norm_backward(int x_bf16, int64_t rows, int64_t dim, const void* sum, const float* weight, const float* scales,
                                 const void* d_sum, const void* dy, const void* d_low, void* dx, void* d_delta, float* d_weight,
                                 int threads) try {
-    if (x_bf16)
-        norm_backward(rows, dim, (const bf16*)sum, weight, scales, (const bf16*)d_sum, sum_of((const bf16*)dy, (const bf16*)d_low),
-                      (bf16*)dx, (bf16*)d_delta, d_weight, threads);
-    else
-        norm_backward(rows, dim, (const float*)sum, weight, scales, (const float*)d_sum, sum_of((const float*)dy, (const bf16*)d_low),
-                      (float*)dx, (bf16*)d_delta, d_weight, threads);
+    const bf16* low = (const bf16*)d_low;
+    BY_ROWS(x_bf16, (norm_backward(rows, dim, (const S*)sum, weight, scales, (const S*)d_sum, sum_of((const S*)dy, low),
+                                   (S*)dx, (bf16*)d_delta, d_weight, threads)))
     return 0;
 } REFUSED
 
@@ -158,10 +146,7 @@ EXPORT int moekit_norm_backward(int x_bf16, int64_t rows, int64_t dim, const voi
 EXPORT int moekit_attention(int s_bf16, const int64_t* sizes, float scale, const int64_t* offsets, const int32_t* documents,
                             int threads, const void* q, const void* k, const void* v, void* y, float* log_sums) try {
     const Attention s{*(const Sizes*)sizes, scale, offsets, documents, threads};
-    if (s_bf16)
-        attention(s, (const bf16*)q, (const bf16*)k, (const bf16*)v, (bf16*)y, log_sums);
-    else
-        attention(s, (const float*)q, (const float*)k, (const float*)v, (float*)y, log_sums);
+    BY_ROWS(s_bf16, (attention(s, (const S*)q, (const S*)k, (const S*)v, (S*)y, log_sums)))
     return 0;
 } REFUSED
 
@@ -169,12 +154,8 @@ EXPORT int moekit_attention_backward(int s_bf16, const int64_t* sizes, float sca
                                      const void* q, const void* k, const void* v, const void* y, const float* log_sums,
                                      const void* dy, void* dq, void* dk, void* dv) try {
     const Attention s{*(const Sizes*)sizes, scale, nullptr, documents, threads};
-    if (s_bf16)
-        attention_backward(s, (const bf16*)q, (const bf16*)k, (const bf16*)v, (const bf16*)y, log_sums, (const bf16*)dy,
-                           (bf16*)dq, (bf16*)dk, (bf16*)dv);
-    else
-        attention_backward(s, (const float*)q, (const float*)k, (const float*)v, (const float*)y, log_sums,
-                           (const float*)dy, (float*)dq, (float*)dk, (float*)dv);
+    BY_ROWS(s_bf16, (attention_backward(s, (const S*)q, (const S*)k, (const S*)v, (const S*)y, log_sums, (const S*)dy,
+                                        (S*)dq, (S*)dk, (S*)dv)))
     return 0;
 } REFUSED
 
@@ -182,10 +163,8 @@ EXPORT int moekit_rotate(int s_bf16, int64_t batches, int64_t length, int64_t he
                          int64_t row, int64_t head, const float* cos, const float* sin, void* y, int interleaved, int back,
                          int threads) try {
     const Strides at_x{batch, row, head}, at_y{length * heads * 2 * half, heads * 2 * half, 2 * half};
-    if (s_bf16)
-        rotate(batches, length, heads, half, (const bf16*)x, at_x, cos, sin, (bf16*)y, at_y, interleaved, back, threads);
-    else
-        rotate(batches, length, heads, half, (const float*)x, at_x, cos, sin, (float*)y, at_y, interleaved, back, threads);
+    BY_ROWS(s_bf16, (rotate(batches, length, heads, half, (const S*)x, at_x, cos, sin, (S*)y, at_y, interleaved, back,
+                            threads)))
     return 0;
 } REFUSED
 
@@ -196,19 +175,13 @@ EXPORT int moekit_attention_layer_bytes(int s_bf16, const AttentionLayer* s, int
 } REFUSED
 
 EXPORT int moekit_attention_layer(int s_bf16, const AttentionLayer* s, const void* x, char* kept, void* y) try {
-    if (s_bf16)
-        attention_layer(*s, (const bf16*)x, kept, (bf16*)y);
-    else
-        attention_layer(*s, (const float*)x, kept, (float*)y);
+    BY_ROWS(s_bf16, (attention_layer(*s, (const S*)x, kept, (S*)y)))
     return 0;
 } REFUSED
 
 EXPORT int moekit_attention_layer_backward(int s_bf16, const AttentionLayer* s, const void* x, char* kept, const void* dy, void* dx,
                                            const AttentionGradients* gradients) try {
-    if (s_bf16)
-        attention_layer_backward(*s, (const bf16*)x, kept, (const bf16*)dy, (bf16*)dx, *gradients);
-    else
-        attention_layer_backward(*s, (const float*)x, kept, (const float*)dy, (float*)dx, *gradients);
+    BY_ROWS(s_bf16, (attention_layer_backward(*s, (const S*)x, kept, (const S*)dy, (S*)dx, *gradients)))
     return 0;
 } REFUSED
 
@@ -218,18 +191,12 @@ EXPORT int moekit_feed_forward_bytes(int s_bf16, const FeedForward* s, int64_t* 
 } REFUSED
 
 EXPORT int moekit_feed_forward(int s_bf16, const FeedForward* s, const void* x, char* kept, void* y) try {
-    if (s_bf16)
-        feed_forward(*s, (const bf16*)x, kept, (bf16*)y);
-    else
-        feed_forward(*s, (const float*)x, kept, (float*)y);
+    BY_ROWS(s_bf16, (feed_forward(*s, (const S*)x, kept, (S*)y)))
     return 0;
 } REFUSED
 
 EXPORT int moekit_feed_forward_backward(int s_bf16, const FeedForward* s, const void* x, char* kept, const void* dy, void* dx,
                                         const FeedForwardGradients* gradients) try {
-    if (s_bf16)
-        feed_forward_backward(*s, (const bf16*)x, kept, (const bf16*)dy, (bf16*)dx, *gradients);
-    else
-        feed_forward_backward(*s, (const float*)x, kept, (const float*)dy, (float*)dx, *gradients);
+    BY_ROWS(s_bf16, (feed_forward_backward(*s, (const S*)x, kept, (const S*)dy, (S*)dx, *gradients)))
     return 0;
 } REFUSED

@@ -14,10 +14,7 @@ void forward_of(const Shape& s, const S* x, int64_t ldx, const Expert* matrices,
 EXPORT int moekit_forward(int s_bf16, int64_t experts, int64_t dim, int64_t ff, const int64_t* offsets, const int64_t* tokens,
                           int threads, const void* x, int64_t ldx, const Expert* matrices, void* hidden, void* y) try {
     const Shape s{experts, dim, ff, offsets, tokens, threads};
-    if (s_bf16)
-        forward_of(s, (const bf16*)x, ldx, matrices, hidden, y);
-    else
-        forward_of(s, (const float*)x, ldx, matrices, hidden, y);
+    BY_ROWS(s_bf16, (forward_of(s, (const S*)x, ldx, matrices, hidden, y)))
     return 0;
 } REFUSED
 
@@ -52,10 +49,7 @@ EXPORT int moekit_routed_experts_bytes(int s_bf16, const RoutedExperts* s, int64
 
 // matrices: one an expert, all of one kind.
 EXPORT int moekit_routed_experts(int s_bf16, const RoutedExperts* s, const void* x, const Expert* matrices, char* kept, const void* plus, void* y) try {
-    if (s_bf16)
-        routed_experts(*s, (const bf16*)x, matrices, kept, (const bf16*)plus, (bf16*)y);
-    else
-        routed_experts(*s, (const float*)x, matrices, kept, (const float*)plus, (float*)y);
+    BY_ROWS(s_bf16, (routed_experts(*s, (const S*)x, matrices, kept, (const S*)plus, (S*)y)))
     return 0;
 } REFUSED
 
@@ -68,9 +62,6 @@ EXPORT int moekit_routed_experts_backward(int s_bf16, int w_bf16, const RoutedEx
 
 EXPORT int moekit_decode(const DecodeModel* model, int64_t batch, const int64_t* ids, const int64_t* lengths, float* logits,
                          int threads) try {
-    if (model->cache_bf16)
-        decode_step<bf16>(*model, batch, ids, lengths, logits, threads);
-    else
-        decode_step<float>(*model, batch, ids, lengths, logits, threads);
+    BY_ROWS(model->cache_bf16, (decode_step<S>(*model, batch, ids, lengths, logits, threads)))
     return 0;
 } REFUSED

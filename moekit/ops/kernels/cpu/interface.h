@@ -19,11 +19,18 @@
 
 // What ends a function of the library: each returns whether memory was refused, in which case nothing that it writes is to
 // be used.
-#define REFUSED                    \
+#define REFUSED                     \
     catch (const std::bad_alloc&) { \
-        return 1;                  \
+        return 1;                   \
     }
 
+// What rows are, bfloat16 or float32.
+#define BY_ROWS(bf16_rows, call) \
+    if (bf16_rows) {             \
+        typedef bf16 S; call;    \
+    } else {                     \
+        typedef float S; call;   \
+    }
 // s_bf16, w_bf16: whether rows and weights are bfloat16 (else float32); rows in float32 need weights in float32.
 #define BY_TYPE(call)                          \
     if (s_bf16 && w_bf16) {                    \
