@@ -25,13 +25,13 @@ void choose(const DecodeLayer& l, const float* logits, int64_t token, std::vecto
     for (int64_t e = 0; e < n; e++) {
         if (!l.sigmoid) scores[e] /= sum;
         choice[e] = scores[e] + (l.bias ? l.bias[e] : 0);
+        if (choice[e] != choice[e]) choice[e] = INFINITY;  // NaN is the greatest, as for torch and in `largest`
     }
     const int64_t size = n / l.groups;
-    // NaN is the greatest, as for torch and in `largest`
     auto best = [](std::vector<float>& values, std::vector<char>& taken) {
         int64_t at = -1;
         for (int64_t i = 0; i < (int64_t)values.size(); i++)
-            if (!taken[i] && (at < 0 || values[i] > values[at] || (values[i] != values[i] && values[at] == values[at]))) at = i;
+            if (!taken[i] && (at < 0 || values[i] > values[at])) at = i;
         taken[at] = 1;
         return at;
     };
