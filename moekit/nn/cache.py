@@ -41,6 +41,7 @@ class KVCache:
 
     @property
     def layers(self) -> int:
+        """Layers that have a place."""
         return len(self._layers)
 
     def positions(self, batch: int, length: int) -> Int[Tensor, "batch length"]:

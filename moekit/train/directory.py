@@ -43,9 +43,9 @@ def locked(run: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            (run / ".lock").unlink()  # while it is held: who has opened it finds that it is gone, and holds nothing
         lock.release()
-        with contextlib.suppress(OSError):
-            (run / ".lock").unlink()
 
 
 def difference(before: Any, now: Any, name: str = "") -> str:
