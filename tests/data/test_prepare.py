@@ -352,7 +352,7 @@ def test_a_full_disk_is_an_error_and_the_run_can_be_finished_later(texts: Path, 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/sys, where nobody makes folders, root neither")
 def test_a_folder_that_may_not_be_written_is_named_without_advice_on_room() -> None:
-    with pytest.raises(DataError, match="cannot write /sys/moekit/a: [^;]*$"):
+    with pytest.raises(DataError, match=r"cannot write /sys/moekit/a: [^;]*$"):
         shards.write(Path("/sys/moekit/a"), b"")
 
 
