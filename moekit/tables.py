@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich import box
@@ -133,7 +134,7 @@ def prepare_tables(manifest: dict[str, Any], out: str) -> list[Table | str]:
     if (similar := manifest["similar"]) is not None:
         cosines = f"{similar['similarity']:.3f}, shuffled {similar['similarity_shuffled']:.3f}"
         lines.append(f"data.order similar: mean cosine of neighbours {cosines}")
-    return [*lines, f"next: moekit train tiny-deepseekmoe{larger} --data {out} --out run{whole}"]
+    return [*lines, f"next: moekit train tiny-deepseekmoe{larger} --data {quote(out)} --out run{whole}"]
 
 
 def convert_tables(receipt: dict[str, Any], out: str) -> list[Table | str]:
@@ -153,7 +154,7 @@ def convert_tables(receipt: dict[str, Any], out: str) -> list[Table | str]:
     size = sum(file["bytes"] for name, file in receipt["outputs"].items() if name.endswith((".safetensors", ".gguf")))
     note = [receipt["config"]["note"]] if "note" in receipt["config"] else []
     to_gguf = receipt["config"].get("to") == "gguf"
-    verb = f"generate {out} --prompt ..." if "tokenizer.json" in receipt["outputs"] else f"verify {out}"
+    verb = f"generate {quote(out)} --prompt ..." if "tokenizer.json" in receipt["outputs"] else f"verify {quote(out)}"
     then = f"its receipt: {out}.receipt.json" if to_gguf else f"next: moekit {verb}"
     return [errors, _checks(receipt["checks"]), *note, f"{out}: {size / 2**20:,.1f} MiB of weights; {then}"]
 
@@ -256,7 +257,7 @@ def quickstart_tables(result: dict[str, Any]) -> list[Table | str]:
         by_domain,
         f"the report: {result['report']}  ({result['seconds']:.0f} s in all)",
         "\nwhat to try next:",
-        f'  moekit generate {out}/{model} --prompt "Once upon a time" --temperature 0.8',
+        f'  moekit generate {quote(out)}/{model} --prompt "Once upon a time" --temperature 0.8',
         "  moekit plan deepseekmoe-16b",
         "  moekit prepare YOUR_TEXT/ --out data",
         "  moekit train mini-deepseekmoe --data data --out run",

@@ -1,6 +1,8 @@
 """`moekit convert` from end to end: a model that has learnt something, in every precision, still says the same."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -98,11 +100,12 @@ def test_a_check_that_does_not_hold_is_status_1_and_what_cannot_be_read_is_2(
 def test_to_gguf_and_back_it_still_knows_the_sentence(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, back = tmp_path / "it.gguf", tmp_path / "back"
+    file, back = tmp_path / "it.gguf", tmp_path / "and back"
     assert main(["convert", str(trained), str(file), "--to", "gguf", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "it.gguf.receipt.json").read_text())
     assert main(["convert", str(file), str(back)]) == 0
-    assert "next: moekit generate" in capsys.readouterr().out
+    (then,) = re.findall("next: moekit (generate .*)", capsys.readouterr().out.replace("\n", " "))
+    assert shlex.split(then)[1] == str(back)
     for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (back / name).read_bytes() == (trained / name).read_bytes()
     assert main(["convert", str(trained), str(tmp_path / "small.gguf"), "--to", "gguf", "--dtype", "q8_0"]) == 0

@@ -7,19 +7,25 @@ example:
 
 import argparse
 import sys
-from pathlib import Path
+from shlex import quote
 
 from moekit.cli.output import emit
-from moekit.cli.parser import SHOWN, Add, positive
+from moekit.cli.parser import SHOWN, Add, given, path, positive
 from moekit.errors import ConfigError
 
 SETTINGS = "recipe"
 
 
 def options(add: Add) -> None:
-    add("source", nargs="?", metavar="NAME|FILE", help="a ready-made comparison or a YAML file; not needed to go on")
-    add("--data", metavar="DATA", help="directory that `moekit prepare` wrote; sets recipe.data.path")
-    add("--out", type=Path, metavar="DIR", help="directory of the comparison; one that was interrupted goes on")
+    add(
+        "source",
+        type=given,
+        nargs="?",
+        metavar="NAME|FILE",
+        help="a ready-made comparison or a YAML file; not needed to go on",
+    )
+    add("--data", type=given, metavar="DATA", help="directory that `moekit prepare` wrote; sets recipe.data.path")
+    add("--out", type=path, metavar="DIR", help="directory of the comparison; one that was interrupted goes on")
     add("--size", help="family whose variants are compared: tiny, mini or 2b (the file's)")
     add("--seeds", type=_seeds, metavar="A,B,...", help="seeds, each trains every architecture once (the file's)")
     add("--baseline", metavar="NAME", help="architecture that differences are taken from (the file's)")
@@ -72,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         if progress:
             progress.close()
     if result["status"] == "interrupted":
-        emit(args, result, lambda: [f"saved; `moekit compare --out {args.out}` goes on"])
+        emit(args, result, lambda: [f"saved; `moekit compare --out {quote(str(args.out))}` goes on"])
         return 130
     emit(args, result, lambda: result_tables(result))
     return 1 if result["failed"] else 0

@@ -7,17 +7,16 @@ examples:
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from moekit.cli.output import bars, emit, read_text
-from moekit.cli.parser import Add, dtype
+from moekit.cli.parser import Add, dtype, path
 from moekit.errors import ConfigError
 
 
 def options(add: Add) -> None:
-    add("source", type=Path, metavar="SRC", help="a model directory, a run or a GGUF file")
-    add("target", type=Path, metavar="DST", help="directory, or GGUF file, to write; it must not exist")
+    add("source", type=path, metavar="SRC", help="a model directory, a run or a GGUF file")
+    add("target", type=path, metavar="DST", help="directory, or GGUF file, to write; it must not exist")
     layouts = "moekit, gguf, a model_type such as deepseek_v2, or hf: the first that fits (moekit)"
     add("--to", default="moekit", metavar="LAYOUT", help=layouts)
     precisions = ("float32", "float16", "bfloat16", "int8", "int4", "q8_0", "q4_0")
@@ -25,7 +24,7 @@ def options(add: Add) -> None:
     add(
         "--mtp", choices=("drop", "keep"), default="drop", help="DeepSeek-V3's layers for multi-token prediction (drop)"
     )
-    add("--text", type=Path, metavar="FILE", help="text to compare the logits on (random tokens)")
+    add("--text", type=path, metavar="FILE", help="text to compare the logits on (random tokens)")
 
 
 def run(args: argparse.Namespace) -> int:

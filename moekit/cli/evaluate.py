@@ -7,11 +7,10 @@ example:
 import argparse
 import logging
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moekit.cli.output import bars, emit
-from moekit.cli.parser import DEVICE, Add, dtype, positive
+from moekit.cli.parser import DEVICE, Add, dtype, given, path, positive
 from moekit.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -22,18 +21,24 @@ logger = logging.getLogger(__name__)
 
 
 def options(add: Add) -> None:
-    add("model", type=Path, metavar="DIR", help="a model directory or a run")
-    add("--text", nargs="+", metavar="FILE", help="jsonl, txt or parquet, plain, .gz or .zst; or folders of them")
-    add("--data", type=Path, metavar="DATA", help="prepared data, of which the validation text is taken")
+    add("model", type=path, metavar="DIR", help="a model directory or a run")
+    add(
+        "--text",
+        type=given,
+        nargs="+",
+        metavar="FILE",
+        help="jsonl, txt or parquet, plain, .gz or .zst; or folders of them",
+    )
+    add("--data", type=path, metavar="DATA", help="prepared data, of which the validation text is taken")
     add("--tasks", metavar="NAMES", help="benchmark tasks, between commas, or all")
-    add("--task-data", nargs="+", type=Path, default=[], metavar="FOLDER", help="where the tasks' files are")
+    add("--task-data", nargs="+", type=path, default=[], metavar="FOLDER", help="where the tasks' files are")
     add(
         "--questions",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="of a synthetic task, as `moekit prepare --synthetic` writes them",
     )
-    add("--sentences", type=Path, metavar="FILE", help="labelled sentences, or a folder of them, as the run had them")
+    add("--sentences", type=path, metavar="FILE", help="labelled sentences, or a folder of them, as the run had them")
     add("--limit", type=positive, metavar="N", help="the first N items of each task only")
     add("--allow-code-execution", action="store_true", help="run the programs that the model writes, within limits")
     add("--batch-size", type=positive, default=8, metavar="N", help="sequences at once; no score depends on it (8)")
@@ -44,7 +49,7 @@ def options(add: Add) -> None:
     add("--device", **DEVICE)
     add("--dtype", type=dtype, choices=("float32", "bfloat16", "float16"), help="of the weights (as saved)")
     add("--backend", default="auto", metavar="NAME", help="of the experts' products; see `moekit doctor` (auto)")
-    add("--out", type=Path, metavar="FILE", help="write the record there too, as JSON")
+    add("--out", type=path, metavar="FILE", help="write the record there too, as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

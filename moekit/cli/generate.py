@@ -6,17 +6,16 @@ example:
 
 import argparse
 import sys
-from pathlib import Path
 
 from moekit.cli.output import emit, read_text
-from moekit.cli.parser import DEVICE, Add, dtype, positive
+from moekit.cli.parser import DEVICE, Add, dtype, path, positive
 from moekit.errors import ConfigError
 
 
 def options(add: Add) -> None:
-    add("model", type=Path, metavar="DIR", help="a model directory or a run")
+    add("model", type=path, metavar="DIR", help="a model directory or a run")
     add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be repeated")
-    add("--prompts-file", type=Path, metavar="FILE", help="one prompt per line")
+    add("--prompts-file", type=path, metavar="FILE", help="one prompt per line")
     add("--max-new-tokens", type=positive, default=64, metavar="N", help="(64)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)")
     add("--top-k", type=positive, metavar="N", help="sample among the N likeliest tokens")

@@ -10,17 +10,17 @@ import argparse
 from pathlib import Path
 
 from moekit.cli.output import bars, emit, read_text
-from moekit.cli.parser import DEVICE, Add, Parser, dtype, positive
+from moekit.cli.parser import DEVICE, Add, Parser, dtype, path, positive
 from moekit.errors import ConfigError
 
 
 def options(add: Add) -> None:
-    add("model", type=Path, metavar="MODEL", help="a model directory or a run, whose newest checkpoint is taken")
-    add("--text", type=Path, nargs="+", default=[], metavar="FILE", help="text files or folders: jsonl, txt, parquet")
-    add("--data", type=Path, metavar="DATA", help="a prepared dataset instead; its validation text if it has any")
-    add("--out", type=Path, default=Path("inspected"), metavar="DIR", help="where the report goes (inspected)")
+    add("model", type=path, metavar="MODEL", help="a model directory or a run, whose newest checkpoint is taken")
+    add("--text", type=path, nargs="+", default=[], metavar="FILE", help="text files or folders: jsonl, txt, parquet")
+    add("--data", type=path, metavar="DATA", help="a prepared dataset instead; its validation text if it has any")
+    add("--out", type=path, default=Path("inspected"), metavar="DIR", help="where the report goes (inspected)")
     add("--tokens", type=positive, default=65_536, metavar="N", help="most tokens of each domain (65536)")
-    add("--against", type=Path, metavar="OTHER", help="another model, to be shown beside the first")
+    add("--against", type=path, metavar="OTHER", help="another model, to be shown beside the first")
     named = "load, domains, kinds, positions, tokens, together, similarity, agreement; with commas between (all)"
     add("--analyses", metavar="NAMES", help=named)
     add(
@@ -30,7 +30,7 @@ def options(add: Add) -> None:
     )
     add("--watch", action="store_true", help="instead: show a training run's load and domains as it goes on")
     add("--trace", metavar="TEXT", help="a text whose routing is written token by token, as a file and as a page")
-    add("--trace-file", type=Path, metavar="FILE", help="the same, read from a file")
+    add("--trace-file", type=path, metavar="FILE", help="the same, read from a file")
     add("--text-field", default="text", metavar="NAME", help="of jsonl and parquet (text)")
     add("--domain-field", default="domain", metavar="NAME", help="of jsonl and parquet (domain)")
     add("--sequence-length", type=positive, metavar="N", help="tokens of a window (512, or all that the model reads)")

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from moekit.errors import ConfigError, nearest
@@ -86,6 +87,16 @@ def settings_help(root: str) -> str:
 def dtype(text: str) -> str:
     """Returns the name of a dtype that stands in `choices`; the short ones are understood too."""
     return {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}.get(text, text)
+
+
+def given(text: str) -> str:
+    if not text:  # a variable that was never set, say
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+def path(text: str) -> Path:
+    return Path(given(text))  # which would take nothing for the directory that we are in
 
 
 def whole(text: str) -> int:

@@ -7,13 +7,13 @@ example:
 import argparse
 
 from moekit.cli.output import emit, emit_config
-from moekit.cli.parser import SHOWN, Add, positive
+from moekit.cli.parser import SHOWN, Add, given, positive
 
 SETTINGS = "model"
 
 
 def options(add: Add) -> None:
-    add("source", metavar="PRESET|FILE", help="a preset, or a YAML file of a run or of a model")
+    add("source", type=given, metavar="PRESET|FILE", help="a preset, or a YAML file of a run or of a model")
     add("--sequence-length", type=positive, help="tokens (the model's context, at most 4096)")
     add("--batch", type=positive, default=1, help="sequences in one forward pass, for memory (1)")
     add("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of the compute (bfloat16)")

@@ -6,10 +6,9 @@ example:
 """
 
 import argparse
-from pathlib import Path
 
 from moekit.cli.output import bars, emit
-from moekit.cli.parser import Add, positive, whole
+from moekit.cli.parser import Add, given, path, positive, whole
 from moekit.errors import ConfigError
 
 OF_FILES = ("valid", "valid_fraction", "vocab_size", "tokenizer", "text_field", "domain_field", "prompt_field")
@@ -18,12 +17,18 @@ OF_TASKS = ("examples", "questions", "seed")
 
 
 def options(add: Add) -> None:
-    add("files", nargs="*", metavar="FILE", help="jsonl, txt or parquet, plain, .gz or .zst; or folders of them")
-    add("--out", type=Path, required=True, metavar="DATA", help="directory to write")
-    add("--valid", nargs="+", metavar="FILE", help="validation text; else a part of FILES is held out")
+    add(
+        "files",
+        type=given,
+        nargs="*",
+        metavar="FILE",
+        help="jsonl, txt or parquet, plain, .gz or .zst; or folders of them",
+    )
+    add("--out", type=path, required=True, metavar="DATA", help="directory to write")
+    add("--valid", type=given, nargs="+", metavar="FILE", help="validation text; else a part of FILES is held out")
     add("--valid-fraction", type=float, metavar="F", help="documents held out without --valid (0.01)")
     add("--vocab-size", type=positive, metavar="N", help="of the tokenizer that is trained (4096)")
-    add("--tokenizer", metavar="FILE|DIR", help="use this tokenizer.json instead of training one")
+    add("--tokenizer", type=given, metavar="FILE|DIR", help="use this tokenizer.json instead of training one")
     add("--text-field", metavar="NAME", help="field of a record that holds its text (text)")
     add("--domain-field", metavar="NAME", help="field that names its domain (domain)")
     add("--prompt-field", metavar="NAME", help="field that stands before the text: read, but not learned (none)")
@@ -33,7 +38,12 @@ def options(add: Add) -> None:
         default=None,
         help="write the order of like documents too (data.order similar)",
     )
-    add("--embeddings", metavar="FILE", help="of the training documents, .npy, for --similar (hashed TF-IDF)")
+    add(
+        "--embeddings",
+        type=given,
+        metavar="FILE",
+        help="of the training documents, .npy, for --similar (hashed TF-IDF)",
+    )
     add("--synthetic", metavar="TASK", help="instead of FILES: phone-book, shortest-path or connectivity")
     add("--examples", type=positive, metavar="N", help="of the synthetic task, to train on (10000)")
     add("--questions", type=positive, metavar="N", help="of the synthetic task, to ask (1000)")

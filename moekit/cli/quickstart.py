@@ -6,13 +6,14 @@ example:
 
 import argparse
 from pathlib import Path
+from shlex import quote
 
 from moekit.cli.output import emit
-from moekit.cli.parser import DEVICE, Add, positive
+from moekit.cli.parser import DEVICE, Add, path, positive
 
 
 def options(add: Add) -> None:
-    add("--out", type=Path, default=Path("moekit-quickstart"), help="directory to write (moekit-quickstart)")
+    add("--out", type=path, default=Path("moekit-quickstart"), help="directory to write (moekit-quickstart)")
     add("--steps", type=positive, help="training steps of each model (the recipe's, two to four minutes)")
     add("--device", **DEVICE)
 
@@ -24,6 +25,6 @@ def run(args: argparse.Namespace) -> int:
 
     result = quickstart(args.out, steps=args.steps, device=args.device, sinks=lambda config: [TerminalProgress(config)])
     if result["status"] != "done":
-        emit(args, result, lambda: [f"saved; `moekit quickstart --out {args.out}` goes on"])
+        emit(args, result, lambda: [f"saved; `moekit quickstart --out {quote(str(args.out))}` goes on"])
         return 130
     return emit(args, result, lambda: quickstart_tables(result))

@@ -8,10 +8,11 @@ example:
 
 import argparse
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from moekit.cli.output import emit, emit_config
-from moekit.cli.parser import SHOWN, Add
+from moekit.cli.parser import SHOWN, Add, given, path
 from moekit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,13 +24,14 @@ SETTINGS = ""
 def options(add: Add) -> None:
     add(
         "source",
+        type=given,
         nargs="?",
         metavar="PRESET|FILE",
         help="a preset or a run's YAML file; not needed to resume, or with --from",
     )
-    add("--from", dest="init", metavar="DIR", help="model or run whose weights to start from; sets init")
-    add("--data", metavar="DATA", help="what `moekit prepare` wrote, or files of sentences; sets data.path")
-    add("--out", type=Path, metavar="RUN", help="directory of the run; it must not exist, unless --resume")
+    add("--from", type=given, dest="init", metavar="DIR", help="model or run whose weights to start from; sets init")
+    add("--data", type=given, metavar="DATA", help="what `moekit prepare` wrote, or files of sentences; sets data.path")
+    add("--out", type=path, metavar="RUN", help="directory of the run; it must not exist, unless --resume")
     add("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
     add("--quiet", action="store_true", help="no progress display")
     add("--print_config", "--print-config", **SHOWN)
@@ -58,12 +60,12 @@ def run(args: argparse.Namespace) -> int:
     sinks = [] if args.quiet else [TerminalProgress(config)]
     receipt = train(config, args.out, resume=args.resume, sinks=sinks, origin=origin)
     if receipt["status"] != "done":
-        emit(args, receipt, lambda: [f"saved; `moekit train --resume --out {args.out}` goes on"])
+        emit(args, receipt, lambda: [f"saved; `moekit train --resume --out {quote(str(args.out))}` goes on"])
         return 130
     then = {
-        "next_token": f"generate {args.out} --prompt ...",
-        "masked": f"train --from {args.out} --objective.kind sentences ...",
-        "sentences": f"evaluate {args.out} --sentences FILE",
+        "next_token": f"generate {quote(str(args.out))} --prompt ...",
+        "masked": f"train --from {quote(str(args.out))} --objective.kind sentences ...",
+        "sentences": f"evaluate {quote(str(args.out))} --sentences FILE",
     }[config.objective.kind]
     return emit(args, receipt, lambda: [f"{args.out} holds the run; next: moekit {then}"])
 

@@ -5,16 +5,15 @@ example:
 """
 
 import argparse
-from pathlib import Path
 
 from moekit.cli.output import bars, emit, read_text
-from moekit.cli.parser import Add
+from moekit.cli.parser import Add, path
 
 
 def options(add: Add) -> None:
-    add("model", type=Path, metavar="DIR", help="a model directory or a run")
-    add("--against", type=Path, metavar="OTHER", help="another one, to compare weights, logits and routing with")
-    add("--text", type=Path, metavar="FILE", help="text to compare on (random tokens)")
+    add("model", type=path, metavar="DIR", help="a model directory or a run")
+    add("--against", type=path, metavar="OTHER", help="another one, to compare weights, logits and routing with")
+    add("--text", type=path, metavar="FILE", help="text to compare on (random tokens)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ import hashlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -300,11 +301,12 @@ class TokenDataset:
         while cuts[-1] < stop:
             end = int(self._starts[np.searchsorted(self._starts, min(cuts[-1] + most, stop), "right") - 1])
             if end == cuts[-1]:
-                document = int(np.searchsorted(self._starts, end))
-                tokens = self._starts[document + 1] - end
+                lengths = np.diff(self._starts)
+                longest, number = int(lengths.argmax()), int((lengths > most).sum())
                 raise DataError(
-                    f"{self.directory}: document {document} of split {self.split} has {tokens} tokens, but with "
-                    f"data.packing documents a window holds at most {most}; raise data.sequence_length to {tokens - 1}"
+                    f"{self.directory}: {number:,} of the {len(lengths):,} documents of split {self.split} are longer "
+                    f"than a window's {most} tokens with data.packing documents; document {longest} has "
+                    f"{lengths[longest]}: raise data.sequence_length to {lengths[longest] - 1}"
                 )
             cuts.append(end)
         return np.array(cuts)
@@ -359,7 +361,8 @@ def read_manifest(path: str | Path) -> Manifest:
         return files.read_json(directory / MANIFEST, Manifest, DataError, "prepare the data again")
     if (directory / JOURNAL).is_file():
         raise DataError(f"{directory} is not finished; run the same `moekit prepare` again to complete it")
-    raise DataError(f"{directory} is not a dataset (no {MANIFEST}); `moekit prepare FILES --out {directory}` makes one")
+    then = f"`moekit prepare FILES --out {quote(str(directory))}` makes one"
+    raise DataError(f"{directory} is not a dataset (no {MANIFEST}); {then}")
 
 
 def open_dataset(path: str | Path, split: str, verify: bool = False, order: Order = "source") -> TokenDataset:

@@ -130,9 +130,9 @@ class Model(nn.Module):
         keep attention inside a document. `prior_load` is one sum per MoE layer for `global_aux`. With a cache,
         input_ids continue each sequence at its own length. `return_logits` False spares the logits where only the loss
         is wanted; training on a loss never forms them. `logits_to_keep` is the number of last positions whose logits
-        are formed, or one position per sequence. `probe` alters the routing of this pass, in all MoE layers or one by
-        one; a cache remembers none, so each pass over it is given its own. `task_ids` are the token ids of each
-        sequence's task description, -100 behind shorter ones, for layers that route by task.
+        are formed (0: all, as in transformers), or one position per sequence. `probe` alters the routing of this pass,
+        in all MoE layers or one by one; a cache remembers none, so each pass over it is given its own. `task_ids` are
+        the token ids of each sequence's task description, -100 behind shorter ones, for layers that route by task.
         """
         if input_ids.dim() != 2:
             raise ConfigError(f"input_ids has shape {tuple(input_ids.shape)} but must be (batch, length)")
@@ -208,6 +208,8 @@ class Model(nn.Module):
             scores = self.score(x, padding_mask)
         elif return_logits and (targets is None or not self.training):
             if isinstance(logits_to_keep, int):
+                if logits_to_keep < 0:
+                    raise ConfigError(f"logits_to_keep is {logits_to_keep} but must be 0 or more")
                 x = x[:, -logits_to_keep:]
             elif logits_to_keep is not None:
                 x = x[torch.arange(len(x), device=x.device), logits_to_keep].unsqueeze(1)

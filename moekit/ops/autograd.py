@@ -18,7 +18,10 @@ class _Told(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        raise RuntimeError("moekit computes this gradient itself, and not its own: there are no second derivatives")
+        raise RuntimeError(
+            "moekit computes this gradient itself, and not its own: there are no second derivatives but in transforms "
+            "of torch.func, as jvp(grad(f))"
+        )
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moekit.ops.autograd import once_differentiable
+from moekit.ops.kernels.addresses import transformed
 from moekit.ops.kernels.choice import has_choice, sort_pairs
 from moekit.ops.routing import DROPPED
 
@@ -69,6 +70,8 @@ class _Combine(torch.autograd.Function):
 
 def gather(x: Float[Tensor, "tokens dim"], plan: Plan, k: int) -> Float[Tensor, "rows dim"]:
     """Returns one row per (token, choice) pair, sorted by expert; rows = tokens * k."""
+    if transformed():
+        return x.index_select(0, plan.order // k)
     rows: Tensor = _Gather.apply(x, plan.order, plan.inverse, k)
     return rows
 
@@ -77,5 +80,10 @@ def combine(
     rows: Float[Tensor, "rows dim"], weights: Float[Tensor, "tokens k"], plan: Plan
 ) -> Float[Tensor, "tokens dim"]:
     """Returns sum over choices of weight * row for each token (DeepSeekMoE, Eq. 9). Dropped rows must be finite."""
-    y: Tensor = _Combine.apply(rows, weights, plan.order, plan.inverse)
+    y: Tensor
+    if transformed():
+        chosen = rows.index_select(0, plan.inverse).unflatten(0, weights.shape)
+        y = (weights.to(rows.dtype).unsqueeze(-1) * chosen).sum(1)
+        return y
+    y = _Combine.apply(rows, weights, plan.order, plan.inverse)
     return y

@@ -9,6 +9,7 @@ from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from moekit.errors import ConfigError, UnsupportedError, nearest
 from moekit.ops import dispatch, reference
 from moekit.ops.autocast import autocast_off, cast_once
 from moekit.ops.kernels import build, loop, native_experts, triton_experts
+from moekit.ops.kernels.addresses import transformed
 from moekit.ops.mapped import Mapped, Weights
 from moekit.ops.quantize import Quantized, dequantize, refuse_gradients
 
@@ -91,7 +93,8 @@ def mixed_linear(
     x = cast_once(x)
     with autocast_off(x):
         rows = dispatch.gather(x, plan, weights.shape[1])
-        rows = loop.linear_experts(rows, weight.to(x.dtype), bias.to(x.dtype), plan.tokens_per_expert)
+        experts = _linear if transformed() else loop.linear_experts
+        rows = experts(rows, weight.to(x.dtype), bias.to(x.dtype), plan.tokens_per_expert)
         return dispatch.combine(rows, weights, plan)
 
 
@@ -127,7 +130,7 @@ def _copies(rows: Tensor, gate_up: Weights, down: Weights, tokens_per_expert: Te
 def choose(backend: str, x: Tensor, gate_up: Weights, down: Weights) -> Backend:
     """Returns the back end that runs on these tensors; UnsupportedError when the one asked for cannot."""
     if backend == "auto":
-        preferred = PREFERRED.get(x.device.type, ("torch",))
+        preferred = ("reference",) if transformed() else PREFERRED.get(x.device.type, ("torch",))
         return next(name for name in preferred if unavailable(name, x, gate_up, down) is None)
     if backend not in BACKENDS:
         allowed = get_args(Backend)
@@ -163,9 +166,18 @@ def native_features() -> dict[str, Any]:
 
 
 def _reference(rows: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    return _each(rows, tokens_per_expert, down.shape[1], lambda x, e: reference.swiglu(x, gate_up[e], down[e]))
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    return _each(rows, tokens_per_expert, weight.shape[1], lambda x, e: F.linear(x, weight[e], bias[e]))
+
+
+def _each(rows: Tensor, tokens_per_expert: Tensor, width: int, expert: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Returns each expert's rows through it, and zero for the rows behind the last expert's."""
     ends = [0, *accumulate(tokens_per_expert.tolist())]
-    parts = [reference.swiglu(rows[begin:end], gate_up[e], down[e]) for e, (begin, end) in enumerate(pairwise(ends))]
-    return torch.cat((*parts, torch.zeros_like(rows[ends[-1] :])))
+    parts = [expert(rows[begin:end], e) for e, (begin, end) in enumerate(pairwise(ends))]
+    return torch.cat((*parts, rows.new_zeros(len(rows) - ends[-1], width)))
 
 
 def _always(*tensors: Any) -> None:

@@ -11,7 +11,7 @@ from moekit.errors import ConfigError
 from moekit.ops.autocast import autocast_off, cast_once
 from moekit.ops.autograd import once_differentiable
 from moekit.ops.kernels import linear, step
-from moekit.ops.kernels.addresses import readable
+from moekit.ops.kernels.addresses import readable, transformed
 from moekit.ops.kernels.memory import empty
 from moekit.ops.product import product
 
@@ -113,6 +113,8 @@ def linear_cross_entropy(
     hidden, targets = _predicted(hidden, _checked(targets, len(hidden), len(weight)))
     low = cast_once(hidden.new_empty(0)).dtype
     with autocast_off(hidden):
+        if transformed():
+            return cross_entropy(hidden.to(low) @ weight.to(low).T, targets)
         # inside the function gradients are always off, so whether they are wanted is asked here
         total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, low, torch.is_grad_enabled())
     return TokenLoss(total, (targets != IGNORED).sum())

@@ -15,6 +15,7 @@ from moekit.config.variants.variant import MERGED_BYTES
 from moekit.ops.autocast import autocast_off, cast_once
 from moekit.ops.autograd import once_differentiable
 from moekit.ops.kernels import merge as kernel
+from moekit.ops.kernels.addresses import transformed
 from moekit.ops.routing import DROPPED, Routing
 
 
@@ -34,14 +35,18 @@ def merged_linear(
     """Returns x through each unit's merged matrix, with gradients to x, mix, weight and bias.
 
     No more than `max_bytes` of merged matrices exist at once, at least one, and none where our kernels run; none is
-    kept for the backward pass, which merges again. Under autocast x is cast, the mixing coefficients are not, and
-    weights only where torch multiplies.
+    kept for the backward pass, which merges again (in a transform of `torch.func` all exist). Under autocast x is
+    cast, the mixing coefficients are not, and weights only where torch multiplies.
     """
     x = cast_once(x)
     ours = kernel.has_kernel(x, weight)
     weight = weight if ours else cast_once(weight)
     with autocast_off(x):
-        y: Tensor = kernel.merged_linear(x, mix, weight) if ours else _MergedLinear.apply(x, mix, weight, max_bytes)
+        y: Tensor
+        if transformed():
+            y = torch.bmm(x, _merged(mix, weight).transpose(1, 2))
+        else:
+            y = kernel.merged_linear(x, mix, weight) if ours else _MergedLinear.apply(x, mix, weight, max_bytes)
         return y if bias is None else y + (mix @ bias.to(mix.dtype)).unsqueeze(1).to(y.dtype)
 
 

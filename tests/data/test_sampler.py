@@ -209,9 +209,14 @@ def test_windows_of_whole_documents_cut_none_and_show_each_once(prompted: TokenD
     assert all(len(row) + more > 21 for row, more in zip(rows, following, strict=False)), "there was room for another"
 
 
-def test_a_document_that_no_window_holds_is_an_error_that_says_how_long_it_is(prompted: TokenDataset) -> None:
-    with pytest.raises(DataError, match=r"document 2 .* 10 tokens, .* at most 9; raise data.sequence_length to 9"):
+def test_documents_that_no_window_holds_are_an_error_that_says_how_long_they_are(prompted: TokenDataset) -> None:
+    lengths = [len(one) for one in re.findall("[^.]*[.]", letters(prompted, prompted.read(0, prompted.num_tokens)))]
+    longest = lengths.index(max(lengths))
+    more = sum(length > 9 for length in lengths)
+    said = f"{more} of the {len(lengths)} .* longer than a window's 9 .*; document {longest} has {lengths[longest]}"
+    with pytest.raises(DataError, match=f"{said}: raise data.sequence_length to {lengths[longest] - 1}"):
         Sampler(prompted, 8, 1, seed=0, packing="documents")
+    Sampler(prompted, lengths[longest] - 1, 1, seed=0, packing="documents")
 
 
 @pytest.mark.parametrize("packing", ["stream", "documents"])

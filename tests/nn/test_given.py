@@ -18,6 +18,7 @@ from moekit.nn.decoder import decoder
 from moekit.nn.linear import Linear
 from moekit.nn.model import Model
 from moekit.nn.norm import RMSNorm
+from moekit.nn.quantized import quantize_
 from moekit.nn.rope import Rotation
 from moekit.ops.attention import rotate
 from moekit.ops.swiglu import swiglu
@@ -278,3 +279,22 @@ def test_experts_behind_an_adapter_are_told_their_backend(tiny_config: Callable[
     model.moe_layers[0].experts = Adapter(experts)  # type: ignore[assignment]
     model.set_experts_backend("reference")
     assert experts.backend == "reference"
+
+
+def test_positions_whose_logits_are_kept(tiny_config: Callable[..., ModelConfig]) -> None:
+    model, ids = Model(tiny_config()).eval(), torch.randint(0, 61, (2, 5))
+    whole = model(ids).logits
+    assert whole is not None
+    for kept, expected in ((0, whole), (2, whole[:, -2:]), (9, whole)):
+        torch.testing.assert_close(model(ids, logits_to_keep=kept).logits, expected)
+    with pytest.raises(ConfigError, match="logits_to_keep is -1 but must be 0 or more"):
+        model(ids, logits_to_keep=-1)
+
+
+def test_scales_loaded_in_another_precision_are_named(tiny_config: Callable[..., ModelConfig]) -> None:
+    model, ids = Model(tiny_config()).eval(), torch.randint(0, 61, (2, 5))
+    quantize_(model, "int8")
+    state = {name: value.float() if "scales" in name else value for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    with torch.no_grad(), pytest.raises(ConfigError, match=r"scales of weights in codes are torch.float32 but must be"):
+        model(ids)

@@ -4,9 +4,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -158,3 +160,56 @@ def test_a_tangent_goes_through_without_gradients(tiny_config: Callable[..., Mod
             tangents.append(forward_ad.unpack_dual(logits).tangent)
     assert tangents[0] is not None
     torch.testing.assert_close(tangents[0].double(), tangents[1], rtol=1e-3, atol=1e-5)
+
+
+MEO = {
+    **{"kind": "meo", "intermediate_size": 26, "n_routed_experts": 7, "num_experts_per_tok": 3},
+    **{"level": "prefix", "segment_size": 3, "noisy_gating": False},
+}
+
+
+@pytest.mark.parametrize("ffn", [{}, MEO], ids=["moe", "meo"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+def test_transforms_of_torch_func_go_through_experts(
+    precision: torch.dtype, ffn: dict[str, Any], tiny_config: Callable[..., ModelConfig]
+) -> None:
+    """First derivatives as autograd's of the same model; along a direction, and a second time, as their differences."""
+    torch.manual_seed(0)
+    model = Model(tiny_config(ffn=ffn))
+    for parameter in model.parameters():  # MEO's gates begin at zero, where any step changes the choice
+        nn.init.normal_(parameter, parameter.mean().item(), 0.25)
+    oracle = Model(model.config).double()
+    oracle.load_state_dict(model.state_dict())
+    model.to(precision)
+    ids = torch.randint(0, model.config.vocab_size, (2, 9))
+
+    def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            found = torch.func.functional_call(model, parameters, (ids,), {"labels": ids}).loss
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    def gradients(step: float) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            for name, parameter in oracle.named_parameters():
+                parameter += step * directions[name].double()
+        oracle(ids, labels=ids).loss.backward()
+        found = {name: parameter.grad for name, parameter in oracle.named_parameters()}
+        oracle.zero_grad()
+        return {name: grad for name, grad in found.items() if grad is not None}
+
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    directions = {name: torch.randn_like(parameter) for name, parameter in parameters.items()}
+    expected = gradients(0)
+    found = torch.func.grad(loss)(parameters)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if precision == torch.float32 else {"rtol": 1e-9, "atol": 1e-10}
+    torch.testing.assert_close({n: g.double() for n, g in found.items()}, expected, **tolerance)
+    along = torch.func.jvp(loss, (parameters,), (directions,))[1]
+    slope = sum((expected[name] * directions[name].double()).sum() for name in expected)
+    torch.testing.assert_close(along.double(), slope, rtol=1e-4, atol=1e-5)
+
+    step = 1e-6
+    before, after = gradients(-step), gradients(2 * step)
+    second = torch.func.jvp(torch.func.grad(loss), (parameters,), (directions,))[1]
+    numeric = {name: (after[name] - before[name]) / (2 * step) for name in after}
+    torch.testing.assert_close({n: g.double() for n, g in second.items()}, numeric, rtol=1e-3, atol=1e-3)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from moekit.errors import ConfigError
 from moekit.ops.kernels.build import library, matrices, native
 from moekit.ops.kernels.memory import empty
 from moekit.ops.mapped import Mapped, Weights
@@ -34,12 +35,16 @@ def readable(*tensors: Tensor) -> bool:
 
 def watched() -> bool:
     """Returns whether something must learn of each operation, which it would not of ours: a mode (that counts FLOPs,
-    or traces), a transform of `torch.func`, or a tangent that goes along."""
-    return (
-        is_in_torch_dispatch_mode()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
+    or traces), or what is `transformed`."""
+    return is_in_torch_dispatch_mode() or transformed()
+
+
+def transformed() -> bool:
+    """Returns whether gradients of our own cannot take part: in a transform of `torch.func`, or where a tangent goes
+    along. The plain formulas can, and can be differentiated again."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def at(tensor: Tensor | None) -> int | None:
@@ -91,7 +96,8 @@ def _matrices(weight: Weights, each: int) -> np.ndarray:
 def contiguous(weight: Weights | Matrix) -> Any:
     """Returns the weight with its rows one after another, as the library reads them."""
     if isinstance(weight, Quantized):
-        assert weight.scales.dtype == torch.bfloat16
+        if weight.scales.dtype != torch.bfloat16:
+            raise ConfigError(f"scales of weights in codes are {weight.scales.dtype} but must be torch.bfloat16")
         return Quantized(weight.codes.contiguous(), weight.scales.contiguous(), weight.width)
     return weight.contiguous() if isinstance(weight, Tensor) else weight
 
