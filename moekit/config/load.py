@@ -164,23 +164,32 @@ def _source(source: str | Path) -> Tree:
     if name in preset_names():
         return _expand({"preset": name})
     if path.exists() or path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        return _expand(read_yaml(path))
+        return _expand(read_yaml(path), _origin(path))
     hint = nearest(name, preset_names())
     raise ConfigError(f"there is no preset or file {name!r}{hint}; `moekit presets` lists the presets")
 
 
-def _expand(tree: Tree) -> Tree:
+def _expand(tree: Tree, origin: str = "") -> Tree:
     """Returns the tree with `preset`, at the top and under `model`, replaced by what it stands for."""
     base: Tree = {}
     if "preset" in tree:
         tree = dict(tree)
-        name = str(tree.pop("preset"))
+        name = _known(tree.pop("preset"), f"{origin}preset")
         base = {"model": preset(name).model_dump(), **recipe(name)}
     if isinstance(tree.get("model"), dict) and "preset" in tree["model"]:
         own = dict(tree["model"])
-        base["model"] = preset(str(own.pop("preset"))).model_dump()
+        base["model"] = preset(_known(own.pop("preset"), f"{origin}model.preset")).model_dump()
         tree = {**tree, "model": own}
     return _merge(base, tree)
+
+
+def _known(name: Any, field: str) -> str:
+    if not isinstance(name, str):
+        raise ConfigError(f"{field} is {_show(name)} but must be the name of a preset; `moekit presets` lists them")
+    if name not in preset_names():
+        hint = nearest(name, preset_names())
+        raise ConfigError(f"{field} is {_show(name)}, which is none{hint}; `moekit presets` lists them")
+    return name
 
 
 def _nest(values: Mapping[str, Any]) -> Tree:

@@ -91,13 +91,14 @@ def _scaled(d: Tensor, grad: Tensor) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, differentiate: bool) -> tuple[Tensor, Tensor]:
-    """Returns the sum of the losses, and the gradient of the logits in their place."""
+    """Returns the sum of the losses, and the gradient of the logits."""
     real = targets != IGNORED
     safe = targets.where(real, 0).unsqueeze(-1)
     lse = logits.logsumexp(-1, keepdim=True)
     total = ((lse - logits.gather(1, safe)).squeeze(-1) * real).sum()
     if differentiate:
-        logits.sub_(lse).exp_().scatter_add_(1, safe, torch.full_like(safe, -1, dtype=logits.dtype))
+        # the logits stay as they are: selective checkpointing may keep the product that gave them
+        logits = (logits - lse).exp_().scatter_add_(1, safe, torch.full_like(safe, -1, dtype=logits.dtype))
         logits.mul_(real.unsqueeze(-1))
     return total, logits
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from moekit.config import ModelConfig
@@ -141,6 +143,32 @@ def test_a_counter_of_flops_sees_all_products(learns: bool, tiny_config: Callabl
     found = counted()
     model.double()
     assert found == counted() > 0
+
+
+def test_selective_checkpointing_keeps_the_products_it_is_told_to(tiny_config: Callable[..., ModelConfig]) -> None:
+    """Whatever is kept may not be written over."""
+    model, ids = Model(tiny_config()), torch.randint(0, 16, (2, 7))
+    kept: list[torch.Size] = []
+
+    def policy(context: Any, op: Any, *args: Any, **options: Any) -> CheckpointPolicy:
+        if op not in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default):
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        kept.append(args[-1].shape)
+        return CheckpointPolicy.MUST_SAVE
+
+    def loss() -> torch.Tensor:
+        found = model(ids, labels=ids).loss
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    gradients = []
+    for checkpointed in (False, True):
+        model.zero_grad()
+        selective = partial(create_selective_checkpoint_contexts, policy)
+        (checkpoint(loss, use_reentrant=False, context_fn=selective) if checkpointed else loss()).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert kept
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 
 
 def test_a_tangent_goes_through_without_gradients(tiny_config: Callable[..., ModelConfig]) -> None:

@@ -32,6 +32,25 @@ def test_the_gradient_is_that_of_finite_differences(device: torch.device) -> Non
     assert torch.autograd.gradcheck(entmax15, (logits,))
 
 
+def test_transforms_of_torch_func_differentiate_it_twice(device: torch.device) -> None:
+    logits = 2 * torch.randn(4, 6, dtype=torch.float64, device=device)
+    weights, direction = torch.randn(2, *logits.shape, dtype=torch.float64, device=device)
+
+    def f(logits: torch.Tensor) -> torch.Tensor:
+        return (entmax15(logits) * weights).square().sum()
+
+    def gradient(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(f(x), x)[0]
+
+    assert bool((entmax15(logits) == 0).any())
+    torch.testing.assert_close(torch.func.grad(f)(logits), gradient(logits), rtol=0, atol=1e-12)
+    along = torch.func.jvp(torch.func.grad(f), (logits,), (direction,))[1]
+    step = 1e-6
+    numeric = (gradient(logits + step * direction) - gradient(logits - step * direction)) / (2 * step)
+    torch.testing.assert_close(along, numeric, rtol=0, atol=1e-7)
+
+
 def test_it_is_a_distribution_with_exact_zeros(device: torch.device) -> None:
     p = entmax15(3 * torch.randn(200, 256, device=device))
     assert (p >= 0).all()
